@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# A fresh machine needs git, make, Python 3.11 or later, and apt as root.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+APT := gcc clang llvm pkg-config libbpf-dev libelf-dev zlib1g-dev libhyperscan-dev linux-libc-dev \
+	iproute2 procps util-linux curl nginx-light nftables bpftool iputils-arping apache2-utils
+BENCH_APT := haproxy wrk
+SOURCES := $(wildcard tcpha/_fast/*.pyx tcpha/_fast/*.pxd tcpha/_bpf/*.c tcpha/_bpf/*.h) setup.py \
+	pyproject.toml
+
+.PHONY: build demo test bench deb lint clean
+
+build: $(VENV)/.built
+
+# What is missing is installed, and nothing else is touched.
+$(VENV)/.apt: Makefile
+	@mkdir -p $(VENV)
+	@missing=$$(for p in $(APT); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | \
+	  grep -q 'ok installed' || echo $$p; done); \
+	case "$$($(PYTHON) -c 'import sys; print(sys.base_prefix)')" in /usr) \
+	  for p in python3-dev python3-venv; do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | \
+	    grep -q 'ok installed' || missing="$$missing $$p"; done;; esac; \
+	if [ -n "$$missing" ]; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+	    --no-install-recommends $$missing; fi
+	@touch $@
+
+$(VENV)/.pip: pyproject.toml $(VENV)/.apt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check setuptools wheel 'cython>=3.0' \
+	  'pyroute2>=0.9.2' 'toml>=0.10' 'pytest>=8' 'hypothesis>=6' 'httptools>=0.6' \
+	  'pytest-benchmark>=4'
+	@touch $@
+
+$(VENV)/.built: $(SOURCES) $(VENV)/.pip
+	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: build
+	$(BIN)/python -m tcpha.lab.demo $(if $(KEEP),--keep)
+
+test: build
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: build
+	@for p in $(BENCH_APT); do command -v $$p >/dev/null || { apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	  $(BENCH_APT); break; }; done
+	$(BIN)/python -m bench $(ARGS)
+
+deb:
+	@echo "make deb: the Debian package is not built yet" >&2; exit 1
+
+lint: build
+	$(BIN)/pip install -q --disable-pip-version-check 'ruff>=0.5' 'mypy>=1.8' 'cython-lint>=0.16'
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PATH=$(CURDIR)/$(BIN):$$PATH cython-lint --max-line-length 100 tcpha/_fast --ignore E741
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info tcpha/_fast/*.c tcpha/_fast/*.so tcpha/_bpf/*.o

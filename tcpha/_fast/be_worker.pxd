@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from tcpha._fast.core cimport Core, core
+from tcpha._fast.datapath cimport be_datapath
+from tcpha._fast.defs cimport tcpha_flow
+from tcpha._fast.snapshot cimport snapshot
+from tcpha._fast.sys cimport pthread_mutex_t
+
+
+# Request bytes that an adopted socket had no room for.
+cdef struct leftover:
+    leftover *next
+    snapshot snap
+    uint8_t data[1]
+
+
+# An adopted connection.
+cdef struct adopted:
+    adopted *next          # in its hash chain, or in the free list
+    tcpha_flow flow
+    uint64_t id            # the front end's
+    uint64_t since_ns
+    uint32_t link          # where it came from
+    uint32_t link_gen
+    uint32_t peer          # index of the front end
+    bint adopting          # its socket may not exist yet
+    bint recheck           # a report came meanwhile: look again afterwards
+    bint over              # closed, but the front end could not be told
+
+
+cdef struct be_counters:
+    uint64_t adopted
+    uint64_t closed
+    uint64_t refused[16]   # by reason
+    uint64_t late          # adopted with bytes fed afterwards
+    uint64_t resyncs       # end-of-connection events were lost; the table was checked
+
+
+cdef struct backend_state:
+    core *c
+    be_datapath dp
+    int netlink_fd
+    uint8_t vaddr[16]
+    uint64_t stale_ns
+    uint32_t max
+    uint32_t mask
+    pthread_mutex_t lock   # the table
+    adopted *pool
+    adopted *free_list
+    adopted **buckets
+    uint32_t live
+    uint64_t reaped_ns
+    uint32_t unloading     # refuse what comes
+    pthread_mutex_t feed_lock
+    leftover *leftovers
+    be_counters n
+
+
+cdef class BackEnd(Core):
+    cdef backend_state *b
+    cdef object datapath

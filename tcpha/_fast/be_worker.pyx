@@ -1,0 +1,456 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The back end's work: adopt what front ends hand over, and tell them when a connection ends.
+
+The kernel reports the end of each TCP socket (NETLINK_SOCK_DIAG, group
+SKNLGRP_INET_TCP_DESTROY). A report may come late, when the 4-tuple belongs to a newer connection
+already; so it only makes us look whether a socket owns the tuple.
+"""
+import socket
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcmp, memcpy, memset
+
+from tcpha._fast.core cimport (
+    EV_NETLINK, LINK_UP, MAX_LINKS, SCRATCH, Core, core, link, link_put, say_flow, say_number,
+    watch, worker)
+from tcpha._fast.datapath cimport DP_ALIVE, DP_MORE, DP_TIME_WAIT, BeDatapath
+from tcpha._fast.defs cimport tcpha_flow
+from tcpha._fast.message cimport (
+    END_GONE, END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED_SIZE, MSG_HANDOFF, MSG_OWNED,
+    MSG_REFUSED_SIZE, REFUSE_FULL, REFUSE_STALE, message, message_closed, message_refused,
+    message_short)
+from tcpha._fast.packet cimport address_bytes, address_text
+from tcpha._fast.sys cimport (
+    EINTR, ENOBUFS, EPOLL_CTL_ADD, EPOLLET, EPOLLIN, MSG_DONTWAIT, add64, errno, now_ns, ntohs,
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock,
+    pthread_mutex_unlock, recv)
+
+cdef extern from "<linux/inet_diag.h>" nogil:
+    struct inet_diag_sockid:
+        uint16_t idiag_sport
+        uint16_t idiag_dport
+        uint32_t idiag_src[4]
+        uint32_t idiag_dst[4]
+    struct inet_diag_msg:
+        uint8_t idiag_family
+        inet_diag_sockid id
+
+cdef extern from "<linux/netlink.h>" nogil:
+    struct nlmsghdr:
+        uint32_t nlmsg_len
+    enum:
+        NLMSG_HDRLEN
+
+
+cdef uint64_t REAP_NS = 1000000  # at most one look through the whole table in this time
+
+
+# The table of adopted connections; b.lock is held.
+
+cdef inline adopted **_bucket(backend_state *b, const tcpha_flow *flow) noexcept nogil:
+    cdef uint32_t h
+    memcpy(&h, flow.caddr + 12, 4)
+    h = (h ^ (<uint32_t>flow.cport << 16) ^ flow.cport) * 0x9e3779b1u
+    return &b.buckets[(h >> 8) & b.mask]
+
+
+cdef adopted *_find(backend_state *b, const tcpha_flow *flow) noexcept nogil:
+    cdef adopted *a = _bucket(b, flow)[0]
+    while a != NULL and memcmp(&a.flow, flow, sizeof(tcpha_flow)) != 0:
+        a = a.next
+    return a
+
+
+cdef adopted *_insert(backend_state *b, const tcpha_flow *flow) noexcept nogil:
+    """NULL if maxclients is reached."""
+    cdef adopted *a = b.free_list
+    cdef adopted **head
+    if a == NULL:
+        return NULL
+    b.free_list = a.next
+    a.flow = flow[0]
+    a.over = a.adopting = a.recheck = False
+    head = _bucket(b, flow)
+    a.next = head[0]
+    head[0] = a
+    b.live += 1
+    return a
+
+
+cdef void _remove(backend_state *b, adopted *a) noexcept nogil:
+    cdef adopted **at = _bucket(b, &a.flow)
+    while at[0] != a:
+        at = &at[0].next
+    at[0] = a.next
+    a.next = b.free_list
+    b.free_list = a
+    b.live -= 1
+
+
+cdef bint _tell_closed(backend_state *b, worker *w, adopted *a, uint32_t how) noexcept nogil:
+    """CLOSED to the front end: on the link that the handoff came by, so that it cannot overtake
+    ADOPTED, or on another one if that is gone. False: there is none."""
+    cdef uint8_t buf[MSG_CLOSED_SIZE]
+    cdef uint32_t i, n = message_closed(buf, a.id, &a.flow, how)
+    cdef link *l = &b.c.links[a.link]
+    if l.gen == a.link_gen and link_put(b.c, w, l, buf, n, NULL, 0) == 0:
+        return True
+    for i in range(MAX_LINKS):
+        l = &b.c.links[i]
+        if l.state == LINK_UP and l.peer == a.peer and link_put(b.c, w, l, buf, n, NULL, 0) == 0:
+            return True
+    return False
+
+
+cdef void _ended(backend_state *b, worker *w, adopted *a, uint32_t how) noexcept nogil:
+    """A connection is over. b.lock is held."""
+    if not a.over:
+        add64(&b.n.closed, 1)
+        say_flow(b.c, 2, &a.flow, b"closed")
+    if _tell_closed(b, w, a, how):
+        _remove(b, a)
+    else:
+        a.over = True  # told when the front end is back
+
+
+cdef void _check_all(backend_state *b, worker *w) noexcept nogil:
+    """Look at each connection: after lost reports, or when a front end is back."""
+    cdef uint32_t i
+    cdef int owner
+    cdef adopted *a
+    cdef adopted *following
+    for i in range(b.mask + 1):
+        pthread_mutex_lock(&b.lock)
+        a = b.buckets[i]
+        while a != NULL:
+            following = a.next
+            if a.adopting:
+                a.recheck = True
+                a = following
+                continue
+            owner = b.dp.alive(b.dp.self, w.index, &a.flow)
+            if a.over or owner != DP_ALIVE:
+                _ended(b, w, a, END_TIME_WAIT if owner == DP_TIME_WAIT else END_GONE)
+            a = following
+        pthread_mutex_unlock(&b.lock)
+
+
+# Messages
+
+cdef void _keep_leftover(backend_state *b, message *m) noexcept nogil:
+    cdef leftover *p = <leftover *>malloc(sizeof(leftover) + m.snap.len)
+    if p == NULL:
+        say_flow(b.c, 0, &m.snap.flow, b"out of memory: request bytes are lost")
+        return
+    p.snap = m.snap
+    memcpy(p.data, m.data, m.snap.len)
+    add64(&b.n.late, 1)
+    pthread_mutex_lock(&b.feed_lock)
+    p.next = b.leftovers
+    b.leftovers = p
+    pthread_mutex_unlock(&b.feed_lock)
+
+
+cdef void _claim(backend_state *b, worker *w, link *l, message *m) noexcept nogil:
+    """A connection that an earlier run of ours adopted: watch it again, or say that it is over."""
+    cdef adopted a
+    cdef adopted *p
+    cdef int owner = b.dp.alive(b.dp.self, w.index, &m.snap.flow)
+    pthread_mutex_lock(&b.lock)
+    p = _find(b, &m.snap.flow)
+    if p == NULL and owner == DP_ALIVE:
+        p = _insert(b, &m.snap.flow)
+        if p != NULL:
+            _set_origin(b, p, l, m.id)
+    elif p == NULL:
+        a.flow = m.snap.flow
+        _set_origin(b, &a, l, m.id)
+        _tell_closed(b, w, &a, END_TIME_WAIT if owner == DP_TIME_WAIT else END_GONE)
+    pthread_mutex_unlock(&b.lock)
+
+
+cdef void _set_origin(backend_state *b, adopted *a, link *l, uint64_t id) noexcept nogil:
+    a.id = id
+    a.since_ns = now_ns()
+    a.link = <uint32_t>(l - b.c.links)
+    a.link_gen = l.gen
+    a.peer = l.peer
+
+
+cdef void _adopted(backend_state *b, worker *w, message *m) noexcept nogil:
+    """The socket exists: from now on reports of its end count, and one that came is looked into."""
+    cdef adopted *a
+    cdef bint again = False
+    pthread_mutex_lock(&b.lock)
+    a = _find(b, &m.snap.flow)
+    if a != NULL and a.id == m.id:
+        a.adopting = False
+        again = a.recheck
+    pthread_mutex_unlock(&b.lock)
+    if again:
+        _check(b, w, &m.snap.flow)
+
+
+cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
+    cdef backend_state *b = <backend_state *>c.role
+    cdef uint8_t buf[MSG_REFUSED_SIZE]
+    cdef adopted *a
+    cdef int rc
+    cdef uint64_t now = now_ns()
+    if m.type == MSG_OWNED:
+        _claim(b, w, l, m)
+        return 0
+    if m.type != MSG_HANDOFF:
+        return -1
+    if <int64_t>(now - m.sent_ns) - min(l.delta_ns, l.delta_prev_ns) > <int64_t>b.stale_ns:
+        rc = REFUSE_STALE  # the front end has given up on it, or is about to
+    else:
+        # In the table before the socket exists: its end may be reported at any moment after.
+        pthread_mutex_lock(&b.lock)
+        a = _find(b, &m.snap.flow)
+        if a != NULL:
+            _ended(b, w, a, END_GONE)  # the client could not have connected anew otherwise
+            if a.over:
+                _remove(b, a)
+        a = NULL if b.unloading else _insert(b, &m.snap.flow)
+        if a == NULL and not b.unloading and now - b.reaped_ns > REAP_NS:
+            # reports of ended connections lag behind under load: look before refusing
+            b.reaped_ns = now
+            pthread_mutex_unlock(&b.lock)
+            _check_all(b, w)
+            pthread_mutex_lock(&b.lock)
+            a = _insert(b, &m.snap.flow)
+        if a != NULL:
+            _set_origin(b, a, l, m.id)
+            a.adopting = True
+        pthread_mutex_unlock(&b.lock)
+        if a == NULL:
+            rc = REFUSE_FULL
+        else:
+            rc = b.dp.adopt(b.dp.self, w.index, &m.snap, m.data)
+            if rc == DP_MORE:
+                _keep_leftover(b, m)
+                rc = 0
+            if rc != 0:
+                pthread_mutex_lock(&b.lock)
+                a = _find(b, &m.snap.flow)
+                if a != NULL and a.id == m.id:
+                    _remove(b, a)
+                pthread_mutex_unlock(&b.lock)
+    if rc == 0:
+        add64(&b.n.adopted, 1)
+        say_flow(c, 2, &m.snap.flow, b"adopted")
+        link_put(c, w, l, buf, message_short(buf, MSG_ADOPTED, m.id), NULL, 0)
+        _adopted(b, w, m)  # behind ADOPTED: CLOSED must not overtake it
+    else:
+        add64(&b.n.refused[rc & 15], 1)
+        say_flow(c, 1, &m.snap.flow, b"refused")
+        say_number(c, 1, b"refused handoff %ld, reason %ld", <long>m.id, rc)
+        link_put(c, w, l, buf, message_refused(buf, m.id, rc), NULL, 0)
+    return 0
+
+
+# The end of connections
+
+cdef void _check(backend_state *b, worker *w, const tcpha_flow *flow) noexcept nogil:
+    cdef adopted *a
+    cdef int owner
+    pthread_mutex_lock(&b.lock)
+    a = _find(b, flow)
+    if a != NULL and a.adopting:
+        a.recheck = True  # perhaps the end of an earlier connection on the same 4-tuple
+    elif a != NULL and not a.over:
+        owner = b.dp.alive(b.dp.self, w.index, flow)
+        if owner != DP_ALIVE:
+            _ended(b, w, a, END_TIME_WAIT if owner == DP_TIME_WAIT else END_GONE)
+    pthread_mutex_unlock(&b.lock)
+
+
+cdef void _on_netlink(backend_state *b, worker *w) noexcept nogil:
+    cdef ssize_t n
+    cdef uint8_t *p
+    cdef nlmsghdr *h
+    cdef inet_diag_msg *d
+    cdef tcpha_flow flow
+    cdef bint lost = False
+    while True:
+        n = recv(b.netlink_fd, w.scratch, SCRATCH, MSG_DONTWAIT)
+        if n < 0:
+            if errno == ENOBUFS:
+                lost = True
+                continue
+            if errno == EINTR:
+                continue
+            break
+        p = w.scratch
+        while n >= <ssize_t>(NLMSG_HDRLEN + sizeof(inet_diag_msg)):
+            h = <nlmsghdr *>p
+            if h.nlmsg_len < NLMSG_HDRLEN + sizeof(inet_diag_msg) or h.nlmsg_len > n:
+                break
+            d = <inet_diag_msg *>(p + NLMSG_HDRLEN)
+            if _flow_of(d, &flow) and memcmp(flow.vaddr, b.vaddr, 16) == 0:
+                _check(b, w, &flow)
+            p += (h.nlmsg_len + 3) & ~3u
+            n -= (h.nlmsg_len + 3) & ~3u
+    if lost:
+        add64(&b.n.resyncs, 1)
+        _check_all(b, w)
+
+
+cdef bint _flow_of(const inet_diag_msg *d, tcpha_flow *flow) noexcept nogil:
+    """The flow of a socket; its local end is the VIP. IPv6 sockets may hold v4-mapped ones."""
+    if d.idiag_family == 2:  # AF_INET
+        memset(flow, 0, sizeof(tcpha_flow))
+        flow.vaddr[10] = flow.vaddr[11] = flow.caddr[10] = flow.caddr[11] = 0xff
+        memcpy(flow.vaddr + 12, d.id.idiag_src, 4)
+        memcpy(flow.caddr + 12, d.id.idiag_dst, 4)
+    elif d.idiag_family == 10:  # AF_INET6
+        memcpy(flow.vaddr, d.id.idiag_src, 16)
+        memcpy(flow.caddr, d.id.idiag_dst, 16)
+    else:
+        return False
+    flow.vport = d.id.idiag_sport
+    flow.cport = d.id.idiag_dport
+    return True
+
+
+cdef void _on_event(core *c, worker *w, int kind, uint32_t index, uint32_t gen,
+                    uint32_t events) noexcept nogil:
+    if kind == EV_NETLINK:
+        _on_netlink(<backend_state *>c.role, w)
+
+
+cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
+    """Feed sockets that had no room."""
+    cdef backend_state *b = <backend_state *>c.role
+    cdef leftover **at
+    cdef leftover *p
+    if b.leftovers == NULL or pthread_mutex_trylock(&b.feed_lock) != 0:
+        return
+    at = &b.leftovers
+    while at[0] != NULL:
+        p = at[0]
+        if b.dp.feed(b.dp.self, w.index, &p.snap, p.data) == 0:
+            at[0] = p.next
+            free(p)
+        else:
+            at = &p.next
+    pthread_mutex_unlock(&b.feed_lock)
+
+
+cdef void _on_link_down(core *c, worker *w, link *l) noexcept nogil:
+    pass
+
+
+cdef void _on_retire(core *c, worker *w) noexcept nogil:
+    pass
+
+
+cdef class BackEnd(Core):
+    """The back end's shared state.
+
+    maxclients: adopted connections alive at one time; stale: seconds after which an offer is too
+    old to be adopted.
+    """
+
+    def __cinit__(self, uint32_t maxclients, double stale=2.0):
+        cdef uint32_t i, size = 16
+        if not 0 < maxclients <= 1 << 24:
+            raise ValueError("maxclients out of range")
+        self.b = <backend_state *>calloc(1, sizeof(backend_state))
+        if self.b == NULL:
+            raise MemoryError
+        while size < maxclients:
+            size *= 2
+        self.b.mask = size - 1
+        self.b.max = maxclients
+        self.b.pool = <adopted *>calloc(maxclients, sizeof(adopted))
+        self.b.buckets = <adopted **>calloc(size, sizeof(adopted *))
+        if self.b.pool == NULL or self.b.buckets == NULL:
+            raise MemoryError
+        for i in range(maxclients):
+            self.b.pool[i].next = self.b.free_list
+            self.b.free_list = &self.b.pool[i]
+        pthread_mutex_init(&self.b.lock, NULL)
+        pthread_mutex_init(&self.b.feed_lock, NULL)
+        self.b.c = self.c
+        self.b.stale_ns = <uint64_t>(stale * 1e9)
+        self.b.netlink_fd = -1
+        self.c.role = self.b
+        self.c.on_event = _on_event
+        self.c.on_message = _on_message
+        self.c.on_link_down = _on_link_down
+        self.c.on_timer = _on_timer
+        self.c.on_retire = _on_retire
+        self._open(20)
+
+    def __dealloc__(self):
+        cdef leftover *p
+        if self.b == NULL:
+            return
+        while self.b.leftovers != NULL:
+            p = self.b.leftovers
+            self.b.leftovers = p.next
+            free(p)
+        pthread_mutex_destroy(&self.b.lock)
+        pthread_mutex_destroy(&self.b.feed_lock)
+        free(self.b.pool)
+        free(self.b.buckets)
+        free(self.b)
+
+    def start(self, datapath, str vaddr):
+        """Begin to watch for the end of connections, over an opened datapath."""
+        cdef BeDatapath d = datapath
+        self.datapath = d
+        self.b.dp = d.table
+        address_bytes(vaddr, self.b.vaddr)
+        nl = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 4)  # SOCK_DIAG
+        nl.setsockopt(socket.SOL_SOCKET, 33, 8 << 20)  # SO_RCVBUFFORCE
+        nl.bind((0, 1))  # SKNLGRP_INET_TCP_DESTROY
+        nl.setblocking(False)
+        self.fds["netlink"] = self.b.netlink_fd = nl.detach()
+        watch(self.c, EPOLL_CTL_ADD, self.b.netlink_fd, EPOLLIN | EPOLLET, EV_NETLINK, 0, 0)
+
+    def refuse_all(self):
+        """Adopt nothing more (FULL is the answer); what lives goes on."""
+        self.b.unloading = 1
+
+    def check_all(self):
+        """Tell front ends of connections that ended while they were away."""
+        cdef worker *w = self.outsider()
+        with nogil:
+            _check_all(self.b, w)
+            self.flush_outsider()
+
+    def counters(self):
+        cdef be_counters *n = &self.b.n
+        from tcpha._fast.message import REFUSALS
+        out = {"adopted": n.adopted, "closed": n.closed, "live": self.b.live,
+               "refused": sum([n.refused[i] for i in range(16)]), "late_feeds": n.late,
+               "resyncs": n.resyncs}
+        out["refusals"] = {REFUSALS[i]: n.refused[i] for i in range(16)
+                           if n.refused[i] and i in REFUSALS}
+        return out
+
+    def flows(self):
+        """Adopted connections, one dict each."""
+        cdef uint32_t i
+        cdef adopted *a
+        cdef uint64_t now = now_ns()
+        cdef tcpha_flow flow
+        out = []
+        pthread_mutex_lock(&self.b.lock)
+        for i in range(self.b.mask + 1):
+            a = self.b.buckets[i]
+            while a != NULL:
+                out.append(((<char *>&a.flow)[:sizeof(tcpha_flow)], a.id, a.since_ns, a.peer))
+                a = a.next
+        pthread_mutex_unlock(&self.b.lock)
+        rows = []
+        for raw, id, since, peer in out:
+            memcpy(&flow, <const char *>raw, sizeof(tcpha_flow))
+            rows.append({"client": address_text(flow.caddr), "port": ntohs(flow.cport),
+                         "vaddr": address_text(flow.vaddr), "vport": ntohs(flow.vport), "id": id,
+                         "age": (now - <uint64_t>since) / 1e9, "frontend": peer})
+        return rows

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+from libc.stdint cimport uint32_t, uint64_t
+
+
+cdef extern from "<bpf/bpf.h>" nogil:
+    enum:
+        BPF_ANY
+        BPF_NOEXIST
+        BPF_EXIST
+    int bpf_map_update_elem(int fd, const void *key, const void *value, uint64_t flags)
+    int bpf_map_lookup_elem(int fd, const void *key, void *value)
+    int bpf_map_delete_elem(int fd, const void *key)
+    int bpf_map_lookup_batch(int fd, void *in_batch, void *out_batch, void *keys, void *values,
+                             uint32_t *count, const void *opts)
+
+
+cdef class Object:
+    cdef void *obj
+    cdef dict links
+    cdef int map_fd(self, str name) except -1
+    cdef void *map_memory(self, str name, size_t size) except NULL

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""BPF objects, maps and tc filters, through libbpf. Errors are BpfError with libbpf's own words."""
+import os
+
+from libc.stdint cimport uint32_t
+from libc.string cimport memset
+
+cdef extern from "<stdarg.h>" nogil:
+    ctypedef struct va_list:
+        pass
+
+cdef extern from "<stdio.h>" nogil:
+    int vsnprintf(char *to, size_t n, const char *fmt, va_list ap)
+
+cdef extern from "<sys/mman.h>" nogil:
+    void *mmap(void *addr, size_t n, int prot, int flags, int fd, long offset)
+    enum:
+        PROT_READ
+        PROT_WRITE
+        MAP_SHARED
+    void *MAP_FAILED
+
+cdef extern from "<bpf/btf.h>" nogil:
+    struct btf:
+        pass
+    btf *btf__load_vmlinux_btf()
+    int btf__find_by_name_kind(const btf *b, const char *name, uint32_t kind)
+    void btf__free(btf *b)
+    enum:
+        BTF_KIND_FUNC
+
+cdef extern from "<bpf/libbpf.h>" nogil:
+    enum libbpf_print_level:
+        LIBBPF_DEBUG
+    ctypedef int (*libbpf_print_fn_t)(libbpf_print_level level, const char *fmt, va_list ap)
+    libbpf_print_fn_t libbpf_set_print(libbpf_print_fn_t fn)
+    struct bpf_object:
+        pass
+    struct bpf_map:
+        pass
+    struct bpf_program:
+        pass
+    struct bpf_tc_hook:
+        size_t sz
+        int ifindex
+        int attach_point
+    struct bpf_tc_opts:
+        size_t sz
+        int prog_fd
+        uint32_t flags
+        uint32_t prog_id
+        uint32_t handle
+        uint32_t priority
+    enum:
+        BPF_TC_INGRESS
+        BPF_TC_F_REPLACE
+    bpf_object *bpf_object__open_file(const char *path, const void *opts)
+    int bpf_object__load(bpf_object *obj)
+    void bpf_object__close(bpf_object *obj)
+    bpf_map *bpf_object__find_map_by_name(const bpf_object *obj, const char *name)
+    bpf_program *bpf_object__find_program_by_name(const bpf_object *obj, const char *name)
+    int bpf_map__fd(const bpf_map *m)
+    int bpf_map__set_max_entries(bpf_map *m, uint32_t n)
+    int bpf_map__set_initial_value(bpf_map *m, const void *data, size_t n)
+    int bpf_program__fd(const bpf_program *p)
+    int bpf_tc_hook_create(bpf_tc_hook *hook)
+    int bpf_tc_attach(const bpf_tc_hook *hook, bpf_tc_opts *opts)
+    int libbpf_num_possible_cpus()
+
+
+class BpfError(OSError):
+    """The kernel or libbpf refused; the message holds the reason."""
+
+
+# What libbpf said last. Loading happens in one thread, at start.
+cdef char LAST[65536]
+cdef size_t LAST_LEN = 0
+
+
+cdef int _listen(libbpf_print_level level, const char *fmt, va_list ap) noexcept nogil:
+    global LAST_LEN
+    cdef int n
+    if level == LIBBPF_DEBUG or LAST_LEN + 1 >= sizeof(LAST):
+        return 0
+    n = vsnprintf(LAST + LAST_LEN, sizeof(LAST) - LAST_LEN, fmt, ap)
+    if n > 0:
+        LAST_LEN = min(LAST_LEN + <size_t>n, sizeof(LAST) - 1)
+    return n
+
+
+libbpf_set_print(_listen)
+
+
+cdef str _said():
+    """The telling line of what libbpf printed since the last call."""
+    global LAST_LEN
+    lines = [x.strip() for x in LAST[:LAST_LEN].decode(errors="replace").splitlines() if x.strip()]
+    LAST_LEN = 0
+    if not lines:
+        return ""
+    for word in ("not found", "incompatible", "invalid", "unknown func"):
+        for line in lines:
+            if word in line:
+                return line
+    return lines[0]
+
+
+cdef _check(long rc, what):
+    if rc < 0:
+        reason = _said()
+        raise BpfError(-rc, f"{what}: {os.strerror(-rc)}" + (f" ({reason})" if reason else ""))
+    return rc
+
+
+def kernel_has_function(str name):
+    """Whether the running kernel's BTF names a function: True, False, or None without BTF."""
+    cdef btf *b = btf__load_vmlinux_btf()
+    cdef int rc
+    cdef bytes raw = name.encode()
+    if b == NULL:
+        _said()
+        return None
+    rc = btf__find_by_name_kind(b, raw, BTF_KIND_FUNC)
+    btf__free(b)
+    return rc > 0
+
+
+cdef class Object:
+    """A BPF object file, loaded into the kernel.
+
+    rodata: initial bytes of the program's constants; max_entries: {map name: size}.
+    """
+
+    def __cinit__(self, str path, bytes rodata=b"", dict max_entries=None):
+        cdef bpf_object *obj
+        cdef bpf_map *m
+        cdef bytes raw = os.fsencode(path)
+        self.obj = NULL
+        self.links = {}
+        obj = bpf_object__open_file(raw, NULL)
+        if obj == NULL:
+            raise BpfError(2, f"{path}: cannot be opened as a BPF object ({_said()})")
+        self.obj = obj
+        if rodata:
+            m = bpf_object__find_map_by_name(obj, b".rodata.conf")
+            if m == NULL:
+                raise BpfError(2, f"{path}: no constants")
+            _check(bpf_map__set_initial_value(m, <const char *>rodata, len(rodata)), path)
+        for name, size in (max_entries or {}).items():
+            m = bpf_object__find_map_by_name(obj, name.encode())
+            if m == NULL:
+                raise BpfError(2, f"{path}: no map {name}")
+            _check(bpf_map__set_max_entries(m, size), name)
+        _check(bpf_object__load(obj), f"{os.path.basename(path)} does not load")
+        _said()
+
+    def __dealloc__(self):
+        if self.obj != NULL:
+            bpf_object__close(<bpf_object *>self.obj)
+
+    cdef int map_fd(self, str name) except -1:
+        cdef bpf_map *m = bpf_object__find_map_by_name(<bpf_object *>self.obj, name.encode())
+        if m == NULL:
+            raise BpfError(2, f"no map {name}")
+        return bpf_map__fd(m)
+
+    cdef void *map_memory(self, str name, size_t size) except NULL:
+        """A BPF_F_MMAPABLE map's values, mapped for the life of the process."""
+        cdef void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, self.map_fd(name), 0)
+        if p == MAP_FAILED:
+            raise BpfError(12, f"cannot map {name} into memory")
+        return p
+
+    def program_fd(self, str name):
+        cdef bytes raw = name.encode()
+        cdef bpf_program *p = bpf_object__find_program_by_name(<bpf_object *>self.obj, raw)
+        if p == NULL:
+            raise BpfError(2, f"no program {name}")
+        return bpf_program__fd(p)
+
+
+def possible_cpus():
+    return libbpf_num_possible_cpus()
+
+
+def tc_attach(int ifindex, int prog_fd, uint32_t priority, uint32_t handle):
+    """Attach a program to an interface's tc ingress; a clsact qdisc is made if there is none.
+    A filter at the same place is replaced. True: the qdisc is ours."""
+    cdef bpf_tc_hook hook
+    cdef bpf_tc_opts opts
+    cdef int rc
+    memset(&hook, 0, sizeof(hook))
+    memset(&opts, 0, sizeof(opts))
+    hook.sz = sizeof(hook)
+    hook.ifindex = ifindex
+    hook.attach_point = BPF_TC_INGRESS
+    rc = bpf_tc_hook_create(&hook)
+    if rc < 0 and rc != -17:  # EEXIST
+        _check(rc, f"clsact qdisc on interface {ifindex}")
+    _said()
+    opts.sz = sizeof(opts)
+    opts.prog_fd = prog_fd
+    opts.handle = handle
+    opts.priority = priority
+    opts.flags = BPF_TC_F_REPLACE
+    _check(bpf_tc_attach(&hook, &opts), f"tc filter on interface {ifindex}")
+    return rc == 0

@@ -1,0 +1,484 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The event loop that the workers of both roles share, and the control connections.
+
+All workers wait on one epoll instance, so that a slow client occupies none of them and any of them
+may go. Memory that Python replaces (rules, links) is freed only after each worker has passed a
+point where it holds nothing: see Core.quiesce().
+"""
+import os
+import threading
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdio cimport snprintf
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcpy, memmove
+
+from tcpha._fast.defs cimport TCPHA_MAX_OPS, tcpha_flow
+from tcpha._fast.message cimport (MSG_HANDOFF, MSG_PING, MSG_PONG, message, message_decode,
+                                  message_short)
+from tcpha._fast.packet cimport flow_text
+from tcpha._fast.sys cimport (
+    EAGAIN, EINTR, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT,
+    EPOLLRDHUP, MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RDWR, add32, add64, epoll_ctl, epoll_event,
+    epoll_wait, errno, load32, load64, now_ns, pthread_mutex_destroy, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_unlock, read, recv, send, shutdown, store32, store64, write,
+    xchg32)
+
+cdef uint64_t DELTA_WINDOW = 30000000000  # ns
+cdef enum:
+    EVENTS = 64
+
+
+cdef uint64_t event_data(int kind, uint32_t index, uint32_t gen) noexcept nogil:
+    return (<uint64_t>kind << 56) | (<uint64_t>(gen & 0xffffff) << 32) | index
+
+
+cdef int watch(core *c, int op, int fd, uint32_t events, int kind, uint32_t index,
+               uint32_t gen) noexcept nogil:
+    cdef epoll_event ev
+    ev.events = events
+    ev.data.u64 = event_data(kind, index, gen)
+    return epoll_ctl(c.epfd, op, fd, &ev)
+
+
+cdef void say(core *c, uint32_t level, const char *text) noexcept nogil:
+    """Log a line if dbglevel is at least level. Never blocks: a full pipe loses the line."""
+    cdef char line[512]
+    cdef int n
+    if level > c.dbglevel:
+        return
+    n = snprintf(line, sizeof(line), b"%u%s\n", level, text)
+    if n >= <int>sizeof(line):
+        n = sizeof(line)
+        line[n - 1] = c'\n'
+    if write(c.log_fd, line, n) < 0:
+        add32(&c.log_lost, 1)
+
+
+cdef void say_flow(core *c, uint32_t level, const tcpha_flow *flow,
+                   const char *text) noexcept nogil:
+    cdef char line[256]
+    cdef int n
+    if level > c.dbglevel:
+        return
+    n = flow_text(flow, line, sizeof(line))
+    snprintf(line + n, sizeof(line) - n, b": %s", text)
+    say(c, level, line)
+
+
+cdef void say_number(core *c, uint32_t level, const char *fmt, long a, long b) noexcept nogil:
+    """fmt takes two longs (%ld)."""
+    cdef char line[256]
+    if level > c.dbglevel:
+        return
+    snprintf(line, sizeof(line), fmt, a, b)
+    say(c, level, line)
+
+
+cdef void notice(core *c) noexcept nogil:
+    """Wake Python's supervisor."""
+    cdef uint64_t one = 1
+    write(c.notice_fd, &one, 8)
+
+
+cdef void _flush(core *c, worker *w, link *l) noexcept nogil:
+    """Send what is queued, as far as the socket takes it; EPOLLOUT brings us back for the rest."""
+    cdef ssize_t n
+    cdef bint broken = False
+    pthread_mutex_lock(&l.lock)
+    while l.state == LINK_UP and l.out_sent < l.out_len:
+        n = send(l.fd, l.out + l.out_sent, l.out_len - l.out_sent, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if n > 0:
+            l.out_sent += <uint32_t>n
+        elif errno == EINTR:
+            continue
+        else:
+            broken = errno != EAGAIN
+            break
+    if l.out_sent == l.out_len:
+        l.out_sent = l.out_len = 0
+    pthread_mutex_unlock(&l.lock)
+    if broken:
+        link_break(c, w, l)
+
+
+cdef int link_put(core *c, worker *w, link *l, const uint8_t *a, uint32_t an, const uint8_t *b,
+                  uint32_t bn) noexcept nogil:
+    """Queue a message made of two parts. It leaves when the worker has handled its batch of events,
+    with all others of the batch. 0, or -1: the link is down or its queue is full."""
+    cdef uint32_t need, cap, i
+    cdef uint8_t *grown
+    cdef bint ok = False
+    pthread_mutex_lock(&l.lock)
+    if l.state == LINK_UP:
+        if l.out_sent and l.out_sent * 2 >= l.out_len:
+            memmove(l.out, l.out + l.out_sent, l.out_len - l.out_sent)
+            l.out_len -= l.out_sent
+            l.out_sent = 0
+        need = l.out_len + an + bn
+        cap = l.out_cap
+        if need > cap and need <= LINK_OUT_MAX:
+            while cap < need:
+                cap *= 2
+            grown = <uint8_t *>realloc(l.out, cap)
+            if grown != NULL:
+                l.out = grown
+                l.out_cap = cap
+        if need <= l.out_cap:
+            memcpy(l.out + l.out_len, a, an)
+            if bn:
+                memcpy(l.out + l.out_len + an, b, bn)
+            l.out_len = need
+            ok = True
+    pthread_mutex_unlock(&l.lock)
+    if not ok:
+        return -1
+    for i in range(w.ndirty):
+        if w.dirty[i] == l:
+            return 0
+    if w.ndirty == MAX_DIRTY:
+        _flush_dirty(c, w)
+    w.dirty[w.ndirty] = l
+    w.ndirty += 1
+    return 0
+
+
+cdef void _flush_dirty(core *c, worker *w) noexcept nogil:
+    while w.ndirty:
+        w.ndirty -= 1
+        _flush(c, w, w.dirty[w.ndirty])
+
+
+cdef void link_break(core *c, worker *w, link *l) noexcept nogil:
+    """Take a link out of use. Whoever comes first tells the role; Python closes the descriptor."""
+    cdef bint first
+    pthread_mutex_lock(&l.lock)
+    first = l.state == LINK_UP
+    if first:
+        l.state = LINK_DOWN
+    pthread_mutex_unlock(&l.lock)
+    if not first:
+        return
+    epoll_ctl(c.epfd, EPOLL_CTL_DEL, l.fd, NULL)
+    shutdown(l.fd, SHUT_RDWR)
+    c.on_link_down(c, w, l)
+    notice(c)
+
+
+cdef void _learn_delta(link *l, uint64_t now, uint64_t sent) noexcept nogil:
+    """Track the smallest difference of the clocks: what lies above it is delay on the way. Two
+    windows, because clocks drift."""
+    cdef int64_t delta = <int64_t>(now - sent)
+    if now - l.delta_since_ns > DELTA_WINDOW:
+        l.delta_prev_ns = l.delta_ns
+        l.delta_ns = delta
+        l.delta_since_ns = now
+    elif delta < l.delta_ns:
+        l.delta_ns = delta
+
+
+cdef void _read_link(core *c, worker *w, link *l) noexcept nogil:
+    cdef ssize_t got
+    cdef int used
+    cdef uint32_t at
+    cdef message m
+    cdef uint8_t pong[16]
+    while l.state == LINK_UP:
+        got = recv(l.fd, l.buf + l.buf_len, LINK_IN - l.buf_len, MSG_DONTWAIT)
+        if got < 0:
+            if errno == EINTR:
+                continue
+            if errno != EAGAIN:
+                link_break(c, w, l)
+            return
+        if got == 0:
+            link_break(c, w, l)
+            return
+        l.buf_len += <uint32_t>got
+        l.last_rx_ns = now_ns()
+        at = 0
+        while l.state == LINK_UP:
+            used = message_decode(l.buf + at, l.buf_len - at, &m)
+            if used < 0:
+                say(c, 0, b"malformed message on a control connection: closing it")
+                link_break(c, w, l)
+                return
+            if used == 0:
+                break
+            at += <uint32_t>used
+            if m.type == MSG_PING:
+                _learn_delta(l, l.last_rx_ns, m.id)
+                link_put(c, w, l, pong, message_short(pong, MSG_PONG, m.id), NULL, 0)
+            elif m.type == MSG_HANDOFF:
+                _learn_delta(l, l.last_rx_ns, m.sent_ns)
+            if m.type != MSG_PING and m.type != MSG_PONG and c.on_message(c, w, l, &m) < 0:
+                say(c, 0, b"unexpected message on a control connection: closing it")
+                link_break(c, w, l)
+                return
+        if at:
+            l.buf_len -= at
+            memmove(l.buf, l.buf + at, l.buf_len)
+        _flush_dirty(c, w)  # the peer waits for the answers: do not hold them for the next batch
+
+
+cdef void _on_link(core *c, worker *w, uint32_t index, uint32_t gen,
+                   uint32_t events) noexcept nogil:
+    cdef link *l = &c.links[index]
+    if l.state != LINK_UP or (l.gen & 0xffffff) != gen:
+        return
+    if events & EPOLLOUT:
+        _flush(c, w, l)
+    if events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+        # one reader at a time; who comes second makes the first look again
+        if add32(&l.readers, 1) == 1:
+            while True:
+                store32(&l.readers, 1)
+                _read_link(c, w, l)
+                if add32(&l.readers, -1) == 0:
+                    break
+
+
+cdef void _loop(core *c, worker *w) noexcept nogil:
+    cdef epoll_event ev[EVENTS]
+    cdef uint64_t data, count
+    cdef int n, i, kind
+    cdef bint retire = False
+    while not retire:
+        n = epoll_wait(c.epfd, ev, EVENTS, -1)
+        store64(&w.epoch, load64(&c.epoch))
+        w.busy = 1
+        for i in range(n):
+            data = ev[i].data.u64
+            kind = <int>(data >> 56)
+            if kind == EV_LINK:
+                _on_link(c, w, <uint32_t>data, <uint32_t>(data >> 32) & 0xffffff, ev[i].events)
+            elif kind == EV_WAKE:
+                if load32(&c.stopping) or read(c.wake_fd, &count, 8) == 8:
+                    retire = True  # after this batch
+            elif kind == EV_TIMER:
+                if read(c.timer_fd, &count, 8) == 8:
+                    c.on_timer(c, w, now_ns())
+            else:
+                c.on_event(c, w, kind, <uint32_t>data, <uint32_t>(data >> 32) & 0xffffff,
+                           ev[i].events)
+        _flush_dirty(c, w)
+        w.busy = 0
+        store64(&w.epoch, 0)
+
+
+cdef class Core:
+    """What Python holds of the shared state. The roles derive from it.
+
+    timer_ms: period of the timer that checks deadlines.
+    """
+
+    def __cinit__(self, *args, **kwargs):
+        cdef int i
+        self.c = <core *>calloc(1, sizeof(core))
+        if self.c == NULL:
+            raise MemoryError
+        self.c.epoch = 1
+        self.c.epfd = self.c.wake_fd = self.c.timer_fd = self.c.log_fd = self.c.notice_fd = -1
+        for i in range(MAX_LINKS):
+            pthread_mutex_init(&self.c.links[i].lock, NULL)
+        self.fds = {}
+
+    def _open(self, int timer_ms):
+        import ctypes
+        libc = ctypes.CDLL(None, use_errno=True)
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(writer, False)
+        self.log_file = os.fdopen(reader, "rb")
+        self.fds["log"] = writer
+        self.c.log_fd = writer
+        epfd = libc.epoll_create1(os.O_CLOEXEC)
+        timer = libc.timerfd_create(1, os.O_NONBLOCK | os.O_CLOEXEC)  # CLOCK_MONOTONIC
+        period = (ctypes.c_long * 4)(0, timer_ms * 1000000, 0, timer_ms * 1000000)
+        if epfd < 0 or timer < 0 or libc.timerfd_settime(timer, 0, period, None) < 0:
+            raise OSError(ctypes.get_errno(), "cannot create epoll or timer")
+        self.fds["epoll"] = self.c.epfd = epfd
+        self.fds["timer"] = self.c.timer_fd = timer
+        self.fds["wake"] = self.c.wake_fd = os.eventfd(
+            0, os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.fds["notice"] = self.c.notice_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        watch(self.c, EPOLL_CTL_ADD, self.c.wake_fd, EPOLLIN, EV_WAKE, 0, 0)
+        watch(self.c, EPOLL_CTL_ADD, self.c.timer_fd, EPOLLIN | EPOLLET, EV_TIMER, 0, 0)
+
+    def __dealloc__(self):
+        cdef int i
+        if self.c == NULL:
+            return
+        for i in range(MAX_LINKS):
+            free(self.c.links[i].out)
+            free(self.c.links[i].buf)
+            pthread_mutex_destroy(&self.c.links[i].lock)
+        free(self.c.outside.scratch)
+        free(self.c)
+
+    def close(self):
+        """Close all descriptors. No worker may be running."""
+        for i in range(MAX_LINKS):
+            if self.c.links[i].state != LINK_FREE:
+                os.close(self.c.links[i].fd)
+                self.c.links[i].state = LINK_FREE
+        for fd in self.fds.values():
+            os.close(fd)
+        self.fds.clear()
+
+    @property
+    def notice_fd(self):
+        """Readable when Python should call links() or the like."""
+        return self.c.notice_fd
+
+    @property
+    def dbglevel(self):
+        return self.c.dbglevel
+
+    @dbglevel.setter
+    def dbglevel(self, uint32_t level):
+        self.c.dbglevel = level
+
+    @property
+    def log_lost(self):
+        return self.c.log_lost
+
+    def log_lines(self):
+        """The pipe of log lines, a binary file: a digit (the level), the text, a newline."""
+        return self.log_file
+
+    # Workers
+
+    def run_worker(self):
+        """Be a worker until retired or stopped. Called in a thread of its own."""
+        cdef worker *w = NULL
+        cdef uint32_t i
+        for i in range(TCPHA_MAX_OPS - 1):
+            if xchg32(&self.c.workers[i].state, 1) == 0:
+                w = &self.c.workers[i]
+                break
+        if w == NULL:
+            raise RuntimeError("too many workers")
+        w.index = i
+        w.ndirty = 0
+        w.scratch = <uint8_t *>malloc(SCRATCH)
+        if w.scratch == NULL:
+            store32(&w.state, 0)
+            raise MemoryError
+        with nogil:
+            _loop(self.c, w)
+            self.c.on_retire(self.c, w)
+        free(w.scratch)
+        w.scratch = NULL
+        store32(&w.state, 0)
+
+    def workers(self):
+        """(running, busy): how many there are, how many are handling events right now."""
+        cdef uint32_t i, running = 0, busy = 0
+        for i in range(TCPHA_MAX_OPS):
+            if self.c.workers[i].state:
+                running += 1
+                busy += self.c.workers[i].busy
+        return running, busy
+
+    def retire_worker(self):
+        """Ask one idle worker to leave."""
+        cdef uint64_t one = 1
+        write(self.c.wake_fd, &one, 8)
+
+    def stop_workers(self):
+        """Ask all workers to leave."""
+        cdef uint64_t many = 1 << 20
+        store32(&self.c.stopping, 1)
+        write(self.c.wake_fd, &many, 8)
+
+    def quiesce(self):
+        """Wait until no worker holds what it could see before this call."""
+        cdef uint64_t target = add64(&self.c.epoch, 1), seen
+        cdef uint32_t i
+        waiter = threading.Event()
+        for i in range(TCPHA_MAX_OPS):
+            while True:
+                seen = load64(&self.c.workers[i].epoch)
+                if seen == 0 or seen >= target or not self.c.workers[i].state:
+                    break
+                waiter.wait(0.0005)
+
+    # Control connections
+
+    def add_link(self, sock, uint32_t peer, int64_t delta_ns):
+        """Hand a connected socket over to the workers; HELLO has been exchanged. Returns its index.
+
+        delta_ns: our CLOCK_MONOTONIC less the peer's, as HELLO showed it.
+        """
+        cdef uint32_t i
+        cdef link *l
+        for i in range(MAX_LINKS):
+            if self.c.links[i].state == LINK_FREE:
+                break
+        else:
+            raise RuntimeError("too many control connections")
+        l = &self.c.links[i]
+        if l.buf == NULL:
+            l.buf = <uint8_t *>malloc(LINK_IN)
+            l.out = <uint8_t *>malloc(1 << 16)
+            l.out_cap = 1 << 16
+        if l.buf == NULL or l.out == NULL:
+            raise MemoryError
+        sock.setblocking(False)
+        l.fd = sock.detach()
+        l.gen += 1
+        l.peer = peer
+        l.readers = 0
+        l.buf_len = l.out_len = l.out_sent = 0
+        l.last_rx_ns = l.delta_since_ns = now_ns()
+        l.delta_ns = l.delta_prev_ns = delta_ns
+        store32(&l.state, LINK_UP)
+        watch(self.c, EPOLL_CTL_ADD, l.fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, EV_LINK, i,
+              l.gen)
+        return i
+
+    def links(self):
+        """[(index, peer, up, seconds since the last message), ...] of all links not yet reaped."""
+        cdef uint64_t now = now_ns()
+        out = []
+        for i in range(MAX_LINKS):
+            if self.c.links[i].state != LINK_FREE:
+                out.append((i, self.c.links[i].peer, self.c.links[i].state == LINK_UP,
+                            (now - self.c.links[i].last_rx_ns) / 1e9))
+        return out
+
+    cdef worker *outsider(self) except NULL:
+        """A stand-in for a worker, for calls by Python's supervisor thread (only one at a time)."""
+        if self.c.outside.scratch == NULL:
+            self.c.outside.scratch = <uint8_t *>malloc(SCRATCH)
+            if self.c.outside.scratch == NULL:
+                raise MemoryError
+            self.c.outside.index = TCPHA_MAX_OPS - 1
+        return &self.c.outside
+
+    cdef void flush_outsider(self) noexcept nogil:
+        _flush_dirty(self.c, &self.c.outside)
+        if self.c.outside.role != NULL:
+            self.c.on_retire(self.c, &self.c.outside)
+
+    def break_link(self, uint32_t index):
+        """Close a link (its peer is dead or stalled). What it carried is offered elsewhere."""
+        cdef worker *w = self.outsider()
+        with nogil:
+            link_break(self.c, w, &self.c.links[index])
+            self.flush_outsider()
+
+    def reap_link(self, uint32_t index):
+        """Close a broken link's descriptor and free its place. Call quiesce() before."""
+        if self.c.links[index].state == LINK_DOWN:
+            os.close(self.c.links[index].fd)
+            store32(&self.c.links[index].state, LINK_FREE)
+
+    def ping(self, uint32_t index):
+        """Send a PING on a link; its arrival back shows in links()."""
+        cdef worker *w = self.outsider()
+        cdef uint8_t buf[16]
+        with nogil:
+            link_put(self.c, w, &self.c.links[index], buf, message_short(buf, MSG_PING, now_ns()),
+                     NULL, 0)
+            self.flush_outsider()

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The interface behind which the datapaths stand, as the worker loops call it: without the GIL,
+from any worker at once, each with its own index (below TCPHA_MAX_OPS). 'self' comes first.
+All functions return 0 or a negative number unless said otherwise.
+"""
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from tcpha._fast.defs cimport tcpha_entry, tcpha_flow
+from tcpha._fast.snapshot cimport snapshot
+
+
+cdef enum:
+    DP_GONE = -2           # freeze: the connection is no longer open
+    DP_ALIVE = 1
+    DP_TIME_WAIT = 2
+    DP_MORE = -3           # adopt, feed: the socket has not taken all bytes yet
+
+
+cdef struct fe_datapath:
+    void *self
+    # From now on the flow's packets are kept in user space instead of reaching our stack. 1: an
+    # older flow of the same name was there; it is over, and 'old' is what was known of it.
+    int (*divert)(void *self, const tcpha_flow *flow, tcpha_entry *entry,
+                  tcpha_entry *old) noexcept nogil
+    # Freeze the socket (idempotent) and read its state. s.flow is given; s.len becomes the number
+    # of bytes in the receive queue.
+    int (*freeze)(void *self, uint32_t worker, int fd, snapshot *s) noexcept nogil
+    # Hand the flow to its back end, kept packets first. extra: bytes that our stack took after the
+    # snapshot s, which end at 'now'; they are forged anew for the back end.
+    int (*forward)(void *self, tcpha_entry *entry, const snapshot *now, const uint8_t *extra,
+                   uint32_t extra_len, bint extra_fin) noexcept nogil
+    # Give the flow back to our own stack, kept packets too.
+    int (*give_back)(void *self, const tcpha_flow *flow, uint32_t slot) noexcept nogil
+    # The back end says that the connection ended. 1: it was this handoff's; entry holds its last
+    # state. 0: not known. linger: what the client still sends belongs to a TIME_WAIT socket there.
+    int (*forget)(void *self, const tcpha_flow *flow, uint64_t id, bint linger,
+                  tcpha_entry *entry) noexcept nogil
+    # Remove entries whose lingering is over. Called now and then.
+    void (*sweep)(void *self, uint64_t now) noexcept nogil
+    # Packets of diverted flows wait on the event descriptor.
+    void (*on_packets)(void *self, uint8_t *scratch) noexcept nogil
+
+
+cdef struct be_datapath:
+    void *self
+    # Make the connection a socket in the application's accept queue. 0; DP_MORE: done, but the
+    # socket's receive buffer is full, call feed() later; or a refusal (message.pxd).
+    int (*adopt)(void *self, uint32_t worker, const snapshot *s,
+                 const uint8_t *data) noexcept nogil
+    # Give an adopted socket the bytes that it has not taken. 0: it has all (or is gone), DP_MORE.
+    int (*feed)(void *self, uint32_t worker, const snapshot *s,
+                const uint8_t *data) noexcept nogil
+    # Which socket owns the flow: DP_ALIVE, DP_TIME_WAIT, or 0 for none.
+    int (*alive)(void *self, uint32_t worker, const tcpha_flow *flow) noexcept nogil
+
+
+cdef class FeDatapath:
+    """An opened front-end datapath; the base of each kind."""
+    cdef fe_datapath table
+    cdef int event_fd      # readable when kept packets wait; -1: none
+
+
+cdef class BeDatapath:
+    cdef be_datapath table

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Structs and constants shared with the BPF programs (tcpha/_bpf/tcpha.h)."""
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+
+cdef extern from "tcpha.h" nogil:
+    enum:
+        TCPHA_MAX_BACKENDS
+        TCPHA_MAX_OPS
+        TCPHA_TARGET_MAX
+        TCPHA_ETH_OP
+        TCPHA_MAC_MARK
+        TCPHA_IPID_PLAIN
+        TCPHA_HOLD
+        TCPHA_FORWARD
+        TCPHA_F_FIN
+        TCPHA_F_RST
+        TCPHA_F_CLOSED
+        TCPHA_DIRECT
+        TCPHA_TUNNEL
+        TCPHA_OP_QUERY
+        TCPHA_OP_ADOPT
+        TCPHA_R_NONE
+        TCPHA_R_OK
+        TCPHA_R_NO_LISTENER
+        TCPHA_R_ASSIGN
+        TCPHA_R_NO_SOCKET
+        TCPHA_R_TIME_WAIT
+        TCPHA_R_LIVE
+
+    struct tcpha_flow:
+        uint8_t caddr[16]
+        uint8_t vaddr[16]
+        uint16_t cport
+        uint16_t vport
+
+    struct tcpha_entry:
+        uint64_t id
+        uint64_t start_ns
+        uint64_t last_ns
+        uint64_t packets
+        uint64_t bytes
+        uint32_t state
+        uint32_t backend
+        uint32_t slot
+        uint32_t flags
+        uint32_t rule
+        uint32_t end_seq
+        uint32_t syn_seq
+        uint32_t target_len
+        char target[96]
+
+    struct tcpha_backend:
+        uint32_t ifindex
+        uint32_t mode
+        uint8_t nexthop[16]
+        uint8_t addr[16]
+        uint8_t src[16]
+
+    struct tcpha_op:
+        tcpha_flow flow
+        uint32_t kind
+        uint32_t result
+        int32_t error
+        uint8_t listen_addr[16]
+        uint16_t listen_port
+        uint16_t mss
+        uint8_t snd_wscale
+        uint8_t rcv_wscale
+        uint8_t wscale_ok
+        uint8_t sack_ok
+        uint8_t tstamp_ok
+        uint8_t usec_ts_ok
+        uint8_t ecn_ok
+        uint32_t tsval
+        uint32_t ts_recent
+        uint32_t state
+        uint32_t snd_una
+        uint32_t snd_nxt
+        uint32_t write_seq
+        uint32_t snd_wnd
+        uint32_t rcv_nxt
+        uint32_t rcv_wnd
+        uint32_t copied_seq
+        uint32_t srtt_us
+        uint32_t urgent
+
+    struct tcpha_counters:
+        uint64_t forwarded
+        uint64_t forwarded_bytes
+        uint64_t held
+        uint64_t live_syn
+        uint64_t unreachable
+        uint64_t guarded
+        uint64_t foreign
+        uint64_t decapsulated
+
+    struct tcpha_fe_conf:
+        uint8_t vaddr[16]
+        uint16_t vport
+        uint32_t tap
+
+    struct tcpha_be_conf:
+        uint8_t vaddr[16]
+        uint8_t raddr[16]
+        uint32_t tap

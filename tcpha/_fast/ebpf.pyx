@@ -1,0 +1,660 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Datapath 'ebpf': packets stay in the kernel, nothing is rewritten.
+
+Both sides own a TAP device. A frame written to it has been handled by the BPF program, and if it
+passed by the network stack, when write() returns; that makes it a synchronous call into the kernel
+for look-ups (operation frames) and for adoption (forged segments).
+"""
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcmp, memcpy, memset
+
+from tcpha._fast.bpf cimport (
+    BPF_ANY, BPF_EXIST, BPF_NOEXIST, Object, bpf_map_delete_elem, bpf_map_lookup_batch,
+    bpf_map_lookup_elem, bpf_map_update_elem)
+from tcpha._fast.bpf import possible_cpus
+from tcpha._fast.core cimport SCRATCH
+from tcpha._fast.datapath cimport DP_ALIVE, DP_GONE, DP_MORE, DP_TIME_WAIT, BeDatapath, FeDatapath
+from tcpha._fast.defs cimport (
+    TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_F_CLOSED, TCPHA_F_FIN, TCPHA_F_RST, TCPHA_FORWARD,
+    TCPHA_IPID_PLAIN, TCPHA_MAC_MARK, TCPHA_MAX_OPS, TCPHA_OP_ADOPT, TCPHA_OP_QUERY,
+    TCPHA_R_ASSIGN, TCPHA_R_LIVE, TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_NONE,
+    TCPHA_R_OK, TCPHA_R_TIME_WAIT, TCPHA_TARGET_MAX, TCPHA_TUNNEL, tcpha_backend, tcpha_be_conf,
+    tcpha_counters, tcpha_entry, tcpha_fe_conf, tcpha_flow, tcpha_op)
+from tcpha._fast.message cimport (
+    REFUSE_BACKLOG, REFUSE_ERROR, REFUSE_LISTENER, REFUSE_UNSUPPORTED)
+from tcpha._fast.packet cimport (
+    ETH_SIZE, FRAME_HEAD, TCP_ACK, TCP_FIN, TCP_PSH, TCP_RST, VNET_SIZE, address_bytes,
+    address_text, forge, segment, tap_send)
+from tcpha._fast.snapshot cimport (
+    SNAP_ECN, SNAP_FIN, SNAP_SACK, SNAP_TIMESTAMP, SNAP_USEC_TS, SNAP_WSCALE, snapshot)
+from tcpha._fast.sys cimport (
+    EINTR, ENOENT, IPPROTO_TCP, add64, errno, getsockopt, htons, now_ns, ntohs,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, read,
+    setsockopt, socklen_t)
+
+cdef enum:
+    TCP_REPAIR = 19
+    TCP_SAVED_SYN = 28
+    TCP_ESTABLISHED = 1
+    TCP_CLOSE_WAIT = 8
+    STRIPES = 64
+    BATCH = 4096           # entries read by one system call
+    CHUNK = 60000          # payload of a forged segment; one skb, so that overhead is small
+    MSS_MIN = 536          # the kernel adopts nothing below (RFC 9293 section 3.7.1)
+
+
+cdef int _query(int tap, tcpha_op *ops, uint32_t worker, const tcpha_flow *flow) noexcept nogil:
+    """Look a flow's socket up; the answer is in ops[worker]."""
+    cdef uint8_t frame[10 + 14 + 46]
+    cdef uint16_t kind = htons(TCPHA_ETH_OP)
+    cdef tcpha_op *op = &ops[worker]
+    memset(frame, 0, sizeof(frame))
+    frame[VNET_SIZE] = 2
+    frame[VNET_SIZE + 6] = 2
+    memcpy(frame + VNET_SIZE + 12, &kind, 2)
+    memcpy(frame + VNET_SIZE + ETH_SIZE, &worker, 4)
+    op.flow = flow[0]
+    op.kind = TCPHA_OP_QUERY
+    op.result = TCPHA_R_NONE
+    if tap_send(tap, frame, sizeof(frame), NULL, 0) != 0 or op.result == TCPHA_R_NONE:
+        return -1
+    return 0
+
+
+# A packet that is kept while its flow is handed over.
+cdef struct kept:
+    kept *next
+    uint32_t len
+    uint8_t data[1]
+
+
+# The kept packets of one connection slot.
+cdef struct holder:
+    bint active
+    tcpha_flow flow
+    kept *first
+    kept *last
+
+
+# A flow whose connection is over but whose client may still send: its FIN, or that again.
+cdef struct lingering:
+    tcpha_flow flow
+    uint64_t id
+    uint64_t since_ns
+    uint64_t check_ns
+
+
+cdef uint64_t LINGER_NS = 2000000000     # for retransmissions of the client's FIN
+cdef uint64_t FIN_WAIT_NS = 60000000000  # net.ipv4.tcp_fin_timeout
+
+
+cdef struct fe_ebpf:
+    int tap
+    int flows              # map
+    bint tunnel
+    tcpha_op *ops
+    pthread_mutex_t lock   # the TAP's read side and the holders
+    uint32_t nholders
+    holder *holders
+    pthread_mutex_t linger_lock
+    lingering *linger      # a ring
+    uint32_t linger_cap
+    uint32_t linger_first
+    uint32_t linger_len
+    pthread_mutex_t stripes[STRIPES]   # a flow's entry is replaced or removed under one of them
+
+
+cdef inline pthread_mutex_t *_stripe(fe_ebpf *d, const tcpha_flow *flow) noexcept nogil:
+    return &d.stripes[(flow.cport ^ (flow.cport >> 8) ^ flow.caddr[15]) % STRIPES]
+
+
+cdef int _divert(void *self, const tcpha_flow *flow, tcpha_entry *entry,
+                 tcpha_entry *old) noexcept nogil:
+    cdef fe_ebpf *d = <fe_ebpf *>self
+    cdef holder *h = &d.holders[entry.slot]
+    cdef int rc, replaced = 0
+    pthread_mutex_lock(&d.lock)
+    h.active = True
+    h.flow = flow[0]
+    pthread_mutex_unlock(&d.lock)
+    pthread_mutex_lock(_stripe(d, flow))
+    rc = bpf_map_update_elem(d.flows, flow, entry, BPF_NOEXIST)
+    if rc < 0 and bpf_map_lookup_elem(d.flows, flow, old) == 0:
+        replaced = 1
+        rc = bpf_map_update_elem(d.flows, flow, entry, BPF_ANY)
+    pthread_mutex_unlock(_stripe(d, flow))
+    if rc < 0:
+        pthread_mutex_lock(&d.lock)
+        h.active = False
+        pthread_mutex_unlock(&d.lock)
+        return -1
+    return replaced
+
+
+cdef uint16_t _syn_mss(int fd, uint16_t fallback) noexcept nogil:
+    """The MSS option of the client's SYN. A listener with TCP_MAXSEG clamps what the socket keeps
+    of it, and what the back end sends need not be clamped."""
+    cdef uint8_t syn[128]
+    cdef socklen_t n = sizeof(syn)
+    cdef uint32_t at, end, size
+    if getsockopt(fd, IPPROTO_TCP, TCP_SAVED_SYN, syn, &n) < 0 or n < 40:
+        return fallback
+    at = (syn[0] & 15) * 4u
+    if at + 20 > n:
+        return fallback
+    end = at + (syn[at + 12] >> 4) * 4u
+    if end > n:
+        return fallback
+    at += 20
+    while at < end:
+        if syn[at] == 0:
+            break
+        if syn[at] == 1:
+            at += 1
+            continue
+        if at + 1 >= end:
+            break
+        size = syn[at + 1]
+        if size < 2 or at + size > end:
+            break
+        if syn[at] == 2 and size == 4:
+            return <uint16_t>((syn[at + 2] << 8) | syn[at + 3])
+        at += size
+    return MSS_MIN  # RFC 9293 section 3.7.1: none offered
+
+
+cdef int _freeze(void *self, uint32_t worker, int fd, snapshot *s) noexcept nogil:
+    cdef fe_ebpf *d = <fe_ebpf *>self
+    cdef tcpha_op *op = &d.ops[worker]
+    cdef int one = 1
+    if setsockopt(fd, IPPROTO_TCP, TCP_REPAIR, &one, sizeof(one)) < 0:
+        # EPERM stands for both: no CAP_NET_ADMIN, and a socket that is no longer open
+        if _query(d.tap, d.ops, worker, &s.flow) == 0 and op.result != TCPHA_R_LIVE:
+            return DP_GONE
+        return -1
+    if _query(d.tap, d.ops, worker, &s.flow) < 0:
+        return -1
+    if op.result != TCPHA_R_LIVE or \
+            (op.state != TCP_ESTABLISHED and op.state != TCP_CLOSE_WAIT):
+        return DP_GONE
+    s.snd_nxt = op.snd_nxt
+    s.rcv_nxt = op.rcv_nxt
+    s.snd_wnd = op.snd_wnd
+    s.rcv_wnd = op.rcv_wnd
+    s.tsval = op.tsval
+    s.ts_recent = op.ts_recent
+    s.srtt_us = op.srtt_us
+    s.mss = _syn_mss(fd, op.mss) if d.tunnel else op.mss
+    s.snd_wscale = op.snd_wscale
+    s.rcv_wscale = op.rcv_wscale
+    s.flags = ((SNAP_TIMESTAMP if op.tstamp_ok else 0) | (SNAP_SACK if op.sack_ok else 0) |
+               (SNAP_WSCALE if op.wscale_ok else 0) | (SNAP_ECN if op.ecn_ok else 0) |
+               (SNAP_USEC_TS if op.usec_ts_ok else 0) |
+               (SNAP_FIN if op.state == TCP_CLOSE_WAIT else 0))
+    s.len = op.rcv_nxt - op.copied_seq - (1 if op.state == TCP_CLOSE_WAIT else 0)
+    return 0
+
+
+cdef void _drain(fe_ebpf *d, uint8_t *scratch) noexcept nogil:
+    """Take packets off the TAP. d.lock is held."""
+    cdef ssize_t n
+    cdef uint32_t slot
+    cdef kept *p
+    cdef holder *h
+    while True:
+        n = read(d.tap, scratch, SCRATCH)
+        if n < 0:
+            if errno == EINTR:
+                continue
+            return
+        if n < VNET_SIZE + ETH_SIZE + 40 or scratch[VNET_SIZE] != TCPHA_MAC_MARK >> 8 or \
+                scratch[VNET_SIZE + 1] != (TCPHA_MAC_MARK & 0xff):
+            continue  # something the kernel itself sent out of the device
+        memcpy(&slot, scratch + VNET_SIZE + 2, 4)
+        h = &d.holders[slot] if slot < d.nholders else NULL
+        if h == NULL or not h.active or \
+                memcmp(&h.flow.caddr[12], scratch + VNET_SIZE + ETH_SIZE + 12, 4) != 0:
+            tap_send(d.tap, scratch, <uint32_t>n, NULL, 0)  # decided meanwhile: look again
+            continue
+        p = <kept *>malloc(sizeof(kept) + <size_t>n)
+        if p == NULL:
+            continue  # the client sends it again
+        p.next = NULL
+        p.len = <uint32_t>n
+        memcpy(p.data, scratch, <size_t>n)
+        if h.last != NULL:
+            h.last.next = p
+        else:
+            h.first = p
+        h.last = p
+
+
+cdef void _release(fe_ebpf *d, uint32_t slot, uint8_t *scratch) noexcept nogil:
+    """Send a slot's kept packets, whose entry says by now where to. d.lock is held."""
+    cdef holder *h = &d.holders[slot]
+    cdef kept *p = h.first
+    cdef kept *following
+    h.active = False
+    h.first = h.last = NULL
+    while p != NULL:
+        following = p.next
+        tap_send(d.tap, p.data, p.len, NULL, 0)
+        free(p)
+        p = following
+
+
+cdef int _forward(void *self, tcpha_entry *entry, const snapshot *now, const uint8_t *extra,
+                  uint32_t extra_len, bint extra_fin) noexcept nogil:
+    cdef fe_ebpf *d = <fe_ebpf *>self
+    cdef uint8_t head[FRAME_HEAD]
+    cdef uint32_t at = 0, chunk, most = now.mss - 12 if now.mss > 100 else MSS_MIN - 12
+    cdef segment s
+    cdef int rc
+    entry.state = TCPHA_FORWARD
+    pthread_mutex_lock(&d.lock)
+    rc = bpf_map_update_elem(d.flows, &now.flow, entry, BPF_ANY)
+    if extra_len or extra_fin:
+        memset(&s, 0, sizeof(s))
+        s.flow = &now.flow
+        s.ack = now.snd_nxt
+        s.window = <uint16_t>min(now.snd_wnd >> now.snd_wscale, <uint32_t>0xffff)
+        s.ip_id = TCPHA_IPID_PLAIN
+        s.timestamps = (now.flags & SNAP_TIMESTAMP) != 0
+        s.tsval = now.ts_recent
+        s.tsecr = now.tsval
+        while at < extra_len or extra_fin:
+            chunk = min(extra_len - at, most)
+            s.seq = now.rcv_nxt - (1 if now.flags & SNAP_FIN else 0) - extra_len + at
+            s.len = chunk
+            s.flags = TCP_ACK | TCP_PSH
+            if extra_fin and at + chunk == extra_len:
+                s.flags |= TCP_FIN
+                extra_fin = False
+            tap_send(d.tap, head, forge(head, &s), extra + at, chunk)
+            at += chunk
+    _release(d, entry.slot, NULL)
+    pthread_mutex_unlock(&d.lock)
+    return rc
+
+
+cdef int _give_back(void *self, const tcpha_flow *flow, uint32_t slot) noexcept nogil:
+    cdef fe_ebpf *d = <fe_ebpf *>self
+    pthread_mutex_lock(_stripe(d, flow))
+    bpf_map_delete_elem(d.flows, flow)
+    pthread_mutex_unlock(_stripe(d, flow))
+    pthread_mutex_lock(&d.lock)
+    _release(d, slot, NULL)
+    pthread_mutex_unlock(&d.lock)
+    return 0
+
+
+cdef int _forget(void *self, const tcpha_flow *flow, uint64_t id, bint linger,
+                 tcpha_entry *entry) noexcept nogil:
+    cdef fe_ebpf *d = <fe_ebpf *>self
+    cdef int known = 0
+    pthread_mutex_lock(_stripe(d, flow))
+    if bpf_map_lookup_elem(d.flows, flow, entry) == 0 and entry.id == id:
+        known = 1
+        if linger and _add_lingering(d, flow, id, now_ns()):
+            entry.flags |= TCPHA_F_CLOSED
+            bpf_map_update_elem(d.flows, flow, entry, BPF_EXIST)
+        else:
+            bpf_map_delete_elem(d.flows, flow)
+    pthread_mutex_unlock(_stripe(d, flow))
+    return known
+
+
+cdef bint _add_lingering(fe_ebpf *d, const tcpha_flow *flow, uint64_t id,
+                         uint64_t since) noexcept nogil:
+    """Put a flow at the end of the queue of those that linger."""
+    cdef bint ok = False
+    cdef lingering *p
+    pthread_mutex_lock(&d.linger_lock)
+    if d.linger_len < d.linger_cap:
+        p = &d.linger[(d.linger_first + d.linger_len) % d.linger_cap]
+        p.flow = flow[0]
+        p.id = id
+        p.since_ns = since
+        p.check_ns = now_ns() + LINGER_NS
+        d.linger_len += 1
+        ok = True
+    pthread_mutex_unlock(&d.linger_lock)
+    return ok
+
+
+cdef void _sweep(void *self, uint64_t now) noexcept nogil:
+    cdef fe_ebpf *d = <fe_ebpf *>self
+    cdef lingering item
+    cdef tcpha_entry entry
+    while True:
+        pthread_mutex_lock(&d.linger_lock)
+        if d.linger_len == 0 or d.linger[d.linger_first].check_ns > now:
+            pthread_mutex_unlock(&d.linger_lock)
+            return
+        item = d.linger[d.linger_first]
+        d.linger_first = (d.linger_first + 1) % d.linger_cap
+        d.linger_len -= 1
+        pthread_mutex_unlock(&d.linger_lock)
+        pthread_mutex_lock(_stripe(d, &item.flow))
+        if bpf_map_lookup_elem(d.flows, &item.flow, &entry) == 0 and entry.id == item.id:
+            # without a FIN from the client, the back end waits for it in FIN-WAIT-2
+            if entry.flags & (TCPHA_F_FIN | TCPHA_F_RST) or now - item.since_ns > FIN_WAIT_NS or \
+                    not _add_lingering(d, &item.flow, item.id, item.since_ns):
+                bpf_map_delete_elem(d.flows, &item.flow)
+        pthread_mutex_unlock(_stripe(d, &item.flow))
+
+
+cdef void _on_packets(void *self, uint8_t *scratch) noexcept nogil:
+    cdef fe_ebpf *d = <fe_ebpf *>self
+    pthread_mutex_lock(&d.lock)
+    _drain(d, scratch)
+    pthread_mutex_unlock(&d.lock)
+
+
+cdef dict _counters(Object obj):
+    """The per-CPU counters of an object, summed."""
+    cdef tcpha_counters c[1024]
+    cdef uint32_t zero = 0
+    cdef int i, cpus = min(possible_cpus(), 1024)
+    total = dict.fromkeys(("forwarded", "forwarded_bytes", "held", "live_syn", "unreachable",
+                           "guarded", "foreign", "decapsulated"), 0)
+    if bpf_map_lookup_elem(obj.map_fd("counters"), &zero, c) == 0:
+        for i in range(cpus):
+            total["forwarded"] += c[i].forwarded
+            total["forwarded_bytes"] += c[i].forwarded_bytes
+            total["held"] += c[i].held
+            total["live_syn"] += c[i].live_syn
+            total["unreachable"] += c[i].unreachable
+            total["guarded"] += c[i].guarded
+            total["foreign"] += c[i].foreign
+            total["decapsulated"] += c[i].decapsulated
+    return total
+
+
+cdef dict _row(const tcpha_flow *key, const tcpha_entry *e):
+    cdef uint64_t now = now_ns()
+    cdef uint32_t n = min(e.target_len, <uint32_t>TCPHA_TARGET_MAX)
+    return {
+        "flow": (<char *>key)[:sizeof(tcpha_flow)], "id": e.id, "backend": e.backend,
+        "client": address_text(key.caddr), "port": ntohs(key.cport),
+        "vaddr": address_text(key.vaddr), "vport": ntohs(key.vport),
+        "target": e.target[:n].decode("latin-1"), "truncated": e.target_len > TCPHA_TARGET_MAX,
+        "rule": e.rule,
+        "state": "closing" if e.flags & (TCPHA_F_FIN | TCPHA_F_RST) else "forward",
+        "age": (now - e.start_ns) / 1e9, "idle": max(0, <long>(now - e.last_ns)) / 1e9,
+        "packets": e.packets, "bytes": e.bytes}
+
+
+cdef class FeEbpf(FeDatapath):
+    """The front end's half. tap: (descriptor, ifindex) of its TAP device."""
+
+    cdef fe_ebpf *d
+    cdef readonly Object obj
+    cdef object tap_fd
+
+    def __cinit__(self, str path, tap, str vaddr, int port, int slots, int maxflows, bint tunnel):
+        cdef tcpha_fe_conf conf
+        cdef int i
+        self.d = <fe_ebpf *>calloc(1, sizeof(fe_ebpf))
+        if self.d == NULL:
+            raise MemoryError
+        self.d.holders = <holder *>calloc(slots, sizeof(holder))
+        if self.d.holders == NULL:
+            raise MemoryError
+        self.d.linger_cap = maxflows
+        self.d.linger = <lingering *>calloc(maxflows, sizeof(lingering))
+        if self.d.linger == NULL:
+            raise MemoryError
+        self.d.nholders = slots
+        pthread_mutex_init(&self.d.lock, NULL)
+        pthread_mutex_init(&self.d.linger_lock, NULL)
+        for i in range(STRIPES):
+            pthread_mutex_init(&self.d.stripes[i], NULL)
+        memset(&conf, 0, sizeof(conf))
+        address_bytes(vaddr, conf.vaddr)
+        conf.vport = htons(port)
+        conf.tap = tap[1]
+        self.obj = Object(path, (<char *>&conf)[:sizeof(conf)], {"flows": maxflows})
+        self.d.tap = self.event_fd = tap[0]
+        self.d.tunnel = tunnel
+        self.d.flows = self.obj.map_fd("flows")
+        self.d.ops = <tcpha_op *>self.obj.map_memory("ops", TCPHA_MAX_OPS * sizeof(tcpha_op))
+        self.table.self = self.d
+        self.table.divert = _divert
+        self.table.freeze = _freeze
+        self.table.forward = _forward
+        self.table.give_back = _give_back
+        self.table.forget = _forget
+        self.table.sweep = _sweep
+        self.table.on_packets = _on_packets
+
+    def __dealloc__(self):
+        if self.d != NULL:
+            free(self.d.holders)
+            free(self.d.linger)
+            free(self.d)
+
+    def set_backend(self, uint32_t index, path):
+        """Say how to reach a back end: None, or (ifindex, tunnel, next hop, address, source)."""
+        cdef tcpha_backend b
+        memset(&b, 0, sizeof(b))
+        if path is not None:
+            b.ifindex = path[0]
+            b.mode = TCPHA_TUNNEL if path[1] else TCPHA_DIRECT
+            address_bytes(path[2], b.nexthop)
+            address_bytes(path[3], b.addr)
+            address_bytes(path[4], b.src)
+        bpf_map_update_elem(self.obj.map_fd("backends"), &index, &b, BPF_ANY)
+
+    def counters(self):
+        return _counters(self.obj)
+
+    def flows(self):
+        """Handed-over flows, one dict each. Read in batches, without the GIL."""
+        cdef tcpha_flow *keys = <tcpha_flow *>malloc(BATCH * sizeof(tcpha_flow))
+        cdef tcpha_entry *entries = <tcpha_entry *>malloc(BATCH * sizeof(tcpha_entry))
+        cdef uint32_t cursor = 0, count, i
+        cdef bint first = True
+        cdef int rc = 0
+        out = []
+        try:
+            if keys == NULL or entries == NULL:
+                raise MemoryError
+            while rc == 0:
+                count = BATCH
+                with nogil:
+                    rc = bpf_map_lookup_batch(self.d.flows, NULL if first else &cursor, &cursor,
+                                              keys, entries, &count, NULL)
+                first = False
+                if rc < 0 and rc != -ENOENT:  # ENOENT: the last batch
+                    raise OSError(-rc, "cannot read the flow table")
+                for i in range(count):
+                    if entries[i].state == TCPHA_FORWARD and not entries[i].flags & TCPHA_F_CLOSED:
+                        out.append(_row(&keys[i], &entries[i]))
+        finally:
+            free(keys)
+            free(entries)
+        return out
+
+    def idle_flows(self, double idle, dead_backends, double dead_idle):
+        return [f for f in self.flows()
+                if f["idle"] > (dead_idle if f["backend"] in dead_backends else idle)]
+
+    def forget_flow(self, bytes flow, uint64_t id):
+        """Remove a flow's entry if it still is that handoff's."""
+        cdef tcpha_entry e
+        cdef tcpha_flow key
+        memcpy(&key, <const char *>flow, sizeof(key))
+        return _forget(self.d, &key, id, False, &e) == 1
+
+
+cdef struct be_ebpf:
+    int tap
+    tcpha_op *ops
+    uint8_t listen_addr[16]
+    uint16_t listen_port   # network byte order
+    uint64_t killed        # older sockets on the same 4-tuple
+
+
+cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
+                const uint8_t *data) noexcept nogil:
+    """Forge the client's ACK and request. The first segment becomes the socket, the rest is
+    received by it like any other."""
+    cdef be_ebpf *d = <be_ebpf *>self
+    cdef tcpha_op *op = &d.ops[worker]
+    cdef uint8_t head[FRAME_HEAD]
+    cdef uint32_t start = s.rcv_nxt - (1 if s.flags & SNAP_FIN else 0) - s.len, tick, rtt
+    cdef segment g
+    cdef int _tries
+    if s.mss < MSS_MIN:
+        return REFUSE_UNSUPPORTED
+    memset(&g, 0, sizeof(g))
+    g.flow = &s.flow
+    g.ack = s.snd_nxt
+    g.window = <uint16_t>min(s.snd_wnd >> s.snd_wscale, <uint32_t>0xffff)
+    g.timestamps = (s.flags & SNAP_TIMESTAMP) != 0
+    g.tsval = s.ts_recent
+    # Our clock goes on one tick after the snapshot: the front end may have sent at that very tick.
+    # The echo lies one RTT before, since the kernel takes its first RTT sample from the difference.
+    tick = s.tsval + (1000 if s.flags & SNAP_USEC_TS else 1)
+    rtt = s.srtt_us if s.flags & SNAP_USEC_TS else s.srtt_us // 1000
+    g.tsecr = tick - max(rtt, <uint32_t>1)
+    for _tries in range(4):
+        op.kind = TCPHA_OP_ADOPT
+        op.flow = s.flow
+        memcpy(op.listen_addr, d.listen_addr, 16)
+        op.listen_port = d.listen_port
+        op.mss = s.mss
+        op.snd_wscale = s.snd_wscale
+        op.rcv_wscale = s.rcv_wscale
+        op.wscale_ok = (s.flags & SNAP_WSCALE) != 0
+        op.sack_ok = (s.flags & SNAP_SACK) != 0
+        op.tstamp_ok = (s.flags & SNAP_TIMESTAMP) != 0
+        op.usec_ts_ok = (s.flags & SNAP_USEC_TS) != 0
+        op.ecn_ok = (s.flags & SNAP_ECN) != 0
+        op.tsval = tick
+        op.ts_recent = s.ts_recent
+        op.result = TCPHA_R_NONE
+        op.error = 0
+        g.ip_id = <uint16_t>worker
+        g.seq = start
+        g.flags = TCP_ACK | TCP_PSH
+        g.len = min(s.len, <uint32_t>CHUNK)
+        if tap_send(d.tap, head, forge(head, &g), data, g.len) != 0:
+            return REFUSE_ERROR
+        if op.result != TCPHA_R_TIME_WAIT and op.result != TCPHA_R_LIVE:
+            break
+        # A socket of an earlier connection owns the 4-tuple. The client has given that one up, or
+        # the front end could not have accepted this one. A RST with exactly the sequence number
+        # that it expects ends it without a packet leaving the host (RFC 5961 section 3.2).
+        add64(&d.killed, 1)
+        g.ip_id = TCPHA_IPID_PLAIN
+        g.seq = op.rcv_nxt
+        g.flags = TCP_RST
+        g.len = 0
+        g.timestamps = False
+        tap_send(d.tap, head, forge(head, &g), NULL, 0)
+        g.timestamps = (s.flags & SNAP_TIMESTAMP) != 0
+    if op.result == TCPHA_R_NO_LISTENER:
+        return REFUSE_LISTENER
+    if op.result == TCPHA_R_ASSIGN:
+        return REFUSE_UNSUPPORTED
+    if op.result != TCPHA_R_OK:
+        return REFUSE_ERROR
+    # the kernel has been silent if the accept queue was full: look
+    if _query(d.tap, d.ops, worker, &s.flow) < 0:
+        return REFUSE_ERROR
+    if op.result == TCPHA_R_NO_SOCKET:
+        return REFUSE_BACKLOG
+    return _feed_from(d, worker, s, data, &g)
+
+
+cdef int _feed_from(be_ebpf *d, uint32_t worker, const snapshot *s, const uint8_t *data,
+                    segment *g) noexcept nogil:
+    """Inject what the socket has not received, by the look-up in ops[worker]. The front end has
+    acknowledged these bytes: the client will never send them again."""
+    cdef tcpha_op *op = &d.ops[worker]
+    cdef uint8_t head[FRAME_HEAD]
+    cdef uint32_t fin = 1 if s.flags & SNAP_FIN else 0
+    cdef uint32_t start = s.rcv_nxt - fin - s.len, have
+    while op.result == TCPHA_R_LIVE:
+        have = op.rcv_nxt - start
+        if have >= s.len + fin:
+            return 0
+        g.ip_id = TCPHA_IPID_PLAIN
+        g.seq = op.rcv_nxt
+        g.len = min(s.len - have, <uint32_t>CHUNK)
+        g.flags = TCP_ACK | TCP_PSH
+        if have + g.len == s.len and fin:
+            g.flags |= TCP_FIN
+        if tap_send(d.tap, head, forge(head, g), data + have, g.len) != 0 or \
+                _query(d.tap, d.ops, worker, &s.flow) < 0 or op.rcv_nxt - start == have:
+            return DP_MORE
+    return 0
+
+
+cdef int _feed(void *self, uint32_t worker, const snapshot *s, const uint8_t *data) noexcept nogil:
+    cdef be_ebpf *d = <be_ebpf *>self
+    cdef segment g
+    if _query(d.tap, d.ops, worker, &s.flow) < 0:
+        return DP_MORE
+    memset(&g, 0, sizeof(g))
+    g.flow = &s.flow
+    g.ack = s.snd_nxt
+    g.window = <uint16_t>min(s.snd_wnd >> s.snd_wscale, <uint32_t>0xffff)
+    g.timestamps = (s.flags & SNAP_TIMESTAMP) != 0
+    g.tsval = s.ts_recent
+    g.tsecr = s.tsval
+    return _feed_from(d, worker, s, data, &g)
+
+
+cdef int _alive(void *self, uint32_t worker, const tcpha_flow *flow) noexcept nogil:
+    cdef be_ebpf *d = <be_ebpf *>self
+    if _query(d.tap, d.ops, worker, flow) < 0 or d.ops[worker].result == TCPHA_R_LIVE:
+        return DP_ALIVE
+    return DP_TIME_WAIT if d.ops[worker].result == TCPHA_R_TIME_WAIT else 0
+
+
+cdef class BeEbpf(BeDatapath):
+    """The back end's half."""
+
+    cdef be_ebpf *d
+    cdef readonly Object obj
+
+    def __cinit__(self, str path, tap, str vaddr, str raddr, str listen_addr, int listen_port):
+        cdef tcpha_be_conf conf
+        self.d = <be_ebpf *>calloc(1, sizeof(be_ebpf))
+        if self.d == NULL:
+            raise MemoryError
+        memset(&conf, 0, sizeof(conf))
+        address_bytes(vaddr, conf.vaddr)
+        address_bytes(raddr, conf.raddr)
+        conf.tap = tap[1]
+        self.obj = Object(path, (<char *>&conf)[:sizeof(conf)])
+        self.d.tap = tap[0]
+        self.d.ops = <tcpha_op *>self.obj.map_memory("ops", TCPHA_MAX_OPS * sizeof(tcpha_op))
+        address_bytes(listen_addr, self.d.listen_addr)
+        self.d.listen_port = htons(listen_port)
+        self.table.self = self.d
+        self.table.adopt = _adopt
+        self.table.alive = _alive
+        self.table.feed = _feed
+
+    def __dealloc__(self):
+        free(self.d)
+
+    def allow(self, str address, bint allowed):
+        """Accept tunnelled packets from a front end, or no longer."""
+        cdef uint8_t key[16]
+        cdef uint32_t one = 1
+        address_bytes(address, key)
+        if allowed:
+            bpf_map_update_elem(self.obj.map_fd("frontends"), key, &one, BPF_ANY)
+        else:
+            bpf_map_delete_elem(self.obj.map_fd("frontends"), key)
+
+    def counters(self):
+        out = _counters(self.obj)
+        out["killed"] = self.d.killed
+        return out

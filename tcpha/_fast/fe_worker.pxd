@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+from tcpha._fast.core cimport Core, core
+from tcpha._fast.datapath cimport fe_datapath
+from tcpha._fast.defs cimport TCPHA_MAX_BACKENDS, tcpha_entry
+from tcpha._fast.http cimport http_head
+from tcpha._fast.match cimport hs_scratch_t, ruleset
+from tcpha._fast.snapshot cimport snapshot
+from tcpha._fast.sys cimport pthread_mutex_t
+
+cdef enum:
+    TRIED_WORDS = 4        # TCPHA_MAX_BACKENDS bits
+    LINKS_MAX = 16         # control connections to one back end
+
+cdef enum conn_state:
+    CONN_FREE = 0
+    CONN_READ = 1          # waiting for the request head
+    CONN_SENT = 2          # offered to a back end, waiting for its answer
+    CONN_LINGER = 3        # answered by ourselves, waiting for the client to close
+
+
+# A connection in the front end's hands. Guarded by its lock.
+cdef struct conn:
+    pthread_mutex_t lock
+    uint32_t index
+    uint32_t gen
+    uint32_t state
+    int fd
+    bint frozen
+    bint diverted
+    bint watched
+    bint method_head       # the request is a HEAD
+    bint local             # the client is on our own host
+    uint32_t seen          # bytes peeked so far
+    uint64_t accept_ns
+    uint64_t deadline_ns
+    uint32_t link
+    uint32_t link_gen
+    http_head head
+    snapshot snap
+    tcpha_entry entry      # its id, backend and rule are those of the current offer
+    uint64_t tried[TRIED_WORDS]
+
+
+cdef struct backend:
+    uint32_t used
+    uint32_t links         # control connections that are up
+    uint32_t draining
+    uint32_t dead          # by detection
+    uint32_t next_link
+    uint32_t link[LINKS_MAX]      # indexes into core.links
+    uint64_t full_until_ns  # it said FULL: not asked again before, unless it has fewer connections
+    uint32_t full_live     # than this
+    uint32_t live          # connections handed to it, offers included
+    uint64_t handed
+    uint64_t refused
+    uint64_t closed
+
+
+cdef struct fe_counters:
+    uint64_t accepted
+    uint64_t handed
+    uint64_t closed
+    uint64_t refused       # offers that came to nothing; the connection went elsewhere
+    uint64_t lost          # connections that ended in our hands: reset or closed by the client
+    uint64_t expired
+    uint64_t answered_400
+    uint64_t answered_408
+    uint64_t answered_431
+    uint64_t answered_503
+    uint64_t late_bytes    # our stack took them after the snapshot; shipped behind it
+
+
+cdef struct fe_worker:
+    hs_scratch_t *scratch
+    uint64_t scratch_of    # generation of the rules
+    uint64_t *bits
+    uint32_t words
+
+
+cdef struct frontend:
+    core *c
+    fe_datapath dp
+    int listen_fd
+    uint8_t vaddr[16]
+    uint16_t vport         # network byte order
+    uint32_t headlimit
+    uint64_t headtimeout_ns
+    uint64_t offer_ns      # patience with a back end
+    uint32_t nconns
+    conn *conns
+    pthread_mutex_t pool_lock
+    uint32_t *pool         # free slots
+    uint32_t pool_len
+    uint32_t starved       # accepting waits for a free slot
+    uint32_t accept_failed  # out of descriptors
+    uint32_t unloading
+    uint64_t next_id
+    ruleset *rules
+    backend backends[TCPHA_MAX_BACKENDS]
+    fe_counters n
+
+
+cdef class FrontEnd(Core):
+    cdef frontend *f
+    cdef object datapath
+    cdef uint64_t generation

@@ -1,0 +1,725 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The front end's work: accept, read the request, choose a back end, hand the connection over.
+
+A connection belongs to one slot, whose lock makes one worker at a time handle it: events of the
+client, answers of back ends and deadlines may come to different workers at once.
+"""
+import time
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memcmp, memcpy, memset, strlen, strstr
+
+from tcpha._fast.core cimport (
+    EV_CLIENT, EV_LISTENER, EV_TAP, LINK_UP, MAX_LINKS, SCRATCH, Core, core, link, link_put,
+    notice, say, say_flow, say_number, watch, worker)
+from tcpha._fast.datapath cimport DP_GONE, FeDatapath
+from tcpha._fast.defs cimport (
+    TCPHA_F_CLOSED, TCPHA_F_FIN, TCPHA_HOLD, TCPHA_TARGET_MAX, tcpha_entry, tcpha_flow)
+from tcpha._fast.http cimport HTTP_BAD, HTTP_MORE, http_parse
+from tcpha._fast.match cimport (
+    HS_SUCCESS, choice, hs_clone_scratch, hs_free_scratch, hs_scratch_t, match_scan, ruleset,
+    ruleset_free, ruleset_new)
+from tcpha._fast.message cimport (
+    END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED, MSG_HANDOFF_FIXED, MSG_OWNED_SIZE, MSG_REFUSED,
+    REFUSE_FULL, REFUSE_LINK, REFUSE_TIMEOUT, message, message_handoff, message_owned)
+from tcpha._fast.packet cimport address_bytes
+from tcpha._fast.snapshot cimport SNAP_FIN, snapshot
+from tcpha._fast.sys cimport (
+    EAGAIN, EINTR, EMFILE, ENFILE, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLET,
+    EPOLLIN, EPOLLRDHUP, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, MSG_TRUNC, SHUT_WR,
+    SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, add32, add64, close, errno, load32, loadp, now_ns,
+    getsockopt, htons, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_trylock, pthread_mutex_unlock, recv, send, setsockopt, shutdown, sockaddr,
+    sockaddr_in, socklen_t, store32, storep, xchg32)
+
+cdef extern from "<linux/tcp.h>" nogil:
+    struct tcp_info_head "tcp_info":
+        uint8_t tcpi_state
+
+cdef extern from * nogil:
+    int _lowest "__builtin_ctzll"(uint64_t v)
+
+cdef enum:
+    ACCEPT_BATCH = 32
+    TCP_REPAIR = 19
+    TCP_REPAIR_QUEUE = 20
+    TCP_RECV_QUEUE = 1
+    SLOT_BITS = 16         # of a handoff id
+
+cdef uint64_t LINGER_NS = 2000000000     # after an answer of our own, for the client to close
+cdef uint64_t FULL_NS = 100000000        # a back end that said FULL is not asked for so long
+# Edge-triggered: what was only peeked at stays in the queue and must not wake us again.
+cdef uint32_t CLIENT_EVENTS = EPOLLIN | EPOLLRDHUP | EPOLLET
+
+cdef const char *ANSWER_400 = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: 12\r\n"
+    b"Connection: close\r\n\r\nBad Request\n")
+cdef const char *ANSWER_408 = (
+    b"HTTP/1.1 408 Request Timeout\r\nContent-Type: text/plain\r\nContent-Length: 16\r\n"
+    b"Connection: close\r\n\r\nRequest Timeout\n")
+cdef const char *ANSWER_431 = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Type: text/plain\r\n"
+    b"Content-Length: 32\r\nConnection: close\r\n\r\nRequest Header Fields Too Large\n")
+cdef const char *ANSWER_503 = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\nContent-Length: 20\r\n"
+    b"Retry-After: 1\r\nConnection: close\r\n\r\nService Unavailable\n")
+
+
+# Slots
+
+cdef conn *_take_slot(frontend *f) noexcept nogil:
+    cdef conn *k = NULL
+    pthread_mutex_lock(&f.pool_lock)
+    if f.pool_len:
+        f.pool_len -= 1
+        k = &f.conns[f.pool[f.pool_len]]
+    else:
+        f.starved = 1
+    pthread_mutex_unlock(&f.pool_lock)
+    return k
+
+
+cdef void _free_slot(frontend *f, conn *k) noexcept nogil:
+    """The slot's lock is held; so it stays until the caller lets go."""
+    cdef bint wake
+    k.state = CONN_FREE
+    k.fd = -1
+    k.gen += 1
+    pthread_mutex_lock(&f.pool_lock)
+    f.pool[f.pool_len] = k.index
+    f.pool_len += 1
+    wake = f.starved != 0
+    f.starved = 0
+    pthread_mutex_unlock(&f.pool_lock)
+    if wake and not f.unloading:  # a changed registration reports the backlog again
+        watch(f.c, EPOLL_CTL_MOD, f.listen_fd, EPOLLIN | EPOLLET, EV_LISTENER, 0, 0)
+
+
+cdef void _close(frontend *f, conn *k) noexcept nogil:
+    """Close the socket: silently if frozen, else as close() does."""
+    close(k.fd)
+    _free_slot(f, k)
+
+
+cdef void _watch_client(frontend *f, conn *k) noexcept nogil:
+    """Have events of the client reported; once is enough. One that is due comes at once."""
+    if k.watched:
+        return
+    k.watched = True
+    if watch(f.c, EPOLL_CTL_ADD, k.fd, CLIENT_EVENTS, EV_CLIENT, k.index, k.gen) < 0:
+        _close(f, k)
+
+
+# Answers of our own
+
+cdef bint _discard(conn *k) noexcept nogil:
+    """Throw away what the client has sent, so that close() sends no RST. False at its end."""
+    cdef ssize_t n
+    while True:
+        n = recv(k.fd, NULL, SCRATCH, MSG_DONTWAIT | MSG_TRUNC)
+        if n > 0 or (n < 0 and errno == EINTR):
+            continue
+        return n < 0 and errno == EAGAIN
+
+
+cdef void _answer(frontend *f, conn *k, const char *text, uint64_t *counter) noexcept nogil:
+    """Send a response and close in the lingering way."""
+    cdef int off = -1      # without a window probe
+    cdef size_t n
+    if k.frozen:
+        setsockopt(k.fd, IPPROTO_TCP, TCP_REPAIR, &off, sizeof(off))
+        k.frozen = False
+    if k.diverted:
+        f.dp.give_back(f.dp.self, &k.snap.flow, k.index)
+        k.diverted = False
+    add64(counter, 1)
+    _discard(k)
+    n = strlen(text)
+    if k.method_head:  # no content then (RFC 9110 section 9.3.2)
+        n = <size_t>(strstr(text, b"\r\n\r\n") - text) + 4
+    send(k.fd, text, n, MSG_DONTWAIT | MSG_NOSIGNAL)
+    shutdown(k.fd, SHUT_WR)
+    k.state = CONN_LINGER
+    k.deadline_ns = now_ns() + LINGER_NS
+    _watch_client(f, k)
+
+
+# Choosing a back end
+
+cdef bint _usable(frontend *f, conn *k, uint32_t b, uint64_t now) noexcept nogil:
+    cdef backend *be = &f.backends[b]
+    return (be.used and be.links and not be.draining and not be.dead
+            and (now >= be.full_until_ns or load32(&be.live) < be.full_live)
+            and not k.tried[b >> 6] >> (b & 63) & 1)
+
+
+cdef bint _choose(frontend *f, worker *w, conn *k, const uint8_t *buf) noexcept nogil:
+    """First group in rule order with a usable back end; in it the one with the fewest live
+    connections. Sets k.entry.backend and k.entry.rule."""
+    cdef ruleset *rules = <ruleset *>loadp(<void **>&f.rules)
+    cdef fe_worker *fw = <fe_worker *>w.role
+    cdef uint64_t bits, now = now_ns()
+    cdef uint32_t word, g, i, n, at, live, best
+    cdef choice *ch
+    cdef hs_scratch_t *fresh = NULL
+    if rules == NULL or rules.groups == 0:
+        return False
+    if fw == NULL:
+        w.role = fw = <fe_worker *>calloc(1, sizeof(fe_worker))
+        if fw == NULL:
+            return False
+    if fw.scratch_of != rules.generation:
+        if hs_clone_scratch(rules.scratch, &fresh) != HS_SUCCESS:
+            return False
+        if fw.scratch != NULL:
+            hs_free_scratch(fw.scratch)
+        fw.scratch = fresh
+        fw.scratch_of = rules.generation
+    if fw.words < rules.words:
+        fw.bits = <uint64_t *>realloc(fw.bits, rules.words * 8)
+        fw.words = rules.words if fw.bits != NULL else 0
+        if fw.bits == NULL:
+            return False
+    if match_scan(rules, fw.scratch, buf + k.head.target, k.head.target_len, fw.bits) < 0:
+        return False
+    for word in range(rules.words):
+        bits = fw.bits[word]
+        while bits:
+            g = word * 64 + _lowest(bits)
+            bits &= bits - 1
+            n = rules.first[g + 1] - rules.first[g]
+            best = <uint32_t>-1
+            live = 0
+            at = <uint32_t>(f.next_id % n)  # equal loads take turns
+            for i in range(n):
+                ch = &rules.choices[rules.first[g] + (at + i) % n]
+                if _usable(f, k, ch.backend, now) and \
+                        (best == <uint32_t>-1 or load32(&f.backends[ch.backend].live) < live):
+                    best = ch.rule
+                    live = load32(&f.backends[ch.backend].live)
+                    k.entry.backend = ch.backend
+            if best != <uint32_t>-1:
+                k.entry.rule = best
+                return True
+    return False
+
+
+# Handing over
+
+cdef void _count_closed(frontend *f, uint32_t b) noexcept nogil:
+    add64(&f.n.closed, 1)
+    add64(&f.backends[b].closed, 1)
+    add32(&f.backends[b].live, -1)
+
+
+cdef void _undo_offer(frontend *f, conn *k, uint32_t reason) noexcept nogil:
+    """The current offer came to nothing."""
+    cdef backend *be = &f.backends[k.entry.backend]
+    add32(&be.live, -1)
+    add64(&be.refused, 1)
+    add64(&f.n.refused, 1)
+    if reason == REFUSE_FULL:
+        be.full_live = load32(&be.live)
+        be.full_until_ns = now_ns() + FULL_NS
+    k.tried[k.entry.backend >> 6] |= <uint64_t>1 << (k.entry.backend & 63)
+    say_number(f.c, 1, b"back end %ld refused or failed a handoff, reason %ld", k.entry.backend,
+               reason)
+
+
+cdef bint _send_offer(frontend *f, worker *w, conn *k, const uint8_t *data) noexcept nogil:
+    """Queue the HANDOFF on one of the back end's links. False: none takes it."""
+    cdef backend *be = &f.backends[k.entry.backend]
+    cdef uint8_t head[MSG_HANDOFF_FIXED]
+    cdef uint32_t i, n, at = be.next_link
+    cdef link *l
+    be.next_link = at + 1
+    for i in range(LINKS_MAX):
+        n = be.link[(at + i) % LINKS_MAX]
+        if n >= MAX_LINKS:
+            continue
+        l = &f.c.links[n]
+        if l.state != LINK_UP or l.peer != k.entry.backend:
+            continue
+        k.link = n
+        k.link_gen = l.gen
+        n = message_handoff(head, k.entry.id, &k.snap)
+        if link_put(f.c, w, l, head, n, data, k.snap.len) == 0:
+            return True
+    return False
+
+
+cdef void _offer(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
+    """Freeze and offer the connection to back ends in turn until one has it, or answer 503.
+    buf (SCRATCH bytes) holds the head; k.seen bytes of the connection were peeked into it."""
+    cdef int rc, one = TCP_RECV_QUEUE
+    cdef ssize_t n
+    cdef tcpha_entry old
+    # a client on this very host: its packets and the answers would never meet
+    while not k.local and _choose(f, w, k, buf):
+        k.entry.id = (add64(&f.next_id, 1) << SLOT_BITS) | k.index
+        if not k.diverted:
+            k.entry.state = TCPHA_HOLD
+            k.entry.slot = k.index
+            k.entry.start_ns = k.accept_ns
+            k.entry.last_ns = now_ns()
+            k.entry.target_len = k.head.target_len
+            memcpy(k.entry.target, buf + k.head.target, min(k.head.target_len, TCPHA_TARGET_MAX))
+            rc = f.dp.divert(f.dp.self, &k.snap.flow, &k.entry, &old)
+            if rc < 0:
+                say_flow(f.c, 1, &k.snap.flow, b"the flow table is full")
+                break
+            if rc == 1 and not old.flags & TCPHA_F_CLOSED:
+                # the client reused its port before CLOSED came
+                _count_closed(f, old.backend)
+            k.diverted = True
+        rc = f.dp.freeze(f.dp.self, w.index, k.fd, &k.snap)
+        k.frozen = True
+        if rc == DP_GONE:
+            say_flow(f.c, 2, &k.snap.flow, b"the client has reset the connection")
+            add64(&f.n.lost, 1)
+            f.dp.give_back(f.dp.self, &k.snap.flow, k.index)
+            _close(f, k)
+            return
+        if rc < 0:
+            say_flow(f.c, 0, &k.snap.flow, b"cannot freeze the connection")
+            break
+        if k.snap.len != k.seen or k.seen == 0:
+            setsockopt(k.fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, &one, sizeof(one))
+            n = recv(k.fd, buf, SCRATCH, MSG_PEEK | MSG_DONTWAIT)
+            if n < <ssize_t>k.snap.len:
+                say_flow(f.c, 0, &k.snap.flow, b"cannot read the connection's bytes")
+                break
+            k.seen = <uint32_t>n
+            if k.seen > k.snap.len:  # arrived between the two looks
+                k.snap.rcv_nxt += k.seen - k.snap.len
+                k.snap.len = k.seen
+        add32(&f.backends[k.entry.backend].live, 1)
+        k.state = CONN_SENT
+        k.deadline_ns = now_ns() + f.offer_ns
+        if _send_offer(f, w, k, buf):
+            say_flow(f.c, 3, &k.snap.flow, b"offered")
+            return
+        _undo_offer(f, k, REFUSE_LINK)
+    say_flow(f.c, 1, &k.snap.flow, b"no back end takes the request: 503")
+    _answer(f, k, ANSWER_503, &f.n.answered_503)
+
+
+cdef void _offer_again(frontend *f, worker *w, conn *k, uint32_t reason) noexcept nogil:
+    """After a refusal: read the head again (it never left the receive queue) and go on."""
+    cdef int one = TCP_RECV_QUEUE
+    cdef ssize_t n
+    _undo_offer(f, k, reason)
+    setsockopt(k.fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, &one, sizeof(one))
+    n = recv(k.fd, w.scratch, SCRATCH, MSG_PEEK | MSG_DONTWAIT)
+    k.seen = <uint32_t>n if n > 0 else 0
+    if k.seen < k.head.pos:
+        _answer(f, k, ANSWER_503, &f.n.answered_503)
+        return
+    _offer(f, w, k, w.scratch)
+
+
+cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
+    """ADOPTED: the back end owns the connection. Let its packets go there, forget our socket."""
+    cdef snapshot now
+    cdef uint32_t late = 0
+    cdef int one = TCP_RECV_QUEUE
+    cdef ssize_t n
+    cdef bint fin
+    now.flow = k.snap.flow
+    # A packet that another CPU had in its hands when the flow was diverted may have reached our
+    # socket after the snapshot: our stack has acknowledged it, so it must be passed on from here.
+    if f.dp.freeze(f.dp.self, w.index, k.fd, &now) == 0:
+        fin = (now.flags & SNAP_FIN) != 0 and not k.snap.flags & SNAP_FIN
+        late = now.len - k.snap.len
+        if late:
+            setsockopt(k.fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, &one, sizeof(one))
+            n = recv(k.fd, w.scratch, SCRATCH, MSG_PEEK | MSG_DONTWAIT)
+            if n < <ssize_t>now.len:
+                late = 0
+            add64(&f.n.late_bytes, late)
+    else:
+        fin = False
+        now = k.snap
+    k.diverted = False
+    k.entry.end_seq = now.rcv_nxt
+    if now.flags & SNAP_FIN:
+        k.entry.flags |= TCPHA_F_FIN
+    f.dp.forward(f.dp.self, &k.entry, &now, w.scratch + k.snap.len, late, fin)
+    add64(&f.n.handed, 1)
+    add64(&f.backends[k.entry.backend].handed, 1)
+    say_flow(f.c, 2, &k.snap.flow, b"handed over")
+    _close(f, k)
+
+
+# Events
+
+cdef void _read_head(frontend *f, worker *w, conn *k) noexcept nogil:
+    cdef ssize_t n
+    cdef int rc
+    cdef bint ended = False
+    while True:
+        n = recv(k.fd, w.scratch, SCRATCH, MSG_PEEK | MSG_DONTWAIT)
+        if n < 0 and errno == EINTR:
+            continue
+        if n < 0 and errno == EAGAIN:
+            _watch_client(f, k)
+            return
+        if n <= 0:  # reset, or closed without a word
+            add64(&f.n.lost, 1)
+            _close(f, k)
+            return
+        k.seen = <uint32_t>n
+        rc = http_parse(&k.head, w.scratch, min(k.seen, f.headlimit))
+        # a FIN may have come with the last bytes; if so, look once more for what came before it
+        if rc != HTTP_MORE or ended or not _half_closed(k.fd):
+            break
+        ended = True
+    if rc == HTTP_BAD:
+        say_flow(f.c, 1, &k.snap.flow, k.head.error)
+        _answer(f, k, ANSWER_400, &f.n.answered_400)
+    elif rc != HTTP_MORE:
+        k.method_head = (k.head.method_len == 4
+                         and memcmp(w.scratch + k.head.method, b"HEAD", 4) == 0)
+        _offer(f, w, k, w.scratch)
+    elif k.seen >= f.headlimit:
+        say_flow(f.c, 1, &k.snap.flow, b"request head over headlimit: 431")
+        _answer(f, k, ANSWER_431, &f.n.answered_431)
+    elif ended:
+        say_flow(f.c, 1, &k.snap.flow, b"the client ended in its request head: 400")
+        _answer(f, k, ANSWER_400, &f.n.answered_400)
+    else:
+        _watch_client(f, k)
+
+
+cdef bint _half_closed(int fd) noexcept nogil:
+    """True if the peer has sent a FIN, seen before what it stands behind is read."""
+    cdef tcp_info_head info
+    cdef socklen_t n = sizeof(info)
+    if getsockopt(fd, IPPROTO_TCP, 11, &info, &n) < 0:  # TCP_INFO
+        return True
+    return info.tcpi_state != 1  # TCP_ESTABLISHED
+
+
+cdef void _accept(frontend *f, worker *w) noexcept nogil:
+    cdef sockaddr_in peer
+    cdef socklen_t n
+    cdef conn *k
+    cdef int fd, _i
+    for _i in range(ACCEPT_BATCH):
+        k = _take_slot(f)
+        if k == NULL:
+            return  # the rest waits in the kernel's backlog: maxclients
+        pthread_mutex_lock(&k.lock)
+        n = sizeof(peer)
+        fd = accept4(f.listen_fd, <sockaddr *>&peer, &n, SOCK_NONBLOCK | SOCK_CLOEXEC)
+        if fd < 0:
+            if errno == EMFILE or errno == ENFILE:
+                f.accept_failed = 1  # tried again by the timer
+            _free_slot(f, k)
+            pthread_mutex_unlock(&k.lock)
+            return
+        add64(&f.n.accepted, 1)
+        k.fd = fd
+        k.frozen = k.diverted = k.watched = k.method_head = False
+        k.seen = 0
+        k.accept_ns = now_ns()
+        k.deadline_ns = k.accept_ns + f.headtimeout_ns
+        memset(&k.head, 0, sizeof(k.head))
+        memset(&k.snap, 0, sizeof(k.snap))
+        memset(&k.entry, 0, sizeof(k.entry))
+        memset(k.tried, 0, sizeof(k.tried))
+        k.snap.flow.caddr[10] = k.snap.flow.caddr[11] = 0xff
+        memcpy(k.snap.flow.caddr + 12, &peer.sin_addr, 4)
+        memcpy(k.snap.flow.vaddr, f.vaddr, 16)
+        k.local = memcmp(&peer.sin_addr, f.vaddr + 12, 4) == 0
+        k.snap.flow.cport = peer.sin_port
+        k.snap.flow.vport = f.vport
+        k.state = CONN_READ
+        _read_head(f, w, k)
+        pthread_mutex_unlock(&k.lock)
+    # more may wait: let another worker have a share
+    watch(f.c, EPOLL_CTL_MOD, f.listen_fd, EPOLLIN | EPOLLET, EV_LISTENER, 0, 0)
+
+
+cdef void _on_event(core *c, worker *w, int kind, uint32_t index, uint32_t gen,
+                    uint32_t events) noexcept nogil:
+    cdef frontend *f = <frontend *>c.role
+    cdef conn *k
+    if kind == EV_LISTENER:
+        _accept(f, w)
+    elif kind == EV_TAP:
+        f.dp.on_packets(f.dp.self, w.scratch)
+    elif kind == EV_CLIENT:
+        k = &f.conns[index]
+        pthread_mutex_lock(&k.lock)
+        if (k.gen & 0xffffff) == gen:
+            if k.state == CONN_READ:
+                _read_head(f, w, k)
+            elif k.state == CONN_LINGER:
+                if not _discard(k):
+                    _close(f, k)
+        pthread_mutex_unlock(&k.lock)
+
+
+cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
+    cdef frontend *f = <frontend *>c.role
+    cdef conn *k
+    cdef uint32_t slot
+    cdef tcpha_entry entry
+    if m.type == MSG_CLOSED:
+        if f.dp.forget(f.dp.self, &m.snap.flow, m.id, m.reason == END_TIME_WAIT, &entry) == 1:
+            _count_closed(f, entry.backend)
+            say_flow(c, 2, &m.snap.flow, b"closed")
+        return 0
+    if m.type != MSG_ADOPTED and m.type != MSG_REFUSED:
+        return -1
+    slot = <uint32_t>(m.id & ((1 << SLOT_BITS) - 1))
+    if slot >= f.nconns:
+        return -1
+    k = &f.conns[slot]
+    pthread_mutex_lock(&k.lock)
+    if k.state == CONN_SENT and k.entry.id == m.id and k.entry.backend == l.peer:
+        if m.type == MSG_ADOPTED:
+            _complete(f, w, k)
+        else:
+            _offer_again(f, w, k, m.reason)
+    pthread_mutex_unlock(&k.lock)
+    return 0
+
+
+cdef void _on_link_down(core *c, worker *w, link *l) noexcept nogil:
+    """Offers on a broken link go to the next back end."""
+    cdef frontend *f = <frontend *>c.role
+    cdef backend *be = &f.backends[l.peer]
+    cdef uint32_t i, index = <uint32_t>(l - c.links)
+    cdef conn *k
+    for i in range(LINKS_MAX):
+        if be.link[i] == index:
+            be.link[i] = MAX_LINKS
+            add32(&be.links, -1)
+    for i in range(f.nconns):
+        k = &f.conns[i]
+        if k.state != CONN_SENT or k.link != index:
+            continue
+        # the lock may be ours: a link can break while its own answer is being sent
+        if pthread_mutex_trylock(&k.lock) != 0:
+            continue  # then the deadline takes care of it
+        if k.state == CONN_SENT and k.link == index and k.link_gen == l.gen:
+            _offer_again(f, w, k, REFUSE_LINK)
+        pthread_mutex_unlock(&k.lock)
+
+
+cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
+    cdef frontend *f = <frontend *>c.role
+    cdef conn *k
+    cdef uint32_t i
+    if xchg32(&f.accept_failed, 0) and not f.unloading:
+        say(c, 0, b"out of file descriptors: raise LimitNOFILE or lower maxclients")
+        watch(c, EPOLL_CTL_MOD, f.listen_fd, EPOLLIN | EPOLLET, EV_LISTENER, 0, 0)
+    f.dp.sweep(f.dp.self, now)
+    for i in range(f.nconns):
+        k = &f.conns[i]
+        if k.state == CONN_FREE or k.deadline_ns > now:
+            continue
+        if pthread_mutex_trylock(&k.lock) != 0:
+            continue
+        if k.state != CONN_FREE and k.deadline_ns <= now:
+            if k.state == CONN_READ:
+                say_flow(c, 1, &k.snap.flow, b"no complete request head in headtimeout: 408")
+                _answer(f, k, ANSWER_408, &f.n.answered_408)
+            elif k.state == CONN_LINGER:
+                _discard(k)
+                _close(f, k)
+            else:
+                _stalled(f, k)
+                _offer_again(f, w, k, REFUSE_TIMEOUT)
+        pthread_mutex_unlock(&k.lock)
+
+
+cdef void _stalled(frontend *f, conn *k) noexcept nogil:
+    """A back end did not answer in time. It must not find the offer later: its links are broken (by
+    Python, at once), and it refuses what has grown old on the way."""
+    store32(&f.backends[k.entry.backend].dead, 1)
+    notice(f.c)
+
+
+cdef void _on_retire(core *c, worker *w) noexcept nogil:
+    cdef fe_worker *fw = <fe_worker *>w.role
+    w.role = NULL
+    if fw == NULL:
+        return
+    if fw.scratch != NULL:
+        hs_free_scratch(fw.scratch)
+    free(fw.bits)
+    free(fw)
+
+
+cdef class FrontEnd(Core):
+    """The front end's shared state.
+
+    maxclients: connections in hand at one time (at most 65,535); headlimit in bytes; headtimeout
+    and offer_timeout in seconds.
+    """
+
+    def __cinit__(self, int maxclients, uint32_t headlimit, double headtimeout,
+                  double offer_timeout=3.0):
+        cdef uint32_t i
+        if not 0 < maxclients < 1 << SLOT_BITS:
+            raise ValueError("maxclients out of range")
+        self.f = <frontend *>calloc(1, sizeof(frontend))
+        if self.f == NULL:
+            raise MemoryError
+        self.f.nconns = maxclients
+        self.f.conns = <conn *>calloc(maxclients, sizeof(conn))
+        self.f.pool = <uint32_t *>calloc(maxclients, sizeof(uint32_t))
+        if self.f.conns == NULL or self.f.pool == NULL:
+            raise MemoryError
+        pthread_mutex_init(&self.f.pool_lock, NULL)
+        for i in range(self.f.nconns):
+            self.f.conns[i].index = i
+            self.f.conns[i].fd = -1
+            pthread_mutex_init(&self.f.conns[i].lock, NULL)
+            self.f.pool[i] = maxclients - 1 - i
+        self.f.pool_len = maxclients
+        self.f.c = self.c
+        self.f.listen_fd = -1
+        self.f.headlimit = headlimit
+        self.f.headtimeout_ns = <uint64_t>(headtimeout * 1e9)
+        self.f.offer_ns = <uint64_t>(offer_timeout * 1e9)
+        # ids of an earlier run must not come again: it may have left flows behind
+        self.f.next_id = <uint64_t>(time.time() * 1e6) >> 3
+        self.c.role = self.f
+        self.c.on_event = _on_event
+        self.c.on_message = _on_message
+        self.c.on_link_down = _on_link_down
+        self.c.on_timer = _on_timer
+        self.c.on_retire = _on_retire
+        self._open(50)
+
+    def __dealloc__(self):
+        cdef uint32_t i
+        if self.f == NULL:
+            return
+        if self.f.conns != NULL:
+            for i in range(self.f.nconns):
+                pthread_mutex_destroy(&self.f.conns[i].lock)
+        pthread_mutex_destroy(&self.f.pool_lock)
+        ruleset_free(self.f.rules)
+        free(self.f.conns)
+        free(self.f.pool)
+        free(self.f)
+
+    def start(self, datapath, listener, str vaddr):
+        """Begin to accept from a listening socket on vaddr, over an opened datapath."""
+        cdef FeDatapath d = datapath
+        self.datapath = d
+        self.f.dp = d.table
+        address_bytes(vaddr, self.f.vaddr)
+        self.f.vport = htons(listener.getsockname()[1])
+        listener.setblocking(False)
+        self.f.listen_fd = listener.detach()
+        self.fds["listener"] = self.f.listen_fd
+        if d.event_fd >= 0:
+            watch(self.c, EPOLL_CTL_ADD, d.event_fd, EPOLLIN | EPOLLET, EV_TAP, 0, 0)
+        watch(self.c, EPOLL_CTL_ADD, self.f.listen_fd, EPOLLIN | EPOLLET, EV_LISTENER, 0, 0)
+
+    def stop_accepting(self):
+        """Close the listener; connections in hand go on."""
+        if "listener" in self.fds:
+            store32(&self.f.unloading, 1)
+            watch(self.c, EPOLL_CTL_DEL, self.f.listen_fd, 0, EV_LISTENER, 0, 0)
+            self.quiesce()
+            close(self.fds.pop("listener"))
+
+    def set_limits(self, uint32_t headlimit, double headtimeout):
+        self.f.headlimit = headlimit
+        self.f.headtimeout_ns = <uint64_t>(headtimeout * 1e9)
+
+    def publish_rules(self, list groups):
+        """Put rules in force: [(pattern, [(backend index, rule index), ...]), ...] in order."""
+        cdef ruleset *old
+        self.generation += 1
+        fresh = ruleset_new(groups, self.generation)
+        old = self.f.rules
+        storep(<void **>&self.f.rules, fresh)
+        self.quiesce()
+        ruleset_free(old)
+
+    # Back ends, by index
+
+    def backend_open(self, uint32_t b):
+        """Take a place in the table of back ends into use."""
+        cdef backend *be = &self.f.backends[b]
+        cdef int i
+        for i in range(LINKS_MAX):
+            be.link[i] = MAX_LINKS
+        be.links = 0
+        be.dead = be.draining = 0
+        be.full_until_ns = 0
+        store32(&be.used, 1)
+
+    def backend_close(self, uint32_t b):
+        store32(&self.f.backends[b].used, 0)
+
+    def backend_add_link(self, uint32_t b, uint32_t link_index):
+        """Use a link (see add_link) for a back end."""
+        cdef backend *be = &self.f.backends[b]
+        cdef int i
+        for i in range(LINKS_MAX):
+            if be.link[i] == MAX_LINKS:
+                be.link[i] = link_index
+                add32(&be.links, 1)
+                if self.c.links[link_index].state != LINK_UP and be.link[i] == link_index:
+                    be.link[i] = MAX_LINKS
+                    add32(&be.links, -1)
+                return
+        raise RuntimeError("too many links to a back end")
+
+    def backend_flags(self, uint32_t b, draining=None, dead=None):
+        if draining is not None:
+            store32(&self.f.backends[b].draining, draining)
+        if dead is not None:
+            store32(&self.f.backends[b].dead, dead)
+
+    def backend_stats(self, uint32_t b):
+        cdef backend *be = &self.f.backends[b]
+        return {"links": be.links, "draining": bool(be.draining), "dead": bool(be.dead),
+                "live": be.live, "handed": be.handed, "refused": be.refused, "closed": be.closed}
+
+    def send_owned(self, uint32_t b, uint32_t link_index):
+        """Tell a back end that was started anew which connections it has."""
+        cdef worker *w = self.outsider()
+        cdef uint8_t buf[MSG_OWNED_SIZE]
+        cdef tcpha_flow flow
+        for entry in self.datapath.flows():
+            if entry["backend"] == b:
+                memcpy(&flow, <const char *>(<bytes>entry["flow"]), sizeof(flow))
+                link_put(self.c, w, &self.c.links[link_index], buf,
+                         message_owned(buf, entry["id"], &flow), NULL, 0)
+        with nogil:
+            self.flush_outsider()
+
+    def counters(self):
+        cdef fe_counters *n = &self.f.n
+        return {"accepted": n.accepted, "handed": n.handed, "closed": n.closed,
+                "refused": n.refused, "lost": n.lost, "expired": n.expired,
+                "answered_400": n.answered_400, "answered_408": n.answered_408,
+                "answered_431": n.answered_431, "answered_503": n.answered_503,
+                "late_bytes": n.late_bytes}
+
+    def in_hand(self):
+        """Connections accepted and not yet handed over or closed."""
+        return self.f.nconns - self.f.pool_len
+
+    def expire(self, double idle, dead_backends, double dead_idle):
+        """Forget flows that were silent for 'idle' seconds ('dead_idle' for the given back ends).
+        Returns how many."""
+        cdef FeDatapath d = self.datapath
+        n = 0
+        for entry in d.idle_flows(idle, dead_backends, dead_idle):
+            if d.forget_flow(entry["flow"], entry["id"]):
+                n += 1
+                add64(&self.f.n.expired, 1)
+                add32(&self.f.backends[<uint32_t>entry["backend"]].live, -1)
+        return n

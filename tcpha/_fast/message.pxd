@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+from tcpha._fast.defs cimport tcpha_flow
+from tcpha._fast.snapshot cimport snapshot
+
+cdef enum:
+    MSG_MAGIC = 0x5443          # "TC"
+    MSG_VERSION = 1
+    MSG_HEADER = 16
+    MSG_HANDOFF_FIXED = MSG_HEADER + 8 + 36 + 7 * 4 + 2 + 2 + 2
+    MSG_CLOSED_SIZE = MSG_HEADER + 36 + 4
+    MSG_OWNED_SIZE = MSG_HEADER + 36
+    MSG_REFUSED_SIZE = MSG_HEADER + 4
+    MSG_MAX_DATA = 1 << 18
+    MSG_MAX = MSG_HANDOFF_FIXED + MSG_MAX_DATA
+
+cdef enum message_type:
+    MSG_HELLO = 1      # both, first: body is JSON, see tcpha/control/hello.py; id: protocol version
+    MSG_HANDOFF = 2    # FE: id: handoff id
+    MSG_ADOPTED = 3    # BE: id: handoff id
+    MSG_REFUSED = 4    # BE: id: handoff id; body: reason
+    MSG_CLOSED = 5     # BE: id: handoff id; body: flow
+    MSG_PING = 6       # both: id: sender's clock
+    MSG_PONG = 7       # both: id: the ping's
+    MSG_OWNED = 8      # FE, to a BE that was started anew: id: handoff id; body: flow
+
+cdef enum refusal:
+    REFUSE_FULL = 1         # maxclients reached
+    REFUSE_BACKLOG = 2      # the application's accept queue is full
+    REFUSE_LISTENER = 3     # nothing listens on redirectaddr:redirectport
+    REFUSE_STALE = 4        # the message waited too long; the FE has given up by now
+    REFUSE_UNSUPPORTED = 5  # the kernel refuses the connection's options (MSS below 536)
+    REFUSE_ERROR = 6
+    REFUSE_TIMEOUT = 7      # FE only: no answer
+    REFUSE_LINK = 8         # FE only: the control connection broke
+
+
+cdef enum ending:
+    END_GONE = 0            # nothing is left of the connection
+    END_TIME_WAIT = 1       # a TIME_WAIT socket answers what the client may still send
+
+
+# One decoded message; data points into the buffer.
+cdef struct message:
+    uint8_t type
+    uint32_t length
+    uint64_t id
+    uint64_t sent_ns       # HANDOFF: the sender's CLOCK_MONOTONIC
+    uint32_t reason        # REFUSED: a refusal; CLOSED: an ending
+    snapshot snap          # HANDOFF; CLOSED, OWNED: flow only
+    const uint8_t *data    # HANDOFF, HELLO
+    uint32_t data_len
+
+
+cdef uint32_t message_handoff(uint8_t *to, uint64_t id, const snapshot *s) noexcept nogil
+cdef uint32_t message_short(uint8_t *to, uint8_t kind, uint64_t id) noexcept nogil
+cdef uint32_t message_refused(uint8_t *to, uint64_t id, uint32_t reason) noexcept nogil
+cdef uint32_t message_closed(uint8_t *to, uint64_t id, const tcpha_flow *flow,
+                             uint32_t reason) noexcept nogil
+cdef uint32_t message_owned(uint8_t *to, uint64_t id, const tcpha_flow *flow) noexcept nogil
+cdef int message_decode(const uint8_t *buf, uint32_t length, message *m) noexcept nogil

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Forged TCP/IPv4 segments, as frames for a TAP device with a virtio-net header."""
+import socket
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
+from libc.stdio cimport snprintf
+from libc.string cimport memcpy, memset
+
+from tcpha._fast.defs cimport tcpha_flow
+from tcpha._fast.sys cimport EINTR, errno, htonl, htons, iovec, ntohs, writev
+
+
+cdef uint16_t ip_checksum(const uint8_t *p, uint32_t length) noexcept nogil:
+    """The Internet checksum (RFC 1071) of an even number of bytes, in wire order."""
+    cdef uint32_t total = 0, i
+    cdef uint16_t word
+    for i in range(0, length, 2):
+        memcpy(&word, p + i, 2)
+        total += word
+    total = (total & 0xffff) + (total >> 16)
+    total = (total & 0xffff) + (total >> 16)
+    return <uint16_t>~total
+
+
+cdef inline uint8_t *_u16(uint8_t *p, uint16_t v) noexcept nogil:
+    v = htons(v)
+    memcpy(p, &v, 2)
+    return p + 2
+
+
+cdef inline uint8_t *_u32(uint8_t *p, uint32_t v) noexcept nogil:
+    v = htonl(v)
+    memcpy(p, &v, 4)
+    return p + 4
+
+
+cdef uint32_t forge(uint8_t *to, const segment *s) noexcept nogil:
+    """Write virtio-net, Ethernet, IPv4 and TCP headers. Returns their size (at most FRAME_HEAD).
+
+    The TCP checksum field holds the pseudo-header's sum and the virtio-net header says so
+    (VIRTIO_NET_HDR_F_NEEDS_CSUM): the packet never leaves memory unless a device completes it.
+    """
+    cdef uint32_t opts = 12 if s.timestamps else 0
+    cdef uint32_t tcp_len = TCP_SIZE + opts + s.len
+    cdef uint32_t pseudo = 0, i
+    cdef uint16_t word, check
+    cdef uint8_t *ip
+    cdef uint8_t *p
+    memset(to, 0, VNET_SIZE + ETH_SIZE)
+    to[0] = 1  # VIRTIO_NET_HDR_F_NEEDS_CSUM; the fields below are little-endian on these machines
+    word = ETH_SIZE + IP_SIZE
+    memcpy(to + 6, &word, 2)  # csum_start
+    word = 16
+    memcpy(to + 8, &word, 2)  # csum_offset
+    to[VNET_SIZE] = 2         # destination: any unicast address
+    to[VNET_SIZE + 6] = 2
+    _u16(to + VNET_SIZE + 12, 0x0800)
+    ip = to + VNET_SIZE + ETH_SIZE
+    p = ip
+    p[0] = 0x45
+    p[1] = 0
+    p = _u16(p + 2, <uint16_t>(IP_SIZE + tcp_len))
+    p = _u16(p, s.ip_id)
+    p = _u16(p, 0x4000)       # DF
+    p[0] = 64
+    p[1] = 6
+    p = _u16(p + 2, 0)
+    memcpy(p, s.flow.caddr + 12, 4)
+    memcpy(p + 4, s.flow.vaddr + 12, 4)
+    p += 8
+    check = ip_checksum(ip, IP_SIZE)
+    memcpy(ip + 10, &check, 2)
+    for i in range(0, 8, 2):
+        memcpy(&word, ip + 12 + i, 2)
+        pseudo += word
+    pseudo += htons(6) + htons(<uint16_t>tcp_len)
+    pseudo = (pseudo & 0xffff) + (pseudo >> 16)
+    pseudo = (pseudo & 0xffff) + (pseudo >> 16)
+    memcpy(p, &s.flow.cport, 2)
+    memcpy(p + 2, &s.flow.vport, 2)
+    p = _u32(p + 4, s.seq)
+    p = _u32(p, s.ack)
+    p[0] = <uint8_t>(((TCP_SIZE + opts) // 4) << 4)
+    p[1] = s.flags
+    p = _u16(p + 2, s.window)
+    check = <uint16_t>pseudo
+    memcpy(p, &check, 2)
+    p = _u16(p + 2, 0)
+    if opts:
+        p = _u32(p, 0x0101080a)  # NOP, NOP, timestamps (RFC 7323 appendix A)
+        p = _u32(p, s.tsval)
+        p = _u32(p, s.tsecr)
+    return <uint32_t>(p - to)
+
+
+cdef int tap_send(int fd, const uint8_t *head, uint32_t head_len, const uint8_t *data,
+                  uint32_t data_len) noexcept nogil:
+    """Write one frame. The kernel has received it, programs and stack included, when this returns.
+    0, or an errno."""
+    cdef iovec iov[2]
+    iov[0].iov_base = <void *>head
+    iov[0].iov_len = head_len
+    iov[1].iov_base = <void *>data
+    iov[1].iov_len = data_len
+    while writev(fd, iov, 2 if data_len else 1) < 0:
+        if errno != EINTR:
+            return errno
+    return 0
+
+
+cdef int flow_text(const tcpha_flow *flow, char *to, int size) noexcept nogil:
+    """'client:port' for messages."""
+    cdef const uint8_t *a = flow.caddr + 12
+    return snprintf(to, size, b"%u.%u.%u.%u:%u", a[0], a[1], a[2], a[3],
+                    <unsigned int>ntohs(flow.cport))
+
+
+cdef object address_text(const uint8_t *addr):
+    """16 bytes to the usual text; v4-mapped as IPv4."""
+    cdef bytes raw = addr[:16]
+    if raw[:12] == b"\0" * 10 + b"\xff\xff":
+        return socket.inet_ntop(socket.AF_INET, raw[12:])
+    return socket.inet_ntop(socket.AF_INET6, raw)
+
+
+cdef int address_bytes(str text, uint8_t *to) except -1:
+    """An IPv4 address in text to 16 bytes, v4-mapped. Raises OSError."""
+    cdef bytes raw = b"\0" * 10 + b"\xff\xff" + socket.inet_pton(socket.AF_INET, text)
+    memcpy(to, <const char *>raw, 16)
+    return 0
+
+
+def forge_segment(str client, int cport, str vip, int vport, dict fields, bytes data=b""):
+    """A frame as forge() makes it, data appended; for tests. fields: seq, ack, window, ip_id,
+    flags, and tsval, tsecr for timestamps."""
+    cdef uint8_t head[FRAME_HEAD]
+    cdef tcpha_flow flow
+    cdef segment s
+    memset(&s, 0, sizeof(s))
+    address_bytes(client, flow.caddr)
+    address_bytes(vip, flow.vaddr)
+    flow.cport = htons(cport)
+    flow.vport = htons(vport)
+    s.flow = &flow
+    s.seq = fields["seq"]
+    s.ack = fields["ack"]
+    s.window = fields.get("window", 0)
+    s.ip_id = fields.get("ip_id", 0)
+    s.flags = fields["flags"]
+    s.timestamps = "tsval" in fields
+    s.tsval = fields.get("tsval", 0)
+    s.tsecr = fields.get("tsecr", 0)
+    s.len = <uint32_t>len(data)
+    return head[:forge(head, &s)] + data

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""System calls, atomics and the clock, as the worker loops use them (all without the GIL)."""
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+
+cdef extern from * nogil:
+    """
+    #include <time.h>
+    #define at_load(p) __atomic_load_n(p, __ATOMIC_SEQ_CST)
+    #define at_store(p, v) __atomic_store_n(p, v, __ATOMIC_SEQ_CST)
+    #define at_add(p, v) __atomic_add_fetch(p, v, __ATOMIC_SEQ_CST)
+    #define at_xchg(p, v) __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST)
+    static inline uint64_t now_ns(void)
+    {
+            struct timespec t;
+
+            clock_gettime(CLOCK_MONOTONIC, &t);
+            return (uint64_t)t.tv_sec * 1000000000u + t.tv_nsec;
+    }
+    """
+    uint32_t load32 "at_load"(uint32_t *p)
+    void store32 "at_store"(uint32_t *p, uint32_t v)
+    uint32_t add32 "at_add"(uint32_t *p, long v)
+    uint32_t xchg32 "at_xchg"(uint32_t *p, uint32_t v)
+    uint64_t load64 "at_load"(uint64_t *p)
+    void store64 "at_store"(uint64_t *p, uint64_t v)
+    uint64_t add64 "at_add"(uint64_t *p, long long v)
+    void *loadp "at_load"(void **p)
+    void storep "at_store"(void **p, void *v)
+    uint64_t now_ns()  # CLOCK_MONOTONIC
+
+
+cdef extern from "<errno.h>" nogil:
+    int errno
+    enum:
+        EAGAIN
+        EINTR
+        ENOBUFS
+        ENOENT
+        EMFILE
+        ENFILE
+
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t read(int fd, void *buf, size_t n)
+    ssize_t write(int fd, const void *buf, size_t n)
+    int close(int fd)
+
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t writev(int fd, const iovec *iov, int n)
+
+
+cdef extern from "<arpa/inet.h>" nogil:
+    uint16_t htons(uint16_t v)
+    uint16_t ntohs(uint16_t v)
+    uint32_t htonl(uint32_t v)
+    uint32_t ntohl(uint32_t v)
+
+
+cdef extern from "<endian.h>" nogil:
+    uint64_t htobe64(uint64_t v)
+    uint64_t be64toh(uint64_t v)
+
+
+cdef extern from "<sys/socket.h>" nogil:
+    ctypedef unsigned int socklen_t
+    struct sockaddr:
+        pass
+    int accept4(int fd, sockaddr *addr, socklen_t *len, int flags)
+    ssize_t recv(int fd, void *buf, size_t n, int flags)
+    ssize_t send(int fd, const void *buf, size_t n, int flags)
+    int shutdown(int fd, int how)
+    int setsockopt(int fd, int level, int name, const void *val, socklen_t len)
+    int getsockopt(int fd, int level, int name, void *val, socklen_t *len)
+    int getsockname(int fd, sockaddr *addr, socklen_t *len)
+    enum:
+        AF_INET
+        SOL_SOCKET
+        SOCK_NONBLOCK
+        SOCK_CLOEXEC
+        MSG_PEEK
+        MSG_DONTWAIT
+        MSG_NOSIGNAL
+        MSG_TRUNC
+        SHUT_WR
+        SHUT_RDWR
+
+
+cdef extern from "<netinet/in.h>" nogil:
+    struct in_addr:
+        uint32_t s_addr
+    struct sockaddr_in:
+        uint16_t sin_family
+        uint16_t sin_port
+        in_addr sin_addr
+    enum:
+        IPPROTO_TCP
+
+
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        uint64_t u64
+    struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_wait(int epfd, epoll_event *ev, int n, int timeout)
+    int epoll_ctl(int epfd, int op, int fd, epoll_event *ev)
+    enum:
+        EPOLLIN
+        EPOLLOUT
+        EPOLLERR
+        EPOLLHUP
+        EPOLLRDHUP
+        EPOLLET
+        EPOLL_CTL_ADD
+        EPOLL_CTL_MOD
+        EPOLL_CTL_DEL
+
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t *m, void *attr)
+    int pthread_mutex_destroy(pthread_mutex_t *m)
+    int pthread_mutex_lock(pthread_mutex_t *m)
+    int pthread_mutex_trylock(pthread_mutex_t *m)
+    int pthread_mutex_unlock(pthread_mutex_t *m)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The run directory of an instance: lock, pid file, and becoming a daemon."""
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+DEFAULT = Path("/run/tcpha")
+
+
+class RunDirError(Exception):
+    """The run directory cannot be used; the message says why."""
+
+
+class RunDir:
+    """DIR/NAME.pid, locked for the life of the daemon. name: tcphafe or tcphabe."""
+
+    def __init__(self, path: Path, name: str):
+        self.path = path
+        self.name = name
+        self.pid_file = path / f"{name}.pid"
+        self.socket = path / f"{name}.sock"
+        self.journal = path / f"{name}.journal"
+        try:
+            path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            self.fd = os.open(self.pid_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise RunDirError(f"{path}: {error.strerror}; choose another --run-dir") from None
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = self.pid_file.read_text().strip()
+            raise RunDirError(f"{name} is running already in {path} (process {pid}); stop it or "
+                              "choose another --run-dir") from None
+
+    def write_pid(self) -> None:
+        os.ftruncate(self.fd, 0)
+        os.pwrite(self.fd, f"{os.getpid()}\n".encode(), 0)
+
+    def close(self) -> None:
+        self.pid_file.unlink(missing_ok=True)
+        self.socket.unlink(missing_ok=True)
+        os.close(self.fd)
+
+
+def daemonise() -> Callable[[str], None]:
+    """Go to the background. The first process waits for the returned function to be called: with ''
+    once the daemon serves (it exits 0), or with the reason why it does not (exits 1)."""
+    reader, writer = os.pipe()
+    if os.fork():
+        os.close(writer)
+        with os.fdopen(reader) as f:
+            said = f.read()
+        if said != "ok":
+            print(said or "the daemon died while starting; see its log", file=sys.stderr)
+        os._exit(0 if said == "ok" else 1)
+    os.close(reader)
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    os.chdir("/")
+    null = os.open("/dev/null", os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+
+    def report(reason: str) -> None:
+        os.write(writer, (reason or "ok").encode())
+        os.close(writer)
+    return report

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The back end."""
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import Any
+
+from tcpha._fast.be_worker import BackEnd
+from tcpha.admin.rundir import RunDir
+from tcpha.admin.server import Command
+from tcpha.config import Config
+from tcpha.control.hello import PATIENCE, Hello, HelloError, check, new_instance, receive
+from tcpha.datapath import choose, open_backend
+from tcpha.net.host import HostError
+from tcpha.service import Service
+
+log = logging.getLogger("tcpha")
+
+
+class BackEndService(Service):
+    role = "be"
+
+    def __init__(self, config: Config, run: RunDir, foreground: bool):
+        super().__init__(config, run, foreground)
+        self.core = BackEnd(config.maxclients)
+        self.instance = new_instance()
+        self.frontends: list[tuple[str, str]] = []  # (instance, address) by peer index
+
+    def open(self) -> None:
+        config, host = self.config, self.host
+        _, found = choose(self.role, config.datapath)
+        log.info("%s", found)
+        if host.holder(config.raddr) is None:
+            raise HostError(f"raddr {config.raddr} is no address of this host; mend it or add the "
+                            "address")
+        # A host that neither answers nor announces ARP for addresses of other interfaces: the VIP
+        # on lo is not seen (Documentation/networking/ip-sysctl, arp_ignore and arp_announce).
+        host.sysctl("net/ipv4/conf/all/arp_ignore", "1")
+        host.sysctl("net/ipv4/conf/all/arp_announce", "2")
+        # What adoption needs of the kernel: connections whose options the FE negotiated
+        if host.read_sysctl("net/ipv4/tcp_syncookies") == "0":
+            host.sysctl("net/ipv4/tcp_syncookies", "1")
+        for name in ("tcp_timestamps", "tcp_sack", "tcp_window_scaling"):
+            if host.read_sysctl(f"net/ipv4/{name}") == "0":
+                host.sysctl(f"net/ipv4/{name}", "1")
+        host.sysctl("net/ipv4/tcp_rfc1337", "0")  # a TIME_WAIT socket yields to a RST
+        self.listener = self._listen()
+        try:
+            self.datapath = open_backend(config, host)
+            # only now, behind the guard
+            host.add_address(config.vaddr, socket.if_nametoindex("lo"))
+            self.core.start(self.datapath.table, config.vaddr)
+        except BaseException:
+            self.listener.close()
+            raise
+
+    def _listen(self) -> socket.socket:
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((self.config.raddr, self.config.port))
+        except OSError as error:
+            listener.close()
+            raise HostError(
+                f"cannot listen on {self.config.raddr}:{self.config.port}: {error.strerror}; stop "
+                "what holds the port or change 'port'") from None
+        listener.listen(64)
+        listener.setblocking(False)
+        return listener
+
+    async def begin(self) -> None:
+        self.spawn(self._accept())
+
+    async def shut(self) -> None:
+        self.listener.close()
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            sock, peer = await loop.sock_accept(self.listener)
+            self.spawn(self._greet(sock, peer[0]))
+
+    async def _greet(self, sock: socket.socket, address: str) -> None:
+        mine = Hello("be", self.config.vaddr, self.config.redirectport,
+                     datapath=self.datapath.name, instance=self.instance)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            async with asyncio.timeout(PATIENCE):
+                hello, delta = await receive(sock)
+                try:
+                    if self.unloading:
+                        raise HelloError("this back end is unloading")
+                    check(hello, "fe", self.config.vaddr)
+                except HelloError as error:
+                    mine.error = str(error)
+                    raise
+                finally:
+                    await asyncio.get_running_loop().sock_sendall(sock, mine.pack())
+        except (TimeoutError, OSError, HelloError) as error:
+            log.warning("control connection from %s refused: %s", address, error or "no HELLO")
+            sock.close()
+            return
+        peer = (hello.instance, address)
+        known = [a for _, a in self.frontends]
+        if peer in self.frontends:
+            index = self.frontends.index(peer)
+        elif address in known:  # the front end was started anew
+            index = known.index(address)
+            self.frontends[index] = peer
+            log.info("front end %s: a new run", address)
+        else:
+            index = len(self.frontends)
+            self.frontends.append(peer)
+            log.info("front end %s: connected", address)
+        self.datapath.allow(address, True)
+        self.core.add_link(sock, index, delta)
+        self.core.check_all()
+
+    def on_notice(self) -> None:
+        for _, peer in self.reap_links():
+            if not any(up and p == peer for _, p, up, _ in self.core.links()):
+                log.warning("front end %s: control connections lost", self.frontends[peer][1])
+
+    def live(self) -> int:
+        return int(self.core.counters()["live"])
+
+    def begin_unload(self) -> None:
+        self.core.refuse_all()
+
+    def apply(self, config: Config) -> None:
+        self.config = config
+        self.core.dbglevel = config.dbglevel
+        self.workers.limits(config.minspareservers, config.maxspareservers)
+        self.files.refresh()
+
+    def commands(self) -> dict[str, Command]:
+        return super().commands() | {"status": self.status, "conns": self.conns}
+
+    async def status(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "raddr": config.raddr, "vaddr": config.vaddr, "uaddr": config.uaddr,
+            "port": config.port, "redirectaddr": config.redirectaddr,
+            "redirectport": config.redirectport, "datapath": self.datapath.name,
+            "dbglevel": self.core.dbglevel, "startservers": config.startservers,
+            "minspareservers": config.minspareservers,
+            "maxspareservers": config.maxspareservers, "maxclients": config.maxclients,
+            "unloading": self.unloading, "workers": self.workers.stats(),
+            "live": self.live(), "counters": self.core.counters(),
+            "packets": self.datapath.counters(),
+            "frontends": [{"address": a, "connections": sum(
+                1 for _, p, up, _ in self.core.links() if up and p == n)}
+                for n, (_, a) in enumerate(self.frontends)]}
+
+    async def conns(self) -> list[dict[str, Any]]:
+        rows = await asyncio.to_thread(self.core.flows)
+        return [{"client": f"{r['client']}:{r['port']}", "vaddr": f"{r['vaddr']}:{r['vport']}",
+                 "frontend": self.frontends[r["frontend"]][1], "age": round(r["age"], 3)}
+                for r in rows]

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One typed model, two readers, one set of checks. load() is all that others need."""
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from tcpha._fast.match import Matcher, PatternError, check_patterns
+from tcpha.config.keys import KEYS, MEANINGLESS
+from tcpha.config.model import ANY, Config, ConfigError, Fault, Rule, Server
+from tcpha.config.readers import read
+
+__all__ = ["ANY", "Config", "ConfigError", "Fault", "Rule", "Server", "load"]
+
+
+def load(role: str, file: str) -> Config:
+    """Read and check a file for a role ('fe' or 'be'). Raises ConfigError with all faults."""
+    items, faults = read(file)
+    keys = KEYS[role]
+    values: dict[str, Any] = {name: [] if key.repeated else key.default
+                              for name, key in keys.items()}
+    lines: dict[str, int] = {}
+    places: dict[str, list[int]] = {name: [] for name, key in keys.items() if key.repeated}
+    warnings: list[Fault] = []
+    for name, raw, line in items:
+        key = keys.get(name)
+        if key is None:
+            other = KEYS["be" if role == "fe" else "fe"]
+            if name in other:
+                warnings.append(Fault(file, line, name, f"means nothing on the {role.upper()}; "
+                                                        "remove it", True))
+                continue
+            near = difflib.get_close_matches(name, keys, 1, 0.5)
+            faults.append(Fault(file, line, name, "unknown key; " + (
+                f"did you mean '{near[0]}'?" if near else "see the .detail file for all keys")))
+            continue
+        if name in lines and not key.repeated:
+            faults.append(Fault(file, line, name, f"given twice, first on line {lines[name]}; "
+                                                  "remove one"))
+            continue
+        lines.setdefault(name, line)
+        try:
+            value = key.read(raw)
+        except ValueError as error:
+            faults.append(Fault(file, line, name, str(error)))
+            continue
+        refused = key.unbuilt(value)
+        if refused:
+            faults.append(Fault(file, line, name, refused))
+            continue
+        if name in MEANINGLESS[role]:
+            warnings.append(Fault(file, line, name, f"means nothing on the {role.upper()}; "
+                                                    "remove it", True))
+        if key.repeated:
+            values[name].append(value)
+            places[name].append(line)
+        else:
+            values[name] = value
+    for name, key in keys.items():
+        if key.required and name not in lines:
+            faults.append(Fault(file, 1, name, "must be specified; add a line "
+                                               f"'{name} = x.x.x.x'"))
+    _check(role, file, values, lines, places, faults, warnings)
+    if faults:
+        raise ConfigError(sorted(faults + warnings, key=lambda f: f.line))
+    return Config(role, file, values, lines, warnings)
+
+
+def _check(role: str, file: str, v: dict[str, Any], lines: dict[str, int],
+           places: dict[str, list[int]], faults: list[Fault], warnings: list[Fault]) -> None:
+    """What needs more than one key to judge."""
+    def fault(key: str, text: str) -> None:
+        faults.append(Fault(file, lines.get(key, 1), key, text))
+
+    if v["minspareservers"] > v["maxspareservers"]:
+        fault("minspareservers" if "minspareservers" in lines else "maxspareservers",
+              f"minspareservers {v['minspareservers']} is above maxspareservers "
+              f"{v['maxspareservers']}; lower it or raise the other")
+    for key in ("raddr", "uaddr"):
+        if v["vaddr"] is not None and v.get(key) == v["vaddr"]:
+            fault("vaddr", f"the same as {key}; the virtual address is one of its own, shared by "
+                           "the cluster")
+    if role == "be":
+        if v["uaddr"] is not None and v["uaddr"] == v["raddr"]:
+            fault("uaddr", "the same as raddr; name an address that the cluster does not use")
+        for key in ("feaddr", "feport", "rule"):
+            if key in lines and not v["dregister"]:
+                warnings.append(Fault(file, lines[key], key, "ignored, since dregister is 0", True))
+        _check_patterns(file, v["rule"], places["rule"], faults)
+        return
+
+    servers: list[Server] = v["server"]
+    known = {s.address for s in servers}
+    for n, server in enumerate(servers):
+        line = places["server"][n]
+        if server.address in [s.address for s in servers[:n]]:
+            faults.append(Fault(file, line, "server", f"{server.address} is listed twice; "
+                                                      "remove one"))
+        if server.address == v["vaddr"]:
+            faults.append(Fault(file, line, "server", "is the virtual address; write the BE's "
+                                                      "real one"))
+    if "server" not in lines:
+        warnings.append(Fault(file, 1, "server", "no back end is listed: every request is answered "
+                                                 "503; add 'server = ADDRESS PORT'", True))
+    for n, rule in enumerate(v["rule"]):
+        if rule.server not in known:
+            near = difflib.get_close_matches(rule.server, sorted(known), 1, 0.7)
+            faults.append(Fault(
+                file, places["rule"][n], "rule", f"{rule.server} is no server; " +
+                (f"did you mean {near[0]}?" if near else
+                 f"add a line 'server = {rule.server} PORT'")))
+    if _check_patterns(file, v["rule"], places["rule"], faults) and servers:
+        _check_cover(file, v["rule"], places["rule"], warnings)
+
+
+def _check_patterns(file: str, rules: list[Rule], places: list[int], faults: list[Fault]) -> bool:
+    left = list(enumerate(rules))
+    good = True
+    while left:
+        try:
+            check_patterns([rule.pattern for _, rule in left])
+            break
+        except PatternError as error:
+            at = max(error.pattern, 0)
+            n, rule = left.pop(at)
+            good = False
+            faults.append(Fault(file, places[n], "rule", f"pattern '{rule.pattern}' does not "
+                                                         f"compile: {error} Mend the expression."))
+    return good
+
+
+def _check_cover(file: str, rules: list[Rule], places: list[int], warnings: list[Fault]) -> None:
+    """The seed: 'The rules must contain all the cases'. Odd targets stand for all of them."""
+    samples = [b"/", b"/~qz.7_/Zx-0?y=%41&k", b"*", b"http://q.invalid:1/w"]
+    matcher = Matcher([rule.pattern for rule in rules])
+    if not all(matcher.matches(sample) for sample in samples):
+        warnings.append(Fault(
+            file, places[-1] if places else 1, "rule", "the rules do not cover every request, and "
+            "what none matches is answered 503; add a last one 'rule = x.x.x.x .*'", True))

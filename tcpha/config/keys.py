@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The keys of both roles. Names and defaults of TCPHA 0.1 hold exactly."""
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable
+from typing import Any
+
+from tcpha.config.model import ANY, Key, Rule, Server
+
+BE_PORT = 666
+
+
+def address(value: Any) -> str:
+    try:
+        return str(ipaddress.IPv4Address(str(value)))
+    except ValueError:
+        raise ValueError(f"'{value}' is no IPv4 address; write four numbers from 0 to 255, "
+                         "as in 192.168.1.36") from None
+
+
+def integer(low: int, high: int, what: str = "number") -> Callable[[Any], int]:
+    def read(value: Any) -> int:
+        if isinstance(value, bool) or not re.fullmatch(r"-?[0-9]+", str(value)):
+            raise ValueError(f"'{value}' is no {what}; write one from {low} to {high}")
+        number = int(value)
+        if not low <= number <= high:
+            raise ValueError(f"{what} {number} is out of range; write one from {low} to {high}")
+        return number
+    return read
+
+
+def choice(*words: str) -> Callable[[Any], str]:
+    def read(value: Any) -> str:
+        if value is True:
+            value = "on"
+        elif value is False:
+            value = "off"
+        if value not in words:
+            raise ValueError(f"'{value}' is not known; write one of: {', '.join(words)}")
+        return str(value)
+    return read
+
+
+def text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("a value is missing; write it after the equals sign")
+    return value
+
+
+def server(value: Any) -> Server:
+    """'ADDRESS [PORT]', or a TOML table with the keys address and port."""
+    if isinstance(value, dict):
+        unknown = set(value) - {"address", "port"}
+        if unknown or "address" not in value:
+            raise ValueError("a [[server]] table has the keys address and port (default 666)")
+        parts = [value["address"], *([value["port"]] if "port" in value else [])]
+    else:
+        parts = str(value).split()
+        if not 1 <= len(parts) <= 2:
+            raise ValueError(f"'{value}' is not 'ADDRESS [PORT]', as in 192.168.1.33 666")
+    return Server(address(parts[0]), port(parts[1]) if len(parts) > 1 else BE_PORT)
+
+
+def fe_rule(value: Any) -> Rule:
+    """'ADDRESS PATTERN', or a TOML table with the keys server and pattern."""
+    if isinstance(value, dict):
+        if set(value) != {"server", "pattern"}:
+            raise ValueError("a [[rule]] table has the keys server and pattern")
+        return Rule(address(value["server"]), text(value["pattern"]))
+    parts = str(value).split(None, 1)
+    if len(parts) != 2:
+        raise ValueError(f"'{value}' is not 'ADDRESS PATTERN', as in 192.168.1.38 jpg$")
+    return Rule(address(parts[0]), parts[1])
+
+
+def be_rule(value: Any) -> Rule:
+    """'PATTERN' or 'OWN-ADDRESS PATTERN'."""
+    if isinstance(value, dict):
+        if not {"pattern"} <= set(value) <= {"server", "pattern"}:
+            raise ValueError("a [[rule]] table has the key pattern")
+        return Rule(address(value.get("server", ANY)), text(value["pattern"]))
+    parts = str(value).split(None, 1)
+    if len(parts) == 2:
+        try:
+            return Rule(address(parts[0]), parts[1])
+        except ValueError:
+            pass
+    return Rule(ANY, text(value))
+
+
+def unless(accepted: Any, what: str) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        return None if value == accepted else what
+    return check
+
+
+port = integer(1, 65535, "port")
+LOCAL_NODE = "the Local Node is not built yet; remove the key"
+REGISTER = "dynamic registration is not built yet; write 0 and list this BE as a server on the FE"
+
+SHARED = {
+    "vaddr": Key(address, required=True),
+    "startservers": Key(integer(1, 1000), 5),
+    "maxspareservers": Key(integer(1, 1000), 5),
+    "minspareservers": Key(integer(1, 1000), 2),
+    "datapath": Key(choice("auto", "ebpf", "nfqueue"), "auto", unbuilt=lambda v:
+                    "datapath nfqueue is not built yet; write auto or ebpf"
+                    if v == "nfqueue" else None),
+    "forward": Key(choice("direct", "tunnel"), "direct"),
+    "fastpath": Key(choice("on", "off"), "off", unbuilt=unless(
+        "off", "the packet path is not built yet; write off or remove the key")),
+    "secret": Key(text, unbuilt=unless(
+        None, "authentication is not built yet; remove the key and keep the control port on a "
+              "network of your own")),
+    "dbglevel": Key(integer(0, 6, "level"), 0),
+    "logfile": Key(text),
+    "headlimit": Key(integer(256, 65536), 16384),
+    "headtimeout": Key(integer(1, 3600), 15),
+    "idletimeout": Key(integer(1, 10 ** 6), 900),
+    "maxflows": Key(integer(64, 16 * 2 ** 20), 262144),
+    "interface": Key(text, repeated=True),
+}
+
+KEYS: dict[str, dict[str, Key]] = {
+    "fe": SHARED | {
+        "raddr": Key(address, ANY),
+        "port": Key(port, 80),
+        "maxclients": Key(integer(1, 65535), 256),
+        "connperbe": Key(integer(1, 16), 2),
+        "redirectaddr": Key(address, ANY, unbuilt=lambda v: LOCAL_NODE),
+        "redirectport": Key(port, 8080, unbuilt=lambda v: LOCAL_NODE),
+        "dtcinterval": Key(integer(0, 3600), 5),
+        "server": Key(server, repeated=True),
+        "rule": Key(fe_rule, repeated=True),
+    },
+    "be": SHARED | {
+        "raddr": Key(address, required=True),
+        "uaddr": Key(address, required=True),
+        "port": Key(port, BE_PORT),
+        "maxclients": Key(integer(1, 2 ** 24), 256),
+        "redirectaddr": Key(address, ANY),
+        "redirectport": Key(port, 80),
+        "dtcinterval": Key(integer(0, 3600), 0),
+        "dregister": Key(integer(0, 1), 0, unbuilt=unless(0, REGISTER)),
+        "feaddr": Key(address),
+        "feport": Key(port, 80),
+        "rule": Key(be_rule, repeated=True),
+    },
+}
+
+# Keys that one role accepts but has no use for.
+MEANINGLESS = {
+    "fe": set[str](),
+    "be": {"forward", "fastpath", "headlimit", "headtimeout", "idletimeout", "maxflows",
+           "dtcinterval"},
+}

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The configuration: every key with its type and default, and what a checked file becomes."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+ANY = "0.0.0.0"  # INADDR_ANY
+
+
+@dataclass(frozen=True)
+class Server:
+    """A back end: address and port of its control listener."""
+
+    address: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Requests whose target matches 'pattern' go to 'server'."""
+
+    server: str
+    pattern: str
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong at a place in a file; str() is the line for the user."""
+
+    file: str
+    line: int
+    key: str
+    text: str
+    warning: bool = False
+
+    def __str__(self) -> str:
+        mark = "warning: " if self.warning else ""
+        return f"{self.file}:{self.line}: {self.key}: {mark}{self.text}"
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be used; faults says all that is wrong."""
+
+    def __init__(self, faults: list[Fault]):
+        super().__init__("\n".join(map(str, faults)))
+        self.faults = faults
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a key means. read: turns one value into its typed form, raises ValueError with a remedy.
+
+    unbuilt: why setting the key (to a value that this accepts) is refused for now.
+    """
+
+    read: Callable[[Any], Any]
+    default: Any = None
+    required: bool = False
+    repeated: bool = False
+    unbuilt: Callable[[Any], str | None] = lambda value: None
+
+
+@dataclass
+class Config:
+    """A checked configuration of either role. Values are attributes by key name."""
+
+    role: str
+    file: str
+    values: dict[str, Any]
+    lines: dict[str, int] = field(default_factory=dict)
+    warnings: list[Fault] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["values"][name]
+        except KeyError:
+            raise AttributeError(name) from None

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How packets of handed-over flows travel. Callers see open_frontend() and open_backend(), and the
+interface that both return; what the kernel offers is probed here and nowhere else."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tcpha._fast.bpf import kernel_has_function
+from tcpha.config import Config
+from tcpha.net.host import Host
+
+ADOPT_KFUNC = "bpf_sk_assign_tcp_reqsk"  # Linux 6.9
+
+
+class DatapathError(Exception):
+    """No datapath works here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Path:
+    """How the front end reaches a back end."""
+
+    ifindex: int
+    tunnel: bool
+    nexthop: str
+    address: str
+    source: str
+
+
+class Frontend(Protocol):
+    """The front end's datapath. table: what the workers call (see _fast/datapath.pxd)."""
+
+    table: Any
+    name: str
+
+    def set_backend(self, index: int, path: Path | None) -> None: ...
+    def flows(self) -> list[dict[str, Any]]: ...
+    def counters(self) -> dict[str, int]: ...
+    def close(self) -> None: ...
+
+
+class Backend(Protocol):
+    """The back end's datapath."""
+
+    table: Any
+    name: str
+
+    def allow(self, address: str, allowed: bool) -> None: ...
+    def counters(self) -> dict[str, int]: ...
+    def close(self) -> None: ...
+
+
+def choose(role: str, requested: str) -> tuple[str, str]:
+    """(datapath, a line that says what was found and chosen). Raises DatapathError."""
+    adopts = kernel_has_function(ADOPT_KFUNC)
+    if adopts is None:
+        lacking = "BTF (CONFIG_DEBUG_INFO_BTF)"
+    elif not adopts and role == "be":  # the front end needs no more than BPF at tc, and BTF
+        lacking = f"{ADOPT_KFUNC} (Linux 6.9 or later has it)"
+    else:
+        return "ebpf", (f"datapath ebpf ({requested}): the kernel has BTF"
+                        + (f" and {ADOPT_KFUNC}" if adopts else ""))
+    raise DatapathError(f"datapath {requested}: the kernel has no {lacking}, and datapath nfqueue "
+                        "is not built yet")
+
+
+def open_frontend(config: Config, host: Host) -> Frontend:
+    """Open what choose() chose. The filters are attached by start()."""
+    from tcpha.datapath.ebpf import EbpfFrontend
+    return EbpfFrontend(config, host)
+
+
+def open_backend(config: Config, host: Host) -> Backend:
+    from tcpha.datapath.ebpf import EbpfBackend
+    return EbpfBackend(config, host)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Datapath 'ebpf': TAP device, BPF object and tc filters of each role."""
+from __future__ import annotations
+
+import os
+from importlib import resources
+from typing import Any
+
+from tcpha._fast.ebpf import BeEbpf, FeEbpf
+from tcpha.config import ANY, Config
+from tcpha.datapath import Path
+from tcpha.net.host import Host
+from tcpha.net.tap import accept_any_source, open_tap
+
+FE_PRIORITY = 200
+BE_PRIORITY = 201
+
+
+def _object(name: str) -> str:
+    return str(resources.files("tcpha._bpf") / name)
+
+
+class _Ebpf:
+    name = "ebpf"
+
+    def __init__(self, config: Config, host: Host, prefix: str):
+        self.tap_fd, self.tap_index, tap = open_tap(host, prefix)
+        accept_any_source(host, tap, self.tap_index, config.vaddr)
+
+    def _attach(self, config: Config, host: Host, priority: int, tap: str, ingress: str) -> None:
+        host.attach(self.tap_index, self.table.obj.program_fd(tap), priority)
+        for index in host.ethernet(config.interface):
+            host.attach(index, self.table.obj.program_fd(ingress), priority)
+
+    table: Any
+
+    def counters(self) -> dict[str, int]:
+        return dict(self.table.counters())
+
+    def close(self) -> None:
+        os.close(self.tap_fd)
+
+
+class EbpfFrontend(_Ebpf):
+    def __init__(self, config: Config, host: Host):
+        super().__init__(config, host, "tcphafe")
+        self.table = FeEbpf(_object("fe.bpf.o"), (self.tap_fd, self.tap_index), config.vaddr,
+                            config.port, config.maxclients, config.maxflows,
+                            config.forward == "tunnel")
+        self._attach(config, host, FE_PRIORITY, "fe_tap", "fe_ingress")
+
+    def set_backend(self, index: int, path: Path | None) -> None:
+        self.table.set_backend(index, path and (path.ifindex, path.tunnel, path.nexthop,
+                                                path.address, path.source))
+
+    def flows(self) -> list[dict[str, Any]]:
+        return list(self.table.flows())
+
+
+class EbpfBackend(_Ebpf):
+    def __init__(self, config: Config, host: Host):
+        super().__init__(config, host, "tcphabe")
+        listen = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
+        self.table = BeEbpf(_object("be.bpf.o"), (self.tap_fd, self.tap_index), config.vaddr,
+                            config.raddr, listen, config.redirectport)
+        self._attach(config, host, BE_PRIORITY, "be_tap", "be_ingress")
+
+    def allow(self, address: str, allowed: bool) -> None:
+        self.table.allow(address, allowed)

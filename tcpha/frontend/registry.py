@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The front end's back ends: their control connections, their rules, and whether they live."""
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from tcpha.admin.server import Refused
+from tcpha.config import ANY, Config, Server
+from tcpha.control.hello import PATIENCE, Hello, HelloError, check, new_instance, receive
+from tcpha.datapath import Path
+from tcpha.net.host import Host, HostError
+
+log = logging.getLogger("tcpha")
+MAX_BACKENDS = 256
+BACKOFF_FIRST = 0.05  # seconds before the second attempt to connect; doubles up to BACKOFF_MOST
+BACKOFF_MOST = 1.0
+MISSED = 2  # detection intervals without a sign of life
+
+
+class BackEndEntry:
+    """A back end that is or was configured, at its place in the workers' table."""
+
+    def __init__(self, index: int, server: Server):
+        self.index = index
+        self.server = server
+        self.draining = False
+        self.connected = False  # for one log line per change
+        self.reason = ""
+        self.instance = ""  # of its present run
+        self.task: asyncio.Task[None] | None = None
+        self.wake = asyncio.Event()
+
+
+class Registry:
+    """All back ends. Used in the loop's thread only."""
+
+    def __init__(self, core: Any, datapath: Any, host: Host, config: Config,
+                 spawn: Callable[[Any], asyncio.Task[Any]]):
+        self.core = core
+        self.datapath = datapath
+        self.host = host
+        self.config = config
+        self.spawn = spawn
+        self.instance = new_instance()
+        self.entries: dict[str, BackEndEntry] = {}
+        self.gone: list[BackEndEntry] = []
+        self.started = False
+
+    # Configuration
+
+    def configure(self, config: Config) -> None:
+        """Take over servers and rules. Connections to back ends that stay are kept."""
+        self.config = config
+        wanted = {s.address: s for s in config.server}
+        for address, entry in list(self.entries.items()):
+            if wanted.get(address) != entry.server:
+                del self.entries[address]
+                self._remove(entry)
+        for address, server in wanted.items():
+            if address not in self.entries:
+                self.entries[address] = self._add(server)
+        groups: dict[str, list[tuple[int, int]]] = {}
+        for n, rule in enumerate(config.rule):
+            groups.setdefault(rule.pattern, []).append((self.entries[rule.server].index, n))
+        self.core.publish_rules(list(groups.items()))
+
+    def _add(self, server: Server) -> BackEndEntry:
+        for entry in self.gone:  # back again: its flows are still known by this place
+            if entry.server.address == server.address:
+                self.gone.remove(entry)
+                index = entry.index
+                break
+        else:
+            used = {e.index for e in [*self.entries.values(), *self.gone]}
+            free = [i for i in range(MAX_BACKENDS) if i not in used]
+            if not free:
+                raise Refused(f"more than {MAX_BACKENDS} back ends")
+            index = free[0]
+        entry = BackEndEntry(index, server)
+        self.core.backend_open(index)
+        if self.started:
+            entry.task = self.spawn(self._keep_connected(entry))
+        return entry
+
+    def _remove(self, entry: BackEndEntry) -> None:
+        """No new connections; the flows that it has go on."""
+        if entry.task:
+            entry.task.cancel()
+        self.core.backend_flags(entry.index, draining=True)
+        self.gone.append(entry)
+
+    def begin(self) -> None:
+        self.started = True
+        for entry in self.entries.values():
+            entry.task = self.spawn(self._keep_connected(entry))
+
+    # Control connections
+
+    async def _keep_connected(self, entry: BackEndEntry) -> None:
+        delay = BACKOFF_FIRST
+        while True:
+            entry.wake.clear()
+            have = self.core.backend_stats(entry.index)["links"]
+            try:
+                for _ in range(have, self.config.connperbe):
+                    await self._connect(entry)
+            except (TimeoutError, OSError, HelloError, HostError) as error:
+                reason = str(error) or "no answer"
+                if reason != entry.reason:
+                    entry.reason = reason
+                    log.warning("back end %s: %s; trying again", entry.server.address, reason)
+                try:
+                    await asyncio.wait_for(entry.wake.wait(), delay)
+                except TimeoutError:
+                    delay = min(delay * 2, BACKOFF_MOST)
+                continue
+            delay = BACKOFF_FIRST
+            entry.reason = ""
+            if not entry.connected:
+                entry.connected = True
+                log.info("back end %s: connected", entry.server.address)
+            await entry.wake.wait()
+
+    async def _connect(self, entry: BackEndEntry) -> None:
+        address = (entry.server.address, entry.server.port)
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            sock.setblocking(False)
+            if self.config.raddr != ANY:
+                sock.bind((self.config.raddr, 0))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            async with asyncio.timeout(PATIENCE):
+                await asyncio.get_running_loop().sock_connect(sock, address)
+                mine = Hello("fe", self.config.vaddr, self.config.port, self.config.forward,
+                             instance=self.instance)
+                await asyncio.get_running_loop().sock_sendall(sock, mine.pack())
+                hello, delta = await receive(sock)
+            check(hello, "be", self.config.vaddr)
+            self._set_path(entry, sock.getsockname()[0])
+            index = self.core.add_link(sock, entry.index, delta)
+            self.core.backend_add_link(entry.index, index)
+            if entry.instance not in ("", hello.instance):
+                self.core.send_owned(entry.index, index)
+            entry.instance = hello.instance
+            self.core.backend_flags(entry.index, dead=False)
+        except BaseException:
+            sock.close()
+            raise
+
+    def _set_path(self, entry: BackEndEntry, source: str) -> None:
+        """Tell the datapath how to reach a back end. source: our end of the control connection,
+        from which the back end expects tunnelled packets."""
+        address = entry.server.address
+        route = self.host.route(address)
+        tunnel = self.config.forward == "tunnel"
+        if not tunnel and not route.on_link(address):
+            raise HostError(f"is behind a router ({route.nexthop}), and forward is direct; "
+                            "write 'forward = tunnel'")
+        self.datapath.set_backend(entry.index, Path(route.ifindex, tunnel, route.nexthop, address,
+                                                    source))
+
+    def on_notice(self, reap: Callable[[], list[tuple[int, int]]]) -> None:
+        """Links broke, or a back end did not answer an offer in time."""
+        for entry in self.entries.values():
+            if self.core.backend_stats(entry.index)["dead"]:
+                self._give_up(entry, "did not answer a handoff in time")
+        reap()
+        for entry in self.entries.values():
+            links = self.core.backend_stats(entry.index)["links"]
+            if links == 0 and entry.connected:
+                entry.connected = False
+                log.warning("back end %s: lost", entry.server.address)
+            if links < self.config.connperbe:
+                entry.wake.set()
+
+    def _give_up(self, entry: BackEndEntry, why: str) -> None:
+        """Break all links to a back end: what it may still find in them is void."""
+        links = [i for i, peer, up, _ in self.core.links() if up and peer == entry.index]
+        if links:
+            log.warning("back end %s: %s", entry.server.address, why)
+        self.core.backend_flags(entry.index, dead=True)
+        for index in links:
+            self.core.break_link(index)
+
+    def detect(self, interval: int) -> None:
+        """Give up back ends that gave no sign of life for MISSED intervals. 0: never."""
+        if not interval:
+            return
+        for entry in self.entries.values():
+            ages = [age for _, peer, up, age in self.core.links() if up and peer == entry.index]
+            if ages and min(ages) > MISSED * interval:
+                self._give_up(entry, f"silent for {min(ages):.0f} seconds")
+
+    # What it knows
+
+    def _all(self) -> list[BackEndEntry]:
+        return [*self.entries.values(), *self.gone]
+
+    def live(self) -> int:
+        return sum(self.core.backend_stats(e.index)["live"] for e in self._all())
+
+    def dead(self) -> set[int]:
+        return {e.index for e in self._all()
+                if self.core.backend_stats(e.index)["links"] == 0}
+
+    def address(self, index: int) -> str:
+        return next((e.server.address for e in self._all() if e.index == index), "?")
+
+    def table(self) -> list[dict[str, Any]]:
+        rows = []
+        for entry in self.entries.values():
+            stats = self.core.backend_stats(entry.index)
+            state = "draining" if stats["draining"] else "up" if stats["links"] else "down"
+            rows.append({"server": entry.server.address, "port": entry.server.port, "state": state,
+                         "reason": entry.reason, "connperbe": stats["links"],
+                         "live": stats["live"], "handed": stats["handed"],
+                         "refused": stats["refused"], "closed": stats["closed"]})
+        return rows
+
+    def drain(self, address: str, draining: bool) -> dict[str, Any]:
+        entry = self.entries.get(address)
+        if entry is None:
+            raise Refused(f"{address} is no server; the servers are "
+                          f"{', '.join(self.entries) or 'none'}")
+        self.core.backend_flags(entry.index, draining=draining)
+        log.info("back end %s: %s", address, "draining" if draining else "taking connections again")
+        return {"server": address, "draining": draining,
+                "live": self.core.backend_stats(entry.index)["live"]}

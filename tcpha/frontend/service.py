@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The front end."""
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import Any
+
+from tcpha._fast.fe_worker import FrontEnd
+from tcpha.admin.rundir import RunDir
+from tcpha.admin.server import Command, Refused
+from tcpha.config import ANY, Config
+from tcpha.datapath import choose, open_frontend
+from tcpha.frontend.registry import Registry
+from tcpha.net.host import HostError
+from tcpha.service import Service, number
+
+log = logging.getLogger("tcpha")
+TCP_SAVE_SYN = 27
+TUNNEL_OVERHEAD = 20
+# What our stack acknowledges before a handoff must fit into the socket that adopts it.
+RECEIVE_BUFFER = 65536
+DEAD_IDLE = 60.0  # seconds of silence after which a dead back end's flow is forgotten
+
+
+class FrontEndService(Service):
+    role = "fe"
+    reloadable = Service.reloadable | {"server", "rule", "headlimit", "headtimeout",
+                                       "idletimeout", "dtcinterval"}
+
+    def __init__(self, config: Config, run: RunDir, foreground: bool):
+        super().__init__(config, run, foreground)
+        self.core = FrontEnd(config.maxclients, config.headlimit, config.headtimeout)
+        self.dtcinterval = config.dtcinterval
+        self.expiring = False
+
+    def open(self) -> None:
+        config, host = self.config, self.host
+        _, found = choose(self.role, config.datapath)
+        log.info("%s, forward %s", found, config.forward)
+        device = self._device()
+        host.add_address(config.vaddr, device)
+        listener = self._listen()
+        try:
+            self.datapath = open_frontend(config, host)
+            host.announce(config.vaddr, device)
+            self.core.start(self.datapath.table, listener, config.vaddr)
+        except BaseException:
+            listener.close()
+            raise
+        self.registry = Registry(self.core, self.datapath, host, config, self.spawn)
+        self.registry.configure(config)
+
+    def _device(self) -> int:
+        """The interface for the VIP: raddr's, else the one whose network holds the VIP."""
+        if self.config.raddr != ANY:
+            index = self.host.holder(self.config.raddr)
+            if index is None:
+                raise HostError(f"raddr {self.config.raddr} is no address of this host; mend it or "
+                                "add the address")
+            return index
+        index = self.host.holder(self.config.vaddr)
+        return index if index is not None else self.host.route(self.config.vaddr).ifindex
+
+    def _listen(self) -> socket.socket:
+        config, host = self.config, self.host
+        # The socket takes its initial receive buffer from the sysctl; setting SO_RCVBUF instead
+        # would lower the window scale that clients get for the whole connection.
+        mark = len(host.undo)
+        low, initial, high = host.read_sysctl("net/ipv4/tcp_rmem").split()
+        host.sysctl("net/ipv4/tcp_rmem", f"{low} {min(int(initial), RECEIVE_BUFFER)} {high}")
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        host.restore_to(mark)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if config.forward == "tunnel":
+                # a client's full-size packet and the outer header must fit the way to the BEs
+                mtu = min(host.mtu(i) for i in host.ethernet(config.interface))
+                listener.setsockopt(socket.IPPROTO_TCP, TCP_SAVE_SYN, 1)
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG,
+                                    mtu - 40 - TUNNEL_OVERHEAD)
+            try:
+                listener.bind((config.vaddr, config.port))
+            except OSError as error:
+                raise HostError(f"cannot listen on {config.vaddr}:{config.port}: {error.strerror}; "
+                                "stop what holds the port or change 'port'") from None
+            listener.listen(65535)
+        except BaseException:
+            listener.close()
+            raise
+        return listener
+
+    async def begin(self) -> None:
+        self.registry.begin()
+
+    async def shut(self) -> None:
+        self.core.stop_accepting()
+
+    def on_notice(self) -> None:
+        self.registry.on_notice(self.reap_links)
+
+    def every_second(self) -> None:
+        self.registry.detect(self.dtcinterval)
+        if not self.expiring:
+            self.expiring = True
+            self.spawn(self._expire())
+
+    async def _expire(self) -> None:
+        try:
+            n = await asyncio.to_thread(self.core.expire, float(self.config.idletimeout),
+                                        self.registry.dead(),
+                                        min(DEAD_IDLE, self.config.idletimeout))
+            if n:
+                log.info("%d idle flows expired", n)
+            await asyncio.sleep(max(1.0, min(10.0, self.config.idletimeout / 4)))
+        finally:
+            self.expiring = False
+
+    def live(self) -> int:
+        return int(self.core.in_hand()) + self.registry.live()
+
+    def begin_unload(self) -> None:
+        self.core.stop_accepting()
+
+    def apply(self, config: Config) -> None:
+        self.config = config
+        self.core.dbglevel = config.dbglevel
+        self.core.set_limits(config.headlimit, float(config.headtimeout))
+        self.dtcinterval = config.dtcinterval
+        self.workers.limits(config.minspareservers, config.maxspareservers)
+        self.registry.configure(config)
+        self.files.refresh()
+
+    # Commands
+
+    def commands(self) -> dict[str, Command]:
+        return super().commands() | {
+            "status": self.status, "conns": self.conns, "servers": self.servers,
+            "rules": self.rules, "reload": self.reload, "drain": self.drain,
+            "undrain": self.undrain}
+
+    def control_files(self) -> dict[str, tuple[Any, Any]]:
+        async def interval(text: str) -> None:
+            await self.set("dtcinterval", text)
+        return super().control_files() | {"dtcinterval": (lambda: self.dtcinterval, interval)}
+
+    async def set(self, name: str, value: str) -> dict[str, Any]:
+        if name == "dtcinterval":
+            self.dtcinterval = number(value, 0, 3600, "interval")
+            log.info("dtcinterval %d", self.dtcinterval)
+            self.files.refresh()
+            return {"dtcinterval": self.dtcinterval}
+        if name != "dbglevel":
+            raise Refused(f"'{name}' cannot be set; 'dbglevel' and 'dtcinterval' can")
+        return await super().set(name, value)
+
+    async def status(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "vaddr": config.vaddr, "raddr": config.raddr, "port": config.port,
+            "datapath": self.datapath.name, "forward": config.forward,
+            "dbglevel": self.core.dbglevel, "dtcinterval": self.dtcinterval,
+            "startservers": config.startservers, "minspareservers": config.minspareservers,
+            "maxspareservers": config.maxspareservers, "maxclients": config.maxclients,
+            "unloading": self.unloading, "workers": self.workers.stats(),
+            "in_hand": self.core.in_hand(), "live": self.registry.live(),
+            "counters": self.core.counters(), "packets": self.datapath.counters(),
+            "servers": self.registry.table()}
+
+    async def servers(self) -> list[dict[str, Any]]:
+        return self.registry.table()
+
+    async def rules(self) -> list[dict[str, Any]]:
+        return [{"rule": n, "server": r.server, "pattern": r.pattern}
+                for n, r in enumerate(self.config.rule)]
+
+    async def conns(self) -> list[dict[str, Any]]:
+        rows = await asyncio.to_thread(self.datapath.flows)
+        return [self._row(f) for f in rows]
+
+    def _row(self, flow: dict[str, Any]) -> dict[str, Any]:
+        rules = self.config.rule
+        return {
+            "client": f"{flow['client']}:{flow['port']}",
+            "vaddr": f"{flow['vaddr']}:{flow['vport']}",
+            "target": flow["target"] + ("..." if flow["truncated"] else ""),
+            "rule": rules[flow["rule"]].pattern if flow["rule"] < len(rules) else "",
+            "server": self.registry.address(flow["backend"]), "state": flow["state"],
+            "age": round(flow["age"], 3), "idle": round(flow["idle"], 3),
+            "packets": flow["packets"], "bytes": flow["bytes"]}
+
+    async def drain(self, address: str) -> dict[str, Any]:
+        return self.registry.drain(address, True)
+
+    async def undrain(self, address: str) -> dict[str, Any]:
+        return self.registry.drain(address, False)

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Changes to the host, each undone when the daemon stops.
+
+Every change is written to a journal before it is made, so that a daemon that was killed is cleaned
+up after by the next one with the same run directory.
+"""
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+log = logging.getLogger("tcpha")
+
+CLSACT_INGRESS = 0xFFFFFFF2
+ETH_P_ALL = 0x0003
+ETH_P_ARP = 0x0806
+ARPHRD_ETHER = 1
+IFF_UP = 1
+TAP_PREFIXES = ("tcphafe", "tcphabe")
+
+
+class HostError(Exception):
+    """The host cannot be set up; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """How a packet to an address leaves: interface, next hop (the address itself if on link), and
+    the source address that goes with it."""
+
+    ifindex: int
+    nexthop: str
+    source: str
+
+    def on_link(self, address: str) -> bool:
+        return self.nexthop == address
+
+
+class _Netlink:
+    """pyroute2's IPRoute in a thread of its own: it runs an event loop, and so do its callers."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "netlink")
+        self._ipr = self._thread.submit(IPRoute).result()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._ipr, name)
+
+        def call(*args: Any, **kw: Any) -> Any:
+            answer = method(*args, **kw)
+            return list(answer) if isinstance(answer, Iterator) else answer
+        return lambda *args, **kw: self._thread.submit(call, *args, **kw).result()
+
+    def close(self) -> None:
+        self._thread.submit(self._ipr.close).result()
+        self._thread.shutdown()
+
+
+class Host:
+    """This network namespace, seen through netlink and /proc. Not for several threads at once."""
+
+    def __init__(self, journal: Path):
+        self.journal = journal
+        self.ipr = _Netlink()
+        self.undo: list[dict[str, Any]] = []
+        # distinguishes the tc filters of instances with other run directories
+        self.handle = zlib.crc32(str(journal).encode()) % 0xFFFE + 1
+
+    # Journal
+
+    def recover(self) -> None:
+        """Undo what a killed predecessor left."""
+        try:
+            left = json.loads(self.journal.read_text())
+        except FileNotFoundError:
+            return
+        except ValueError:
+            log.warning("%s is damaged; what a killed daemon left behind stays", self.journal)
+            left = []
+        if left:
+            log.info("undoing %d changes of an earlier run that was killed", len(left))
+        self.undo = left
+        self.restore()
+
+    def _will(self, **change: Any) -> None:
+        self.undo.append(change)
+        self._write()
+
+    def _write(self) -> None:
+        scratch = self.journal.with_suffix(".new")
+        with open(scratch, "w") as f:
+            json.dump(self.undo, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(scratch, self.journal)
+
+    def restore(self) -> None:
+        """Put everything back, latest change first."""
+        self.restore_to(0)
+        self.journal.unlink(missing_ok=True)
+
+    def restore_to(self, mark: int) -> None:
+        """Undo all changes but the first 'mark' ones."""
+        while len(self.undo) > mark:
+            change = self.undo.pop()
+            try:
+                getattr(self, "_undo_" + change["what"])(change)
+            except (OSError, NetlinkError, KeyError, IndexError) as error:
+                log.warning("cannot undo %s: %s", change, error)
+            self._write()
+
+    def close(self) -> None:
+        self.ipr.close()
+
+    # sysctl
+
+    def sysctl(self, name: str, value: str) -> None:
+        """Set a sysctl (slashes in its name), if it is not so already."""
+        path = Path("/proc/sys") / name
+        try:
+            old = path.read_text().strip()
+        except FileNotFoundError:
+            return
+        if old.split() == value.split():
+            return
+        log.info("sysctl %s: %s, was %s", name.replace("/", "."), value, old)
+        self._will(what="sysctl", name=name, old=old)
+        path.write_text(value)
+
+    def read_sysctl(self, name: str) -> str:
+        try:
+            return (Path("/proc/sys") / name).read_text().strip()
+        except FileNotFoundError:
+            return ""
+
+    def _undo_sysctl(self, change: dict[str, Any]) -> None:
+        path = Path("/proc/sys") / change["name"]
+        if path.exists():
+            path.write_text(change["old"])
+
+    # Addresses
+
+    def interface(self, index: int) -> str:
+        return str(socket.if_indextoname(index))
+
+    def holder(self, address: str) -> int | None:
+        """Index of the interface that holds an address."""
+        for entry in self.ipr.get_addr(family=socket.AF_INET):
+            if entry.get_attr("IFA_LOCAL") == address:
+                return int(entry["index"])
+        return None
+
+    def add_address(self, address: str, index: int) -> None:
+        """Add address/32, unless an interface holds it (the administrator's then, and kept)."""
+        if self.holder(address) is not None:
+            return
+        self._will(what="address", address=address, interface=self.interface(index))
+        self.ipr.addr("add", index=index, address=address, prefixlen=32)
+
+    def _undo_address(self, change: dict[str, Any]) -> None:
+        try:
+            index = socket.if_nametoindex(change["interface"])
+            self.ipr.addr("del", index=index, address=change["address"], prefixlen=32)
+        except (OSError, NetlinkError):
+            return  # gone already, with its interface or by the administrator
+
+    def route(self, address: str) -> Route:
+        """The route to an address. Raises HostError if there is none."""
+        try:
+            answer = self.ipr.route("get", dst=address)[0]
+        except (NetlinkError, IndexError) as error:
+            raise HostError(f"no route to {address} ({error}); add one") from None
+        return Route(int(answer.get_attr("RTA_OIF")),
+                     str(answer.get_attr("RTA_GATEWAY") or address),
+                     str(answer.get_attr("RTA_PREFSRC") or "0.0.0.0"))
+
+    def ethernet(self, names: list[str]) -> list[int]:
+        """Indexes of the named interfaces, or of all Ethernet ones up and not in a bridge."""
+        found = []
+        for link in self.ipr.get_links():
+            name = link.get_attr("IFLA_IFNAME")
+            if name.startswith(TAP_PREFIXES):
+                continue
+            usable = link["ifi_type"] == ARPHRD_ETHER and link["flags"] & IFF_UP \
+                and link.get_attr("IFLA_MASTER") is None
+            if name in names or (not names and usable):
+                found.append(int(link["index"]))
+        missing = set(names) - {self.interface(i) for i in found}
+        if missing:
+            raise HostError(f"no interface {', '.join(sorted(missing))}; mend the key 'interface'")
+        if not found:
+            raise HostError("no Ethernet interface is up; bring one up first")
+        return found
+
+    def mtu(self, index: int) -> int:
+        return int(self.ipr.get_links(index)[0].get_attr("IFLA_MTU"))
+
+    def announce(self, address: str, index: int) -> None:
+        """Gratuitous ARP (RFC 5227 section 3): neighbours learn who holds an address now."""
+        link = self.ipr.get_links(index)[0]
+        if link["ifi_type"] != ARPHRD_ETHER:
+            return
+        mac = bytes.fromhex(link.get_attr("IFLA_ADDRESS").replace(":", ""))
+        ip = socket.inet_aton(address)
+        frame = b"\xff" * 6 + mac + struct.pack("!HHHBBH", ETH_P_ARP, 1, 0x0800, 6, 4, 1) \
+            + mac + ip + b"\0" * 6 + ip
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
+            s.bind((self.interface(index), ETH_P_ARP))
+            s.send(frame)
+
+    # Filters
+
+    def attach(self, index: int, program_fd: int, priority: int) -> None:
+        """Put a BPF program on an interface's tc ingress, beside whatever is there."""
+        from tcpha._fast.bpf import tc_attach
+        # the qdisc goes with the last of our instances, if one of them made it
+        ours = not self._has_clsact(index) or (bool(self._filters(index)) and all(
+            f["handle"] >> 16 == 0 and self._is_ours(f) for f in self._filters(index)))
+        self._will(what="filter", interface=self.interface(index), priority=priority,
+                   handle=self.handle, qdisc=ours)
+        tc_attach(index, program_fd, priority, self.handle)
+
+    @staticmethod
+    def _is_ours(filter_: Any) -> bool:
+        options = filter_.get_attr("TCA_OPTIONS")
+        name = options.get_attr("TCA_BPF_NAME") if options else None
+        return options is None or str(name).startswith(("fe_", "be_"))
+
+    def _has_clsact(self, index: int) -> bool:
+        return any(q.get_attr("TCA_KIND") == "clsact" for q in self.ipr.get_qdiscs(index=index))
+
+    def _undo_filter(self, change: dict[str, Any]) -> None:
+        try:
+            index = socket.if_nametoindex(change["interface"])
+        except OSError:
+            return
+        try:
+            self.ipr.tc("del-filter", "bpf", index, change["handle"], parent=CLSACT_INGRESS,
+                        prio=change["priority"], protocol=ETH_P_ALL)
+        except NetlinkError as error:
+            log.debug("filter on %s: %s", change["interface"], error)
+        if change["qdisc"] and self._has_clsact(index) and not self._filters(index):
+            self.ipr.tc("del", "clsact", index)
+
+    def _filters(self, index: int) -> list[Any]:
+        return [f for parent in (0xFFFFFFF2, 0xFFFFFFF3)
+                for f in self.ipr.get_filters(index=index, parent=parent)]

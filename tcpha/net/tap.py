@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""TAP devices. They vanish with the last descriptor, so nothing of them needs undoing."""
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from pathlib import Path
+
+from tcpha.net.host import IFF_UP, Host
+
+TUNSETIFF = 0x400454CA
+TUNSETOFFLOAD = 0x400454D0
+IFF_TAP = 0x0002
+IFF_NO_PI = 0x1000
+IFF_VNET_HDR = 0x4000
+IFF_NOARP = 0x0080
+TUN_F_CSUM_TSO46_ECN = 0x01 | 0x02 | 0x04 | 0x08
+MTU = 65000  # a forged segment carries up to 60,000 bytes
+
+
+def open_tap(host: Host, prefix: str) -> tuple[int, int, str]:
+    """Create a TAP device with a virtio-net header, up. Returns (descriptor, ifindex, name)."""
+    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        request = struct.pack("16sH22x", f"{prefix}%d".encode(),
+                              IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
+        name = fcntl.ioctl(fd, TUNSETIFF, request)[:16].rstrip(b"\0").decode()
+        # GSO packets that we keep for a while stay in one piece
+        fcntl.ioctl(fd, TUNSETOFFLOAD, TUN_F_CSUM_TSO46_ECN)
+        ipv6 = Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6")
+        if ipv6.exists():  # no router solicitations of its own
+            ipv6.write_text("1")
+        index = host.ipr.link_lookup(ifname=name)[0]
+        host.ipr.link("set", index=index, mtu=MTU, flags=IFF_UP | IFF_NOARP,
+                      change=IFF_UP | IFF_NOARP)
+        return fd, index, name
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def accept_any_source(host: Host, name: str, index: int, address: str) -> None:
+    """Let forged packets pass reverse-path filtering, whatever conf.all says.
+
+    The effective value is the higher of 'all' and the device's; 2 (loose) passes only on a device
+    that has an address.
+    """
+    if host.read_sysctl("net/ipv4/conf/all/rp_filter") == "0":
+        Path(f"/proc/sys/net/ipv4/conf/{name}/rp_filter").write_text("0")
+        return
+    Path(f"/proc/sys/net/ipv4/conf/{name}/rp_filter").write_text("2")
+    host.ipr.addr("add", index=index, address=address, prefixlen=32)

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What both daemons do alike: start, signals, supervision, control socket and files, stop.
+
+One asyncio loop in the main thread does all of it; the work is in the worker threads.
+"""
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from tcpha.admin import logs
+from tcpha.admin.files import ControlFiles
+from tcpha.admin.rundir import RunDir
+from tcpha.admin.server import Command, Refused, serve
+from tcpha.config import Config, ConfigError, load
+from tcpha.net.host import Host
+from tcpha.supervisor import Supervisor
+
+log = logging.getLogger("tcpha")
+TICK = 0.05
+PING_EVERY = 1.0
+
+
+def sd_notify(state: str) -> None:
+    """Tell systemd, if it asked (sd_notify(3))."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        with contextlib.suppress(OSError), \
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
+            s.connect("\0" + path[1:] if path[0] == "@" else path)
+            s.send(state.encode())
+
+
+def number(text: str, low: int, high: int, what: str) -> int:
+    if not text.isdigit() or not low <= int(text) <= high:
+        raise Refused(f"{what} '{text}' is no number from {low} to {high}")
+    return int(text)
+
+
+class Service:
+    """Base of both roles. Derived classes set core and extend open(), close() and commands()."""
+
+    role = ""
+    core: Any
+    datapath: Any
+
+    def __init__(self, config: Config, run: RunDir, foreground: bool):
+        self.config = config
+        self.run_dir = run
+        self.foreground = foreground
+        self.host = Host(run.journal)
+        self.stopping = asyncio.Event()
+        self.unloading = False
+        self.tasks: list[asyncio.Task[Any]] = []
+
+    # For the roles
+
+    def open(self) -> None:
+        """Set the host up and open the datapath. Errors leave nothing behind: see run()."""
+
+    async def begin(self) -> None:
+        """Start to serve: workers run, the loop too."""
+
+    async def shut(self) -> None:
+        """Stop to serve, before the workers end."""
+
+    def on_notice(self) -> None:
+        """The workers have something for us."""
+
+    def live(self) -> int:
+        """Connections that unload waits for."""
+        return 0
+
+    def begin_unload(self) -> None:
+        """Take no new connections."""
+
+    def apply(self, config: Config) -> None:
+        """Take a new configuration over, as far as it can change at run time."""
+
+    def commands(self) -> dict[str, Command]:
+        return {"set": self.set, "unload": self.unload}
+
+    def control_files(self) -> dict[str, tuple[Callable[[], Any], Any]]:
+        async def level(text: str) -> None:
+            await self.set("dbglevel", text)
+
+        async def unload(text: str) -> None:
+            if text != "0":
+                await self.unload()
+        return {"dbglevel": (lambda: self.core.dbglevel, level),
+                "unload": (lambda: int(self.unloading), unload)}
+
+    # Commands
+
+    async def set(self, name: str, value: str) -> dict[str, Any]:
+        if name != "dbglevel":
+            raise Refused(f"'{name}' cannot be set; 'dbglevel' can")
+        self.core.dbglevel = number(value, 0, 6, "level")
+        log.info("dbglevel %d", self.core.dbglevel)
+        self.files.refresh()
+        return {"dbglevel": self.core.dbglevel}
+
+    async def unload(self) -> dict[str, Any]:
+        """Drain and stop; a second time stop at once."""
+        if self.unloading:
+            self.stopping.set()
+        else:
+            self.unloading = True
+            log.info("unloading: no new connections, %d live ones finish", self.live())
+            self.begin_unload()
+            self.files.refresh()
+        return {"live": self.live()}
+
+    async def reload(self) -> dict[str, Any]:
+        """Read the configuration file again; a bad one changes nothing."""
+        try:
+            fresh = load(self.role, self.config.file)
+        except ConfigError as error:
+            log.error("reload refused, nothing was changed: %s", error)
+            raise Refused(str(error)) from None
+        fixed = [k for k in fresh.values
+                 if k not in self.reloadable and fresh.values[k] != self.config.values[k]]
+        for warning in fresh.warnings:
+            log.warning("%s", warning)
+        self.apply(fresh)
+        if fixed:
+            log.warning("changed but not taken over before a restart: %s", ", ".join(fixed))
+        log.info("configuration reloaded")
+        return {"restart_needed_for": fixed}
+
+    reloadable: frozenset[str] = frozenset({"dbglevel", "minspareservers", "maxspareservers"})
+
+    # Life
+
+    async def run(self, report: Callable[[str], None]) -> None:
+        """Serve until told to stop. report('') once ready."""
+        loop = asyncio.get_running_loop()
+        try:
+            self.host.recover()
+            self.open()
+        except BaseException:
+            self.host.restore()
+            raise
+        self.core.dbglevel = self.config.dbglevel
+        self.workers = Supervisor(self.core, self.config.startservers,
+                                  self.config.minspareservers, self.config.maxspareservers,
+                                  min(self.config.maxclients, 512))
+        loop.add_reader(self.core.log_lines().fileno(), logs.forward, self.core.log_lines())
+        loop.add_reader(self.core.notice_fd, self._notice)
+        self.workers.begin()
+        self.files = ControlFiles(self.run_dir.path / f"k{self.run_dir.name}",
+                                  self.control_files())
+        server = await serve(self.run_dir.socket, self.commands())
+        for number_ in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number_, self.stopping.set)
+        loop.add_signal_handler(signal.SIGHUP, self._hup)
+        try:
+            await self.begin()
+            self.spawn(self._tick())
+            self.run_dir.write_pid()
+            report("")
+            sd_notify("READY=1")
+            log.info("serving")
+            await self.stopping.wait()
+        finally:
+            log.info("stopping")
+            sd_notify("STOPPING=1")
+            for task in self.tasks:
+                task.cancel()
+            server.close()
+            await self.shut()
+            self.workers.finish()
+            logs.forward_rest(self.core.log_lines())
+            self.files.close()
+            loop.remove_reader(self.core.notice_fd)
+            loop.remove_reader(self.core.log_lines().fileno())
+            self.datapath.close()
+            self.core.close()
+            self.host.restore()
+            self.host.close()
+
+    def spawn(self, work: Any) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.append(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        if task in self.tasks:
+            self.tasks.remove(task)
+        if not task.cancelled() and task.exception():
+            log.error("internal error", exc_info=task.exception())
+
+    def _notice(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.core.notice_fd)
+        self.on_notice()
+
+    def _hup(self) -> None:
+        async def quietly() -> None:
+            with contextlib.suppress(Refused):
+                await self.reload()
+        self.spawn(quietly())
+
+    async def _tick(self) -> None:
+        next_ping = 0.0
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(TICK)
+            self.workers.tick()
+            if loop.time() >= next_ping:
+                next_ping = loop.time() + PING_EVERY
+                for index, _, up, _ in self.core.links():
+                    if up:
+                        self.core.ping(index)
+                self.every_second()
+            if self.unloading and self.live() == 0:
+                self.stopping.set()
+
+    def every_second(self) -> None:
+        """Periodic work of the roles."""
+
+    def reap_links(self) -> list[tuple[int, int]]:
+        """Close broken links; returns (index, peer) of each."""
+        down = [(i, peer) for i, peer, up, _ in self.core.links() if not up]
+        if down:
+            self.core.quiesce()
+            for index, _ in down:
+                self.core.reap_link(index)
+        return down

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Clusters for the tests. Every test that moves packets runs for each forward mode."""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tcpha.lab.bed import Cluster
+
+BIG = 64 << 20
+
+
+@pytest.fixture(scope="session", params=["direct", "tunnel"])
+def forward(request: Any) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def root() -> None:
+    if os.geteuid() != 0:
+        pytest.exit("the tests make network namespaces: run them as root", 2)
+
+
+@pytest.fixture(scope="session")
+def shared(forward: str) -> Iterator[Cluster]:
+    """One client, one FE, two BEs with nginx on ports 80 and 8080."""
+    c = Cluster(forward=forward, fe_conf="headtimeout = 3\nmaxclients = 512",
+                be_conf="maxclients = 8192", nginx={"ports": (80, 8080)})
+    # hosts share the kernel's timestamp offsets otherwise, and mistakes would not show
+    c.fe_host.sysctl("net.ipv4.tcp_timestamps", "2")
+    try:
+        for n in c.nginx:
+            n.file("index.html", f"index of {n.host.name}\n".encode())
+            n.file("a.jpg", f"picture of {n.host.name}\n".encode())
+            n.file("1k", size=1024)
+            n.file("big", size=BIG)
+        yield c
+    finally:
+        c.close()
+
+
+@pytest.fixture
+def cluster(shared: Cluster) -> Iterator[Cluster]:
+    """The shared cluster; afterwards both daemons must be as sound as before."""
+    yield shared
+    assert shared.fe is not None
+    assert shared.fe.process.poll() is None, shared.fe.log.read_text()
+    for be in shared.be:
+        assert be.process.poll() is None, be.log.read_text()

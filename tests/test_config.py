@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Both configuration formats, their checks, and the files that we ship."""
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tcpha.config import Config, ConfigError, Rule, Server, load
+from tcpha.lab.bed import BIN
+
+CONF = Path(__file__).parent.parent / "conf"
+FE = "vaddr = 10.0.0.100\nserver = 10.0.0.1 666\nrule = 10.0.0.1 .*\n"
+BE = "vaddr = 10.0.0.100\nraddr = 10.0.0.1\nuaddr = 10.0.0.99\n"
+
+
+def read(tmp_path: Path, text: str, role: str = "fe", name: str = "x.conf") -> Config:
+    file = tmp_path / name
+    file.write_text(text)
+    return load(role, str(file))
+
+
+def faults(tmp_path: Path, text: str, role: str = "fe", name: str = "x.conf") -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        read(tmp_path, text, role, name)
+    return [str(f).removeprefix(str(tmp_path) + "/") for f in error.value.faults]
+
+
+def test_defaults_of_the_seed(tmp_path: Path) -> None:
+    fe = read(tmp_path, FE)
+    assert {k: fe.values[k] for k in (
+        "raddr", "port", "startservers", "maxspareservers", "minspareservers", "maxclients",
+        "connperbe", "redirectaddr", "redirectport", "dtcinterval", "headlimit", "headtimeout",
+        "idletimeout", "datapath", "forward", "dbglevel")} == {
+        "raddr": "0.0.0.0", "port": 80, "startservers": 5, "maxspareservers": 5,
+        "minspareservers": 2, "maxclients": 256, "connperbe": 2, "redirectaddr": "0.0.0.0",
+        "redirectport": 8080, "dtcinterval": 5, "headlimit": 16384, "headtimeout": 15,
+        "idletimeout": 900, "datapath": "auto", "forward": "direct", "dbglevel": 0}
+    be = read(tmp_path, BE, "be")
+    assert {k: be.values[k] for k in (
+        "port", "startservers", "maxspareservers", "minspareservers", "maxclients", "redirectaddr",
+        "redirectport", "dregister", "feport")} == {
+        "port": 666, "startservers": 5, "maxspareservers": 5, "minspareservers": 2,
+        "maxclients": 256, "redirectaddr": "0.0.0.0", "redirectport": 80, "dregister": 0,
+        "feport": 80}
+
+
+def test_both_formats_say_the_same() -> None:
+    for role in ("fe", "be"):
+        name = f"tcpha{role}"
+        legacy = load(role, str(CONF / f"{name}.conf"))
+        detail = load(role, str(CONF / f"{name}.conf.detail"))
+        tables = load(role, str(CONF / f"{name}.toml"))
+        assert legacy.values == tables.values
+        assert not legacy.warnings and not tables.warnings and not detail.warnings
+    fe = load("fe", str(CONF / "tcphafe.conf"))
+    assert fe.server == [Server("192.168.1.33", 666), Server("192.168.1.38", 666)]
+    assert fe.rule == [Rule("192.168.1.38", "jpg$"), Rule("192.168.1.33", ".*")]
+
+
+def test_detail_files_name_every_key_with_its_default() -> None:
+    from tcpha.config.keys import KEYS, MEANINGLESS
+    for role in ("fe", "be"):
+        text = (CONF / f"tcpha{role}.conf.detail").read_text()
+        for name, key in KEYS[role].items():
+            if name in MEANINGLESS[role]:
+                continue
+            assert name in text, name
+            if key.default is not None and f"#{name} = " in text:
+                assert f"#{name} = {key.default}\n" in text, name
+
+
+def test_all_faults_at_once(tmp_path: Path) -> None:
+    got = faults(tmp_path, """vaddr = 10.0.0.100
+raddr = 10.0.0.100
+prot = 80
+server = 10.0.0.1 666
+server = 10.0.0.2 99999
+rule = 10.0.0.1 jpg(
+rule = 10.0.0.9 .*
+minspareservers = 9
+port = 1 2
+maxclients = 0
+nonsense
+""")
+    assert [line.split(": ", 2)[:2] for line in got] == [
+        ["x.conf:1", "vaddr"], ["x.conf:3", "prot"], ["x.conf:5", "server"],
+        ["x.conf:6", "rule"], ["x.conf:7", "rule"], ["x.conf:8", "minspareservers"],
+        ["x.conf:9", "port"], ["x.conf:10", "maxclients"], ["x.conf:11", "nonsense"]]
+    text = "\n".join(got)
+    for words in ("did you mean 'port'?", "from 1 to 65535", "index 3", "10.0.0.9 is no server",
+                  "the same as raddr", "above maxspareservers"):
+        assert words in text
+
+
+@pytest.mark.parametrize("line, words", [
+    ("raddr = 10.0.0.300", "no IPv4 address"), ("port = 0", "out of range"),
+    ("port = 80\nport = 81", "given twice"), ("startservers =", "value is missing"),
+    ("datapath = fast", "write one of: auto, ebpf, nfqueue"), ("forward = nat", "direct, tunnel"),
+    ("dbglevel = 7", "from 0 to 6"), ("server = 10.0.0.1", "listed twice"),
+    ("rule = jpg$", "not 'ADDRESS PATTERN'"), ("rule = 10.0.0.1 a(?=b)", "does not compile"),
+    ("redirectport = 8080", "Local Node is not built yet"), ("fastpath = on", "not built yet"),
+    ("secret = /etc/s", "not built yet"), ("datapath = nfqueue", "not built yet")])
+def test_faults(tmp_path: Path, line: str, words: str) -> None:
+    text = "\n".join(faults(tmp_path, FE + line + "\n"))
+    assert words in text
+    assert ": " in text and text.startswith("x.conf:")
+
+
+def test_missing_keys(tmp_path: Path) -> None:
+    assert "vaddr: must be specified" in faults(tmp_path, "port = 80\n")[0]
+    got = "\n".join(faults(tmp_path, "port = 80\n", "be"))
+    assert "vaddr: must" in got and "raddr: must" in got and "uaddr: must" in got
+
+
+def test_warnings(tmp_path: Path) -> None:
+    config = read(tmp_path, "vaddr = 10.0.0.100\nserver = 10.0.0.1\nrule = 10.0.0.1 jpg$\n"
+                            "uaddr = 10.0.0.5\n")
+    text = "\n".join(map(str, config.warnings))
+    assert "x.conf:3: rule: warning: the rules do not cover every request" in text
+    assert "x.conf:4: uaddr: warning: means nothing on the FE" in text
+    be = read(tmp_path, BE + "feaddr = 10.0.0.7\nheadlimit = 1000\n", "be")
+    text = "\n".join(map(str, be.warnings))
+    assert "feaddr: warning: ignored, since dregister is 0" in text
+    assert "headlimit: warning: means nothing on the BE" in text
+
+
+def test_comments_and_hashes(tmp_path: Path) -> None:
+    config = read(tmp_path, "# a\n vaddr=10.0.0.100 # here\nserver = 10.0.0.1 # one\n"
+                            "rule = 10.0.0.1 a#b\nrule = 10.0.0.1 .*\n")
+    assert config.vaddr == "10.0.0.100" and config.rule[0].pattern == "a#b"
+
+
+def test_toml_faults(tmp_path: Path) -> None:
+    got = faults(tmp_path, 'vaddr = "10.0.0.100"\nport = 99999\n\n[[server]]\naddress = "x"\n\n'
+                           '[[rule]]\nserver = "10.0.0.1"\n', name="x.toml")
+    assert [g.split(": ")[0] for g in got] == ["x.toml:2", "x.toml:4", "x.toml:7"]
+    assert faults(tmp_path, "vaddr = \n", name="x.toml")[0].startswith("x.toml:1: TOML:")
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load("fe", str(tmp_path / "none"))
+    (tmp_path / "latin").write_bytes(b"vaddr = \xff\n")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load("fe", str(tmp_path / "latin"))
+
+
+def test_a_kernel_without_the_function_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe asks the running kernel; here for a function that none has."""
+    import tcpha.datapath as datapath
+    line = datapath.choose("be", "auto")[1]
+    assert line.startswith("datapath ebpf (auto)") and "bpf_sk_assign_tcp_reqsk" in line
+    monkeypatch.setattr(datapath, "ADOPT_KFUNC", "bpf_no_such_function")
+    with pytest.raises(datapath.DatapathError, match="the kernel has no bpf_no_such_function"):
+        datapath.choose("be", "ebpf")
+    assert datapath.choose("fe", "ebpf")[0] == "ebpf"
+
+
+def test_command_checks_a_file(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.conf", tmp_path / "bad.conf"
+    good.write_text(FE)
+    bad.write_text(FE + "prot = 1\n")
+    done = subprocess.run([BIN / "tcphafe", "-t", "-c", good], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run([BIN / "tcphafe", "-t", "-c", bad], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"{bad}:4: prot: unknown key; did you mean 'port'?")

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Back ends that refuse, die or vanish: the client gets its answer from the next one, or 503."""
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from tcpha._fast import message
+from tcpha.lab.bed import Cluster, sh, wait_for
+from test_serve import REQUEST, read_all, settle, upload_many
+
+UNAVAILABLE = "Service Unavailable\n503"
+PAIR = [(0, "^/"), (1, "^/"), (1, ".*")]
+
+
+@pytest.fixture(scope="module")
+def owned(forward: str) -> Iterator[Cluster]:
+    """Two back ends that can serve the same requests."""
+    c = Cluster(2, forward, rules=PAIR, fe_conf="dtcinterval = 1\nheadtimeout = 3",
+                be_conf="maxclients = 200")
+    try:
+        for n in c.nginx:
+            n.file("index.html", f"index of {n.host.name}\n".encode())
+            n.file("1k", size=1024)
+            n.file("big", size=8 << 20)
+        yield c
+    finally:
+        c.close()
+
+
+@pytest.fixture
+def pair(owned: Cluster) -> Cluster:
+    wait_for(lambda: owned.fe and [s["state"] for s in owned.fe.ctl("servers")] == ["up"] * 2,
+             "both back ends up", 15)
+    return owned
+
+
+def servers(c: Cluster) -> list[dict[str, object]]:
+    assert c.fe
+    return list(c.fe.ctl("servers"))
+
+
+def names(c: Cluster, count: int) -> set[str]:
+    return {c.get("/").split()[-1] for _ in range(count)}
+
+
+def test_equal_patterns_share_the_load(pair: Cluster) -> None:
+    assert names(pair, 10) == {"be1", "be2"}
+    held = []
+    for _ in range(20):  # fewest live connections first
+        s = pair.client.connect(pair.VIP)
+        s.sendall(REQUEST.replace(b"close", b"keep-alive"))
+        s.recv(65536)
+        held.append(s)
+    assert [s["live"] for s in servers(pair)] == [10, 10]
+    for s in held:
+        s.close()
+    settle(pair)
+
+
+def test_server_not_listening(pair: Cluster) -> None:
+    pair.nginx[0].stop()
+    try:
+        assert names(pair, 10) == {"be2"}
+        assert pair.be[0].ctl("status")["counters"]["refusals"]["no listener"] > 0
+    finally:
+        pair.nginx[0].start()
+    wait_for(lambda: names(pair, 4) == {"be1", "be2"}, "be1 in use again")
+
+
+def test_nobody_listening_is_503(pair: Cluster) -> None:
+    for n in pair.nginx:
+        n.stop()
+    try:
+        for _ in range(3):
+            assert pair.get("/", "-w", "%{http_code}") == UNAVAILABLE
+        s = pair.client.connect(pair.VIP)
+        s.sendall(REQUEST.replace(b"GET", b"HEAD"))
+        head = read_all(s)
+        assert head.startswith(b"HTTP/1.1 503 ") and head.endswith(b"\r\n\r\n")
+        # the request's body is on its way while the answer is prepared
+        s = pair.client.connect(pair.VIP)
+        s.sendall(b"PUT /up/x HTTP/1.1\r\nHost: a\r\nContent-Length: 50000\r\n\r\n" + b"x" * 50000)
+        assert read_all(s).startswith(b"HTTP/1.1 503 ")
+        s.close()
+    finally:
+        for n in pair.nginx:
+            n.start()
+    assert names(pair, 4) == {"be1", "be2"}
+
+
+def test_full_accept_queue(pair: Cluster) -> None:
+    """A stopped server's queue fills: what is in it is served later, the rest is told at once."""
+    assert pair.fe
+    host, server = pair.be_hosts[0], pair.nginx[0]
+    somaxconn = host.sysctl("net.core.somaxconn")
+    host.sysctl("net.core.somaxconn", "4")
+    pair.fe.ctl("drain", pair.be_hosts[1].address)
+    try:
+        server.stop()
+        server.start()
+        workers = wait_for(lambda: sh("pgrep", "-P", str(server.process.pid), check=False)
+                           .stdout.split(), "nginx's workers")
+        for pid in workers:
+            os.kill(int(pid), signal.SIGSTOP)
+        clients = []
+        for _ in range(12):
+            s = pair.client.connect(pair.VIP)
+            s.sendall(REQUEST)
+            clients.append(s)
+        refused = wait_for(lambda: pair.be[0].ctl("status")["counters"]["refusals"].get(
+            "accept queue full"), "a refusal for the full queue")
+        for pid in workers:
+            os.kill(int(pid), signal.SIGCONT)
+        codes = [int(read_all(s).split()[1]) for s in clients]
+        assert codes.count(200) >= 4 and codes.count(200) + codes.count(503) == 12, codes
+        assert refused >= 1 and codes.count(503) >= 1
+    finally:
+        host.sysctl("net.core.somaxconn", somaxconn)
+        server.stop()
+        server.start()
+        pair.fe.ctl("undrain", pair.be_hosts[1].address)
+    settle(pair)
+
+
+def test_maxclients_of_a_back_end(pair: Cluster) -> None:
+    """be_conf says 200 each: 350 fit, and 500 do not."""
+    held = []
+    codes = []
+    for _ in range(500):
+        s = pair.client.connect(pair.VIP)
+        s.sendall(REQUEST.replace(b"close", b"keep-alive"))
+        codes.append(int(s.recv(65536).split()[1]))
+        held.append(s)
+    assert codes[:350] == [200] * 350
+    assert codes.count(200) == 400 and codes.count(503) == 100
+    for s in held:
+        s.close()
+    settle(pair)
+    wait_for(lambda: names(pair, 4) == {"be1", "be2"}, "both in use again")
+
+
+def test_back_end_stalls_between_send_and_adopted(pair: Cluster) -> None:
+    pair.be[0].process.send_signal(signal.SIGSTOP)
+    try:
+        assert names(pair, 6) == {"be2"}
+        upload_many_small(pair)
+    finally:
+        pair.be[0].process.send_signal(signal.SIGCONT)
+    # what it found in its connections must not have been adopted late
+    wait_for(lambda: names(pair, 4) == {"be1", "be2"}, "be1 in use again", 15)
+    settle(pair)
+    fe = pair.fe.ctl("status")["counters"]  # type: ignore[union-attr]
+    assert fe["handed"] == fe["closed"]
+
+
+def upload_many_small(c: Cluster) -> None:
+    data = os.urandom(40_000)
+    s = c.client.connect(c.VIP)
+    s.sendall(b"PUT /up/small HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+              b"Content-Length: %d\r\n\r\n" % len(data) + data)
+    assert read_all(s).split()[1] in (b"201", b"204")
+    s.close()
+    assert (c.nginx[1].root / "up" / "small").read_bytes() == data
+
+
+def test_back_end_killed_under_load(pair: Cluster) -> None:
+    load = pair.client.start("ab", "-q", "-r", "-n", "4000", "-c", "16", f"http://{pair.VIP}/1k",
+                             stdout=-1)
+    wait_for(lambda: pair.be[0].ctl("status")["counters"]["adopted"] > 300, "some load")
+    pair.be[0].kill()
+    out = load.communicate(timeout=60)[0]
+    pair.be[0].start()
+    assert "Complete requests:      4000" in out and "Failed requests:        0" in out, out
+    wait_for(lambda: names(pair, 4) == {"be1", "be2"}, "be1 in use again", 15)
+
+
+def test_connections_outlive_their_daemon(pair: Cluster) -> None:
+    """The kernel has them; tcphabe was needed to begin them only."""
+    s = pair.client.connect(pair.VIP)
+    s.sendall(REQUEST.replace(b"close", b"keep-alive"))
+    s.recv(65536)
+    (row,) = pair.fe.ctl("conns")  # type: ignore[union-attr]
+    victim = [h.address for h in pair.be_hosts].index(row["server"])
+    pair.be[victim].kill()
+    try:
+        s.sendall(REQUEST)
+        assert read_all(s).startswith(b"HTTP/1.1 200 ")
+        s.close()
+    finally:
+        pair.be[victim].start()
+
+
+def test_back_end_unreachable(pair: Cluster) -> None:
+    port = pair.be_hosts[0].port
+    sh("ip", "-n", pair.bed.switch, "link", "set", port, "down")
+    try:
+        assert names(pair, 6) == {"be2"}
+    finally:
+        sh("ip", "-n", pair.bed.switch, "link", "set", port, "up")
+    wait_for(lambda: names(pair, 4) == {"be1", "be2"}, "be1 in use again", 15)
+
+
+def test_silence_is_detected_without_traffic(pair: Cluster) -> None:
+    pair.be[0].process.send_signal(signal.SIGSTOP)
+    try:
+        wait_for(lambda: servers(pair)[0]["state"] == "down", "detection", 10)
+        assert names(pair, 4) == {"be2"}
+    finally:
+        pair.be[0].process.send_signal(signal.SIGCONT)
+    wait_for(lambda: servers(pair)[0]["state"] == "up", "be1 up again", 15)
+
+
+def until_closed(s: socket.socket) -> None:
+    """Wait for the peer to close; with a RST if it has not read all."""
+    with contextlib.suppress(ConnectionResetError):
+        read_all(s)
+    s.close()
+
+
+def test_garbage_on_the_control_port(pair: Cluster) -> None:
+    be = pair.be_hosts[0].address
+    hello = struct.pack("!HBBIQ", 0x5443, message.VERSION, message.HELLO, 16 + 40, 1)
+    for data in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(500), b"\xff" * 64, hello + b"{" * 40,
+                 struct.pack("!HBBIQ", 0x5443, 1, message.HELLO, 0xffffffff, 1),
+                 message.encode_hello(b'{"role": "fe", "vaddr": "10.0.0.1", "version": 1}'),
+                 message.encode_hello(b'{"role": "be", "vaddr": "192.168.1.36", "clock": "x"}')):
+        s = pair.client.connect(be, 666)
+        s.sendall(data)
+        until_closed(s)
+    # a peer that introduced itself well and then talks nonsense is cut off, and nobody else
+    for nonsense in (os.urandom(400), message.encode(message.ADOPTED, 1),
+                     struct.pack("!HBBIQ", 0x5443, 1, message.HANDOFF, 100, 1) + b"x" * 84):
+        s = pair.client.connect(be, 666)
+        s.sendall(message.encode_hello(
+            b'{"role": "fe", "vaddr": "192.168.1.36", "version": 1, "instance": "x", "clock": 1}'))
+        assert len(s.recv(4096)) > 16
+        s.sendall(nonsense)
+        until_closed(s)
+    silent = pair.client.connect(be, 666)
+    assert names(pair, 4) == {"be1", "be2"}
+    assert read_all(silent) == b""  # its patience ended
+
+
+def test_drain_and_undrain(pair: Cluster) -> None:
+    assert pair.fe
+    pair.fe.ctl("drain", pair.be_hosts[0].address)
+    assert names(pair, 6) == {"be2"}
+    pair.fe.ctl("undrain", pair.be_hosts[0].address)
+    assert names(pair, 6) == {"be1", "be2"}
+
+
+def test_reload(pair: Cluster) -> None:
+    assert pair.fe
+    text = pair.fe.config.read_text()
+    s = pair.client.connect(pair.VIP)
+    s.sendall(REQUEST.replace(b"close", b"keep-alive"))
+    s.recv(65536)
+    try:
+        pair.fe.config.write_text(text.replace(f"rule = {pair.be_hosts[0].address} ^/\n", ""))
+        pair.fe.ctl("reload")
+        assert names(pair, 6) == {"be2"}
+        pair.fe.config.write_text(text + "rul = 1\n")
+        pair.fe.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: pair.fe and "reload refused" in pair.fe.log.read_text(), "the refusal")
+        assert names(pair, 6) == {"be2"}
+    finally:
+        pair.fe.config.write_text(text)
+        pair.fe.ctl("reload")
+    s.sendall(REQUEST)
+    assert read_all(s).startswith(b"HTTP/1.1 200 ")  # the connection is still there
+    s.close()
+    settle(pair)
+    assert names(pair, 6) == {"be1", "be2"}
+
+
+def test_back_end_that_starts_after_the_front_end(forward: str) -> None:
+    c = Cluster(1, forward, rules=[(0, ".*")], start=False)
+    try:
+        from tcpha.lab.bed import Daemon
+        c.nginx[0].file("index.html", b"late\n")
+        c.fe = Daemon(c.fe_host, "fe", c.fe_text())
+        assert c.get("/", "-w", "%{http_code}") == UNAVAILABLE
+        c.be = [Daemon(c.be_hosts[0], "be", c.be_text(c.be_hosts[0]))]
+        c.connected()
+        assert c.get("/") == "late\n"
+    finally:
+        c.close()
+
+
+def test_unload_drains(forward: str) -> None:
+    c = Cluster(1, forward, rules=[(0, ".*")])
+    try:
+        assert c.fe
+        c.nginx[0].file("1k", size=1024)
+        s = c.client.connect(c.VIP)
+        s.sendall(REQUEST.replace(b"close", b"keep-alive"))
+        s.recv(65536)
+        with open(c.fe.run_dir / "ktcphafe" / "unload", "a") as f:
+            f.write("1\n")
+        wait_for(lambda: c.fe and c.fe.ctl("status")["unloading"], "unloading")
+        with pytest.raises(ConnectionRefusedError):
+            c.client.connect(c.VIP)
+        assert c.fe.process.poll() is None
+        s.sendall(REQUEST)
+        assert read_all(s).startswith(b"HTTP/1.1 200 ")
+        s.close()
+        assert c.fe.process.wait(10) == 0
+        c.be[0].ctl("unload")
+        assert c.be[0].process.wait(10) == 0
+    finally:
+        c.close()
+
+
+def test_new_connection_on_a_half_dead_tuple(pair: Cluster) -> None:
+    """The client's host lost its state and uses the port again while the back end still holds the
+    old connection: the challenge ACK of RFC 5961 clears it up."""
+    def dial(port: int) -> socket.socket:
+        s = socket.socket()
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.settimeout(20)
+        s.bind((pair.client.address, port))
+        s.connect((pair.VIP, 80))
+        return s
+    s = pair.client.inside(lambda: dial(45678))
+    s.sendall(REQUEST.replace(b"close", b"keep-alive"))
+    s.recv(65536)
+    # vanish: nothing of the close leaves the client
+    pair.client.nft("""table ip lab {
+        chain out { type filter hook output priority 0;
+            tcp sport 45678 drop
+        }
+    }""")
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    s.close()
+    pair.client.nft("")
+    s = pair.client.inside(lambda: dial(45678))
+    s.sendall(REQUEST)
+    assert read_all(s).startswith(b"HTTP/1.1 200 ")
+    s.close()
+    settle(pair)
+
+
+def test_uploads_while_back_ends_come_and_go(pair: Cluster) -> None:
+    assert pair.fe
+    pair.fe.ctl("drain", pair.be_hosts[1].address)
+    upload_many(pair, 24, 1 << 20, "-H", "Expect:")
+    pair.fe.ctl("undrain", pair.be_hosts[1].address)

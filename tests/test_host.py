@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Daemons leave a host as they found it, also after kill -9; and they are good Unix citizens."""
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+
+import pytest
+
+from tcpha.lab.bed import BIN, Bed, Cluster, Daemon, Host, sh, wait_for
+
+MAC = r"(?:[0-9A-F]{2}:){5}[0-9A-F]{2}"
+
+
+def state(host: Host) -> dict[str, str]:
+    """All that a daemon could have changed in a host's network."""
+    out = {
+        "addresses": re.sub(r"(valid|preferred)_lft \S+", "", host.ip("addr")),
+        "links": re.sub(r"^\d+: ", "", host.ip("link"), flags=re.M),
+        "routes": host.ip("route", "show", "table", "all"),
+        "rules": host.ip("rule"),
+        "qdiscs": host.run("tc", "qdisc").stdout,
+        "filters": host.run("tc", "filter", "show", "dev", "eth0", "ingress", check=False).stdout,
+        "nft": host.run("nft", "list", "ruleset").stdout,
+        "sysctls": "\n".join(line for line in host.run("sysctl", "-a", "-r", "^net\\.").stdout
+                             .splitlines() if "conntrack_count" not in line)}
+    return out
+
+
+def programs(host: Host) -> set[int]:
+    """Ids of the BPF programs that are attached to a host's interfaces."""
+    return {p["id"] for p in json.loads(host.run("bpftool", "-j", "net", "show").stdout)[0]["tc"]}
+
+
+def loaded() -> set[int]:
+    """Ids of all BPF programs in the kernel."""
+    return {p["id"] for p in json.loads(sh("bpftool", "-j", "prog", "show").stdout)}
+
+
+@pytest.fixture
+def idle(forward: str):
+    c = Cluster(1, forward, rules=[(0, ".*")], start=False)
+    c.be_hosts[0].sysctl("net.ipv4.tcp_syncookies", "0")  # something to change and put back
+    c.be_hosts[0].sysctl("net.ipv4.tcp_rfc1337", "1")
+    c.nginx[0].file("index.html", b"x\n")
+    yield c
+    c.close()
+
+
+def test_host_state_after_stop(idle: Cluster) -> None:
+    hosts = [idle.fe_host, *idle.be_hosts]
+    before = [state(h) for h in hosts]
+    idle.start()
+    assert idle.get("/") == "x\n"
+    ours = programs(hosts[0]) | programs(hosts[1])
+    assert len(ours) == 4
+    assert [state(h) for h in hosts] != before
+    assert idle.fe and idle.fe.stop() == 0 and idle.be[0].stop() == 0
+    assert [state(h) for h in hosts] == before
+    wait_for(lambda: not ours & loaded(), "the programs' end")
+    for d in (idle.fe, idle.be[0]):
+        assert list(d.run_dir.iterdir()) == []
+
+
+def test_host_state_after_kill_and_restart(idle: Cluster) -> None:
+    hosts = [idle.fe_host, *idle.be_hosts]
+    before = [state(h) for h in hosts]
+    idle.start()
+    assert idle.fe
+    ours = programs(hosts[0]) | programs(hosts[1])
+    for d in (idle.fe, idle.be[0]):
+        d.kill()
+        d.start()
+    idle.connected()
+    assert idle.get("/") == "x\n"
+    ours |= programs(hosts[0]) | programs(hosts[1])
+    assert idle.fe.stop() == 0 and idle.be[0].stop() == 0
+    assert [state(h) for h in hosts] == before
+    wait_for(lambda: not ours & loaded(), "the programs' end")
+
+
+def test_addresses_of_the_administrator_are_kept(idle: Cluster) -> None:
+    idle.fe_host.ip("addr", "add", f"{idle.VIP}/24", "dev", "eth0")
+    idle.be_hosts[0].ip("addr", "add", f"{idle.VIP}/32", "dev", "lo")
+    idle.be_hosts[0].sysctl("net.ipv4.conf.all.arp_ignore", "1")
+    idle.start()
+    assert idle.get("/") == "x\n"
+    assert idle.fe and idle.fe.stop() == 0 and idle.be[0].stop() == 0
+    assert f"{idle.VIP}/24" in idle.fe_host.ip("addr")
+    assert f"{idle.VIP}/32" in idle.be_hosts[0].ip("addr")
+    assert idle.be_hosts[0].sysctl("net.ipv4.conf.all.arp_ignore") == "1"
+
+
+def test_filters_of_the_administrator_are_kept(idle: Cluster) -> None:
+    fe = idle.fe_host
+    fe.run("tc", "qdisc", "add", "dev", "eth0", "clsact")
+    fe.run("tc", "filter", "add", "dev", "eth0", "ingress", "prio", "1", "protocol", "ip", "u32",
+           "match", "u32", "0", "0", "flowid", "1:1")
+    before = state(fe)
+    idle.start()
+    assert idle.fe and idle.fe.stop() == 0
+    assert state(fe) == before
+
+
+@pytest.mark.parametrize("value", ["0", "1", "2"])
+def test_reverse_path_filter(idle: Cluster, value: str) -> None:
+    for h in (idle.fe_host, idle.be_hosts[0]):
+        h.sysctl("net.ipv4.conf.all.rp_filter", value)
+    idle.start()
+    assert idle.get("/") == "x\n"
+
+
+def test_back_ends_keep_the_vip_to_themselves(idle: Cluster) -> None:
+    """A client that asks who has the VIP hears from the front end alone."""
+    idle.start()
+    assert idle.fe
+    out = idle.client.run("arping", "-c", "3", "-I", "eth0", idle.VIP).stdout
+    mac = json.loads(idle.fe_host.ip("-j", "link", "show", "eth0"))[0]["address"].upper()
+    assert set(re.findall(MAC, out.upper())) == {mac}
+    idle.fe.stop()
+    out = idle.client.run("arping", "-c", "2", "-I", "eth0", idle.VIP, check=False).stdout
+    assert not re.findall(MAC, out.upper())
+
+
+def test_nothing_reaches_the_vip_around_the_front_end(idle: Cluster) -> None:
+    idle.start()
+    be = idle.be_hosts[0]
+    mac = json.loads(be.ip("-j", "link", "show", "eth0"))[0]["address"]
+    idle.client.ip("neigh", "replace", idle.VIP, "lladdr", mac, "dev", "eth0", "nud", "permanent")
+    try:
+        with pytest.raises(TimeoutError):
+            idle.client.connect(idle.VIP, timeout=1.5)
+    finally:
+        idle.client.ip("neigh", "del", idle.VIP, "dev", "eth0")
+    assert idle.be[0].ctl("status")["packets"]["guarded"] >= 1
+    assert idle.get("/") == "x\n"
+
+
+# The commands
+
+def test_daemonises_and_says_when_it_serves(idle: Cluster) -> None:
+    config = idle.be_hosts[0].dir / "be.conf"
+    config.write_text(idle.be_text(idle.be_hosts[0]))
+    run = idle.be_hosts[0].dir / "run"
+    done = idle.be_hosts[0].run(str(BIN / "tcphabe"), "-c", str(config), "--run-dir", str(run))
+    assert done.returncode == 0
+    pid = int((run / "tcphabe.pid").read_text())
+    status = json.loads(idle.be_hosts[0].run(str(BIN / "tcphactl"), "--run-dir", str(run), "--json",
+                                             "be", "status").stdout)
+    assert status["redirectport"] == 80
+    again = idle.be_hosts[0].run(str(BIN / "tcphabe"), "-c", str(config), "--run-dir", str(run),
+                                 check=False)
+    assert again.returncode == 1 and "running already" in again.stderr
+    sh("kill", str(pid))
+    wait_for(lambda: not (run / "tcphabe.pid").exists(), "the daemon's end")
+
+
+def test_start_failures_name_the_reason(idle: Cluster) -> None:
+    host = idle.fe_host
+    before = state(host)
+    config = host.dir / "bad.conf"
+    config.write_text(idle.fe_text().replace("raddr = 192.168.1.23", "raddr = 192.168.1.99"))
+    for extra in ((), ("-f",)):
+        done = host.run(str(BIN / "tcphafe"), "-c", str(config), "--run-dir", str(host.dir / "r"),
+                        *extra, check=False)
+        assert done.returncode == 1 and "192.168.1.99 is no address of this host" in done.stderr
+    host.start("python3", "-m", "http.server", "80", stderr=subprocess.DEVNULL)
+    wait_for(lambda: ":80 " in host.run("ss", "-Hltn").stdout, "a server in the way")
+    config.write_text(idle.fe_text())
+    done = host.run(str(BIN / "tcphafe"), "-c", str(config), "--run-dir", str(host.dir / "r"),
+                    check=False)
+    assert done.returncode == 1 and "cannot listen on 192.168.1.36:80" in done.stderr
+    assert state(host) == before
+
+
+def test_control_files_and_commands(idle: Cluster) -> None:
+    idle.start()
+    assert idle.fe
+    files = idle.fe.run_dir / "ktcphafe"
+    for name, value in (("dbglevel", "3"), ("dtcinterval", "7")):
+        sh("sh", "-c", f"echo {value} >> {files / name}")
+        wait_for(lambda n=name, v=value: idle.fe and str(idle.fe.ctl("status")[n]) == v, name)
+        wait_for(lambda n=name, v=value: (files / n).read_text() == f"{v}\n", "the file's content")
+    sh("sh", "-c", f"echo 9 >> {files / 'dbglevel'}")
+    wait_for(lambda: (files / "dbglevel").read_text() == "3\n", "the old value again")
+    assert idle.fe.ctl("set", "dtcinterval", "0") == {"dtcinterval": 0}
+    assert [r["pattern"] for r in idle.fe.ctl("rules")] == [".*"]
+    bad = idle.fe_host.run(str(BIN / "tcphactl"), "--run-dir", str(idle.fe.run_dir), "fe", "drain",
+                           "1.2.3.4", check=False)
+    assert bad.returncode == 1 and "1.2.3.4 is no server" in bad.stderr
+    assert idle.fe_host.run(str(BIN / "tcphactl"), "fe", "nonsense", check=False).returncode == 2
+    assert (idle.fe.run_dir / "tcphafe.sock").stat().st_mode & 0o777 == 0o600
+
+
+def test_workers_stay_within_their_limits(idle: Cluster) -> None:
+    idle.fe_conf = "startservers = 9\nminspareservers = 2\nmaxspareservers = 4"
+    idle.start()
+    assert idle.fe
+    fe = idle.fe
+    assert fe.ctl("status")["startservers"] == 9
+    wait_for(lambda: 2 <= fe.ctl("status")["workers"]["total"] <= 5, "retired workers", 30)
+    assert idle.get("/") == "x\n"
+
+
+def test_datapath_option(idle: Cluster) -> None:
+    config = idle.fe_host.dir / "nfq.conf"
+    config.write_text(idle.fe_text() + "datapath = nfqueue\n")
+    done = idle.fe_host.run(str(BIN / "tcphafe"), "-t", "-c", str(config), check=False)
+    assert done.returncode == 2 and "not built yet" in done.stderr
+
+
+def test_two_instances_on_one_host() -> None:
+    """Two VIPs, two run directories, one front end host."""
+    bed = Bed()
+    try:
+        fe = bed.host("fe", "192.168.1.23")
+        text = "raddr = 192.168.1.23\nvaddr = 192.168.1.{}\n"
+        before = state(fe)
+        daemons = []
+        for n in (36, 37):
+            (fe.dir / str(n)).mkdir()
+            d = Daemon.__new__(Daemon)
+            d.host, d.role, d.options = fe, "fe", ()
+            d.config, d.run_dir = fe.dir / f"{n}.conf", fe.dir / str(n)
+            d.log = fe.dir / f"{n}.log"
+            d.config.write_text(text.format(n))
+            d.start()
+            daemons.append(d)
+        assert daemons[0].stop() == 0
+        assert "192.168.1.37/32" in fe.ip("addr") and "192.168.1.36/32" not in fe.ip("addr")
+        assert daemons[1].stop() == 0
+        assert state(fe) == before
+    finally:
+        bed.close()

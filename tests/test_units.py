@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Rule matching, control messages and forged packets."""
+from __future__ import annotations
+
+import re
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tcpha._fast import message
+from tcpha._fast.match import Matcher, PatternError, check_patterns
+from tcpha._fast.packet import forge_segment
+
+# Matching
+
+PATTERNS = ["jpg$", ".*", "^/a", r"\.(css|js)$", "x{2,3}", "[0-9]+", "^$", "a|b", "(?i)PNG"]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=60))
+def test_matches_like_re(target: str) -> None:
+    want = [n for n, p in enumerate(PATTERNS) if re.search(p, target)]
+    assert MATCHER.matches(target.encode()) == want
+
+
+MATCHER = Matcher(PATTERNS)
+
+
+def test_many_patterns() -> None:
+    matcher = Matcher([f"^/site{n}/" for n in range(5000)] + [".*"])
+    assert matcher.matches(b"/site4321/x") == [4321, 5000]
+
+
+def test_bad_pattern_names_its_position() -> None:
+    with pytest.raises(PatternError, match="index 3") as error:
+        check_patterns(["ok", "jpg("])
+    assert error.value.pattern == 1
+
+
+# Messages
+
+U8, U16, U32, U64 = (st.integers(0, 2 ** n - 1) for n in (8, 16, 32, 64))
+FLOWS = st.binary(min_size=36, max_size=36)
+SNAPSHOTS = st.fixed_dictionaries({
+    "flow": FLOWS, "snd_nxt": U32, "rcv_nxt": U32, "snd_wnd": U32, "rcv_wnd": U32, "tsval": U32,
+    "ts_recent": U32, "srtt_us": U32, "mss": U16, "snd_wscale": st.integers(0, 14),
+    "rcv_wscale": st.integers(0, 14), "flags": st.integers(0, 63)})
+
+
+@settings(deadline=None)
+@given(U64, SNAPSHOTS, st.binary(min_size=1, max_size=300))
+def test_handoff_round_trip(id: int, fields: dict[str, object], data: bytes) -> None:
+    raw = message.encode(message.HANDOFF, id, fields, data)
+    got = message.decode(raw + b"more")
+    assert got["length"] == len(raw) and got["id"] == id and got["data"] == data
+    assert {k: got[k] for k in fields} == fields
+    for n in range(len(raw)):
+        assert message.decode(raw[:n]) is None
+
+
+@given(U64, FLOWS, U32)
+def test_short_messages_round_trip(id: int, flow: bytes, reason: int) -> None:
+    for kind, fields in ((message.ADOPTED, {}), (message.REFUSED, {"reason": reason}),
+                         (message.CLOSED, {"flow": flow, "reason": reason}),
+                         (message.OWNED, {"flow": flow}), (message.PING, {}), (message.PONG, {})):
+        raw = message.encode(kind, id, fields)
+        got = message.decode(raw)
+        assert (got.pop("type"), got.pop("length"), got.pop("id")) == (kind, len(raw), id)
+        assert got == fields
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.binary(max_size=200), st.integers(0, 12), st.integers(0, 400))
+def test_malformed_messages_are_refused(body: bytes, kind: int, length: int) -> None:
+    """Any bytes behind a plausible header: decoded within their bounds, or refused."""
+    raw = struct.pack("!HBBIQ", 0x5443, message.VERSION, kind, length, 1) + body
+    try:
+        got = message.decode(raw)
+    except ValueError:
+        return
+    assert got is None or got["length"] == length <= len(raw)
+
+
+@pytest.mark.parametrize("raw", [
+    b"x" * 16, struct.pack("!HBBIQ", 0x5443, 99, message.ADOPTED, 16, 1),
+    struct.pack("!HBBIQ", 0x5443, message.VERSION, message.ADOPTED, 15, 1),
+    struct.pack("!HBBIQ", 0x5443, message.VERSION, message.ADOPTED, 20, 1) + b"    ",
+    struct.pack("!HBBIQ", 0x5443, message.VERSION, message.HANDOFF, 0xffffffff, 1),
+    struct.pack("!HBBIQ", 0x5443, message.VERSION, 77, 16, 1)])
+def test_bad_headers_are_refused(raw: bytes) -> None:
+    with pytest.raises(ValueError):
+        message.decode(raw)
+
+
+# Packets
+
+def checksum(data: bytes) -> int:
+    """RFC 1071, plainly."""
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xffff) + (total >> 16)
+    return ~total & 0xffff
+
+
+@settings(deadline=None)
+@given(U32, U32, U16, st.binary(max_size=100), st.one_of(st.none(), st.tuples(U32, U32)))
+def test_forged_segments(seq: int, ack: int, window: int, data: bytes,
+                         stamps: tuple[int, int] | None) -> None:
+    fields = {"seq": seq, "ack": ack, "window": window, "flags": 0x18, "ip_id": 7}
+    if stamps:
+        fields |= {"tsval": stamps[0], "tsecr": stamps[1]}
+    frame = forge_segment("10.1.2.3", 4567, "10.9.8.7", 80, fields, data)
+    ip = frame[24:]
+    assert checksum(ip[:20]) == 0
+    assert struct.unpack("!HH", ip[2:6]) == (len(ip), 7)
+    assert ip[12:20] == bytes([10, 1, 2, 3, 10, 9, 8, 7])
+    tcp = ip[20:]
+    assert struct.unpack("!HHII", tcp[:12]) == (4567, 80, seq, ack)
+    size = (tcp[12] >> 4) * 4
+    assert tcp[13] == 0x18 and struct.unpack("!H", tcp[14:16])[0] == window
+    assert tcp[size:] == data
+    if stamps:
+        assert struct.unpack("!IHH", tcp[20:24] + tcp[24:28])[0] == 0x0101080a
+        assert struct.unpack("!II", tcp[24:32]) == stamps
+    else:
+        assert size == 20
+    # the virtio-net header asks for the checksum that completes the pseudo-header's sum
+    assert frame[:10] == struct.pack("<BBHHHH", 1, 0, 0, 0, 34, 16)
+    pseudo = ip[12:20] + struct.pack("!HH", 6, len(tcp))
+    assert struct.unpack("!H", tcp[16:18])[0] == ~checksum(pseudo) & 0xffff
