@@ -27,7 +27,8 @@ def root() -> None:
 @pytest.fixture(scope="session")
 def shared(forward: str) -> Iterator[Cluster]:
     """One client, one FE, two BEs with nginx on ports 80 and 8080."""
-    c = Cluster(forward=forward, fe_conf="headtimeout = 3\nmaxclients = 512",
+    # a client that lost a SYN-ACK may take 3 s as its first RTO: under loss, headtimeout is longer
+    c = Cluster(forward=forward, fe_conf="headtimeout = 8\nmaxclients = 512",
                 be_conf="maxclients = 8192", nginx={"ports": (80, 8080)})
     # hosts share the kernel's timestamp offsets otherwise, and mistakes would not show
     c.fe_host.sysctl("net.ipv4.tcp_timestamps", "2")

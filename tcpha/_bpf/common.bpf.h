@@ -32,7 +32,6 @@ struct tcp_sock {
 	__u32 tsoffset;
 	__u32 snd_wnd;
 	__u32 copied_seq;
-	__u16 urg_data;
 	__u32 write_seq;
 	__u8 ecn_flags;
 	__u32 rcv_nxt;
@@ -182,7 +181,6 @@ static __always_inline void query(struct __sk_buff *skb, struct tcpha_op *op)
 	op->rcv_wnd = tp->rcv_wnd;
 	op->copied_seq = tp->copied_seq;
 	op->srtt_us = tp->srtt_us >> 3;
-	op->urgent = tp->urg_data != 0;
 	op->mss = tp->rx_opt.mss_clamp;
 	op->ts_recent = tp->rx_opt.ts_recent;
 	op->wscale_ok = BPF_CORE_READ_BITFIELD(tp, rx_opt.wscale_ok);

@@ -122,7 +122,6 @@ struct tcpha_op {
 	__u32 rcv_wnd;
 	__u32 copied_seq;
 	__u32 srtt_us; /* smoothed RTT, microseconds, already divided by 8 */
-	__u32 urgent;  /* the peer sent urgent data */
 } __attribute__((aligned(8))); /* as an array map places its elements */
 
 /* Counters, per CPU. */

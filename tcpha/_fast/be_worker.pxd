@@ -50,7 +50,8 @@ cdef struct backend_state:
     adopted *free_list
     adopted **buckets
     uint32_t live
-    uint64_t reaped_ns
+    pthread_mutex_t reap_lock
+    uint64_t reaped_ns     # the last look through the whole table
     uint32_t unloading     # refuse what comes
     pthread_mutex_t feed_lock
     leftover *leftovers

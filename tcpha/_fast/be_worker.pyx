@@ -136,6 +136,16 @@ cdef void _check_all(backend_state *b, worker *w) noexcept nogil:
         pthread_mutex_unlock(&b.lock)
 
 
+cdef void _reap(backend_state *b, worker *w) noexcept nogil:
+    """Reports of ended connections lag behind under load: look before refusing for want of room. A
+    look that another worker has begun is waited for; what it finds counts for all."""
+    pthread_mutex_lock(&b.reap_lock)
+    if b.live >= b.max and now_ns() - b.reaped_ns > REAP_NS:
+        _check_all(b, w)
+        b.reaped_ns = now_ns()
+    pthread_mutex_unlock(&b.reap_lock)
+
+
 # Messages
 
 cdef void _keep_leftover(backend_state *b, message *m) noexcept nogil:
@@ -214,11 +224,9 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
             if a.over:
                 _remove(b, a)
         a = NULL if b.unloading else _insert(b, &m.snap.flow)
-        if a == NULL and not b.unloading and now - b.reaped_ns > REAP_NS:
-            # reports of ended connections lag behind under load: look before refusing
-            b.reaped_ns = now
+        if a == NULL and not b.unloading:
             pthread_mutex_unlock(&b.lock)
-            _check_all(b, w)
+            _reap(b, w)
             pthread_mutex_lock(&b.lock)
             a = _insert(b, &m.snap.flow)
         if a != NULL:
@@ -374,6 +382,7 @@ cdef class BackEnd(Core):
             self.b.free_list = &self.b.pool[i]
         pthread_mutex_init(&self.b.lock, NULL)
         pthread_mutex_init(&self.b.feed_lock, NULL)
+        pthread_mutex_init(&self.b.reap_lock, NULL)
         self.b.c = self.c
         self.b.stale_ns = <uint64_t>(stale * 1e9)
         self.b.netlink_fd = -1
@@ -395,6 +404,7 @@ cdef class BackEnd(Core):
             free(p)
         pthread_mutex_destroy(&self.b.lock)
         pthread_mutex_destroy(&self.b.feed_lock)
+        pthread_mutex_destroy(&self.b.reap_lock)
         free(self.b.pool)
         free(self.b.buckets)
         free(self.b)

@@ -83,7 +83,6 @@ cdef extern from "tcpha.h" nogil:
         uint32_t rcv_wnd
         uint32_t copied_seq
         uint32_t srtt_us
-        uint32_t urgent
 
     struct tcpha_counters:
         uint64_t forwarded
