@@ -49,7 +49,8 @@ cdef struct backend_state:
     adopted *pool
     adopted *free_list
     adopted **buckets
-    uint32_t live
+    uint32_t live          # entries in the table; some may be closed by the application
+    uint32_t room          # more that may be taken although live has reached max
     pthread_mutex_t reap_lock
     uint64_t reaped_ns     # the last look through the whole table
     uint32_t unloading     # refuse what comes

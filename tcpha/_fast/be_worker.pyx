@@ -14,7 +14,7 @@ from libc.string cimport memcmp, memcpy, memset
 from tcpha._fast.core cimport (
     EV_NETLINK, LINK_UP, MAX_LINKS, SCRATCH, Core, core, link, link_put, say_flow, say_number,
     watch, worker)
-from tcpha._fast.datapath cimport DP_ALIVE, DP_MORE, DP_TIME_WAIT, BeDatapath
+from tcpha._fast.datapath cimport DP_ALIVE, DP_CLOSING, DP_MORE, DP_TIME_WAIT, BeDatapath
 from tcpha._fast.defs cimport tcpha_flow
 from tcpha._fast.message cimport (
     END_GONE, END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED_SIZE, MSG_HANDOFF, MSG_OWNED,
@@ -66,8 +66,10 @@ cdef adopted *_insert(backend_state *b, const tcpha_flow *flow) noexcept nogil:
     """NULL if maxclients is reached."""
     cdef adopted *a = b.free_list
     cdef adopted **head
-    if a == NULL:
+    if a == NULL or (b.live >= b.max and b.room == 0):
         return NULL
+    if b.live >= b.max:
+        b.room -= 1
     b.free_list = a.next
     a.flow = flow[0]
     a.over = a.adopting = a.recheck = False
@@ -86,6 +88,10 @@ cdef void _remove(backend_state *b, adopted *a) noexcept nogil:
     a.next = b.free_list
     b.free_list = a
     b.live -= 1
+
+
+cdef inline bint _living(int owner) noexcept nogil:
+    return owner == DP_ALIVE or owner == DP_CLOSING
 
 
 cdef bint _tell_closed(backend_state *b, worker *w, adopted *a, uint32_t how) noexcept nogil:
@@ -114,9 +120,10 @@ cdef void _ended(backend_state *b, worker *w, adopted *a, uint32_t how) noexcept
         a.over = True  # told when the front end is back
 
 
-cdef void _check_all(backend_state *b, worker *w) noexcept nogil:
-    """Look at each connection: after lost reports, or when a front end is back."""
-    cdef uint32_t i
+cdef uint32_t _check_all(backend_state *b, worker *w) noexcept nogil:
+    """Look at each connection: after lost reports, when a front end is back, or for want of room.
+    Returns how many the application has open."""
+    cdef uint32_t i, opened = 0
     cdef int owner
     cdef adopted *a
     cdef adopted *following
@@ -127,21 +134,30 @@ cdef void _check_all(backend_state *b, worker *w) noexcept nogil:
             following = a.next
             if a.adopting:
                 a.recheck = True
+                opened += 1
                 a = following
                 continue
             owner = b.dp.alive(b.dp.self, w.index, &a.flow)
-            if a.over or owner != DP_ALIVE:
+            if owner == DP_ALIVE:
+                opened += 1
+            if a.over or not _living(owner):
                 _ended(b, w, a, END_TIME_WAIT if owner == DP_TIME_WAIT else END_GONE)
             a = following
         pthread_mutex_unlock(&b.lock)
+    return opened
 
 
 cdef void _reap(backend_state *b, worker *w) noexcept nogil:
-    """Reports of ended connections lag behind under load: look before refusing for want of room. A
-    look that another worker has begun is waited for; what it finds counts for all."""
+    """Look before refusing for want of room: reports of ended connections lag behind under load,
+    and those that the application has closed are no load for it. A look that another worker has
+    begun is waited for; what it finds counts for all."""
+    cdef uint32_t opened
     pthread_mutex_lock(&b.reap_lock)
     if b.live >= b.max and now_ns() - b.reaped_ns > REAP_NS:
-        _check_all(b, w)
+        opened = _check_all(b, w)
+        pthread_mutex_lock(&b.lock)
+        b.room = b.max - opened if opened < b.max else 0
+        pthread_mutex_unlock(&b.lock)
         b.reaped_ns = now_ns()
     pthread_mutex_unlock(&b.reap_lock)
 
@@ -169,7 +185,7 @@ cdef void _claim(backend_state *b, worker *w, link *l, message *m) noexcept nogi
     cdef int owner = b.dp.alive(b.dp.self, w.index, &m.snap.flow)
     pthread_mutex_lock(&b.lock)
     p = _find(b, &m.snap.flow)
-    if p == NULL and owner == DP_ALIVE:
+    if p == NULL and _living(owner):
         p = _insert(b, &m.snap.flow)
         if p != NULL:
             _set_origin(b, p, l, m.id)
@@ -270,7 +286,7 @@ cdef void _check(backend_state *b, worker *w, const tcpha_flow *flow) noexcept n
         a.recheck = True  # perhaps the end of an earlier connection on the same 4-tuple
     elif a != NULL and not a.over:
         owner = b.dp.alive(b.dp.self, w.index, flow)
-        if owner != DP_ALIVE:
+        if not _living(owner):
             _ended(b, w, a, END_TIME_WAIT if owner == DP_TIME_WAIT else END_GONE)
     pthread_mutex_unlock(&b.lock)
 
@@ -358,26 +374,26 @@ cdef void _on_retire(core *c, worker *w) noexcept nogil:
 cdef class BackEnd(Core):
     """The back end's shared state.
 
-    maxclients: adopted connections alive at one time; stale: seconds after which an offer is too
+    maxclients: adopted connections that the application has open at one time; stale: seconds after which an offer is too
     old to be adopted.
     """
 
     def __cinit__(self, uint32_t maxclients, double stale=2.0):
-        cdef uint32_t i, size = 16
+        cdef uint32_t i, size = 16, entries = maxclients * 2 + 256
         if not 0 < maxclients <= 1 << 24:
             raise ValueError("maxclients out of range")
         self.b = <backend_state *>calloc(1, sizeof(backend_state))
         if self.b == NULL:
             raise MemoryError
-        while size < maxclients:
+        while size < entries:
             size *= 2
         self.b.mask = size - 1
         self.b.max = maxclients
-        self.b.pool = <adopted *>calloc(maxclients, sizeof(adopted))
+        self.b.pool = <adopted *>calloc(entries, sizeof(adopted))
         self.b.buckets = <adopted **>calloc(size, sizeof(adopted *))
         if self.b.pool == NULL or self.b.buckets == NULL:
             raise MemoryError
-        for i in range(maxclients):
+        for i in range(entries):
             self.b.pool[i].next = self.b.free_list
             self.b.free_list = &self.b.pool[i]
         pthread_mutex_init(&self.b.lock, NULL)

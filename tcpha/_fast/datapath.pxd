@@ -13,6 +13,7 @@ cdef enum:
     DP_GONE = -2           # freeze: the connection is no longer open
     DP_ALIVE = 1
     DP_TIME_WAIT = 2
+    DP_CLOSING = 3         # the application has closed it, the kernel not yet
     DP_MORE = -3           # adopt, feed: the socket has not taken all bytes yet
 
 
@@ -50,7 +51,7 @@ cdef struct be_datapath:
     # Give an adopted socket the bytes that it has not taken. 0: it has all (or is gone), DP_MORE.
     int (*feed)(void *self, uint32_t worker, const snapshot *s,
                 const uint8_t *data) noexcept nogil
-    # Which socket owns the flow: DP_ALIVE, DP_TIME_WAIT, or 0 for none.
+    # Which socket owns the flow: DP_ALIVE, DP_CLOSING, DP_TIME_WAIT, or 0 for none.
     int (*alive)(void *self, uint32_t worker, const tcpha_flow *flow) noexcept nogil
 
 

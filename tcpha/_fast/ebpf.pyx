@@ -14,7 +14,8 @@ from tcpha._fast.bpf cimport (
     bpf_map_lookup_elem, bpf_map_update_elem)
 from tcpha._fast.bpf import possible_cpus
 from tcpha._fast.core cimport SCRATCH
-from tcpha._fast.datapath cimport DP_ALIVE, DP_GONE, DP_MORE, DP_TIME_WAIT, BeDatapath, FeDatapath
+from tcpha._fast.datapath cimport (
+    DP_ALIVE, DP_CLOSING, DP_GONE, DP_MORE, DP_TIME_WAIT, BeDatapath, FeDatapath)
 from tcpha._fast.defs cimport (
     TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_F_CLOSED, TCPHA_F_FIN, TCPHA_F_RST, TCPHA_FORWARD,
     TCPHA_IPID_PLAIN, TCPHA_MAC_MARK, TCPHA_MAX_OPS, TCPHA_OP_ADOPT, TCPHA_OP_QUERY,
@@ -611,9 +612,12 @@ cdef int _feed(void *self, uint32_t worker, const snapshot *s, const uint8_t *da
 
 cdef int _alive(void *self, uint32_t worker, const tcpha_flow *flow) noexcept nogil:
     cdef be_ebpf *d = <be_ebpf *>self
-    if _query(d.tap, d.ops, worker, flow) < 0 or d.ops[worker].result == TCPHA_R_LIVE:
+    cdef tcpha_op *op = &d.ops[worker]
+    if _query(d.tap, d.ops, worker, flow) < 0:
         return DP_ALIVE
-    return DP_TIME_WAIT if d.ops[worker].result == TCPHA_R_TIME_WAIT else 0
+    if op.result == TCPHA_R_LIVE:
+        return DP_ALIVE if op.state == TCP_ESTABLISHED or op.state == TCP_CLOSE_WAIT else DP_CLOSING
+    return DP_TIME_WAIT if op.result == TCPHA_R_TIME_WAIT else 0
 
 
 cdef class BeEbpf(BeDatapath):
