@@ -186,7 +186,7 @@ def test_connections_outlive_their_daemon(pair: Cluster) -> None:
     s = pair.client.connect(pair.VIP)
     s.sendall(REQUEST.replace(b"close", b"keep-alive"))
     s.recv(65536)
-    (row,) = pair.fe.ctl("conns")  # type: ignore[union-attr]
+    (row,) = wait_for(lambda: pair.fe and pair.fe.ctl("conns"), "the connection table")
     victim = [h.address for h in pair.be_hosts].index(row["server"])
     pair.be[victim].kill()
     try:
