@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 APT := gcc clang llvm pkg-config libbpf-dev libelf-dev zlib1g-dev libhyperscan-dev linux-libc-dev \
-	iproute2 procps util-linux curl nginx-light nftables bpftool iputils-arping apache2-utils
+	libnetfilter-queue-dev 	iproute2 procps util-linux curl nginx-light nftables bpftool iputils-arping apache2-utils
 BENCH_APT := haproxy wrk
 SOURCES := $(wildcard tcpha/_fast/*.pyx tcpha/_fast/*.pxd tcpha/_bpf/*.c tcpha/_bpf/*.h) setup.py \
 	pyproject.toml
@@ -29,7 +29,7 @@ $(VENV)/.apt: Makefile
 $(VENV)/.pip: pyproject.toml $(VENV)/.apt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check setuptools wheel 'cython>=3.0' \
-	  'pyroute2>=0.9.2' 'toml>=0.10' 'pytest>=8' 'hypothesis>=6' 'httptools>=0.6' \
+	  'pyroute2>=0.9.2' 'toml>=0.10' 'netfilterqueue>=1.1' 'pytest>=8' 'hypothesis>=6' 'httptools>=0.6' \
 	  'pytest-benchmark>=4'
 	@touch $@
 

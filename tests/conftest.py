@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Clusters for the tests. Every test that moves packets runs for each forward mode."""
+"""Clusters for the tests. Every test that moves packets runs for each forward mode, with each
+datapath on both sides, and with two that differ."""
 from __future__ import annotations
 
 import os
@@ -13,9 +14,18 @@ from tcpha.lab.bed import Cluster
 BIG = 64 << 20
 
 
-@pytest.fixture(scope="session", params=["direct", "tunnel"])
-def forward(request: Any) -> str:
-    return str(request.param)
+EBPF, NFQUEUE = "ebpf", "nfqueue"
+MODES = {
+    "direct": ("direct", EBPF, EBPF), "tunnel": ("tunnel", EBPF, EBPF),
+    "nfqueue-direct": ("direct", NFQUEUE, NFQUEUE), "nfqueue-tunnel": ("tunnel", NFQUEUE, NFQUEUE),
+    "ebpf-nfqueue": ("tunnel", EBPF, NFQUEUE), "nfqueue-ebpf": ("direct", NFQUEUE, EBPF)}
+
+
+@pytest.fixture(scope="session", params=MODES)
+def mode(request: Any) -> dict[str, Any]:
+    """Arguments for Cluster(): forward mode and datapaths of the front end and the back ends."""
+    forward, fe, be = MODES[request.param]
+    return {"forward": forward, "datapath": (fe, be)}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,10 +35,10 @@ def root() -> None:
 
 
 @pytest.fixture(scope="session")
-def shared(forward: str) -> Iterator[Cluster]:
+def shared(mode: dict[str, Any]) -> Iterator[Cluster]:
     """One client, one FE, two BEs with nginx on ports 80 and 8080."""
     # a client that lost a SYN-ACK may take 3 s as its first RTO: under loss, headtimeout is longer
-    c = Cluster(forward=forward, fe_conf="headtimeout = 8\nmaxclients = 512",
+    c = Cluster(**mode, fe_conf="headtimeout = 8\nmaxclients = 512",
                 be_conf="maxclients = 8192", nginx={"ports": (80, 8080)})
     # hosts share the kernel's timestamp offsets otherwise, and mistakes would not show
     c.fe_host.sysctl("net.ipv4.tcp_timestamps", "2")

@@ -160,11 +160,15 @@ def test_small_mtu(cluster: Cluster, mtu: int) -> None:
         cluster.client.ip("link", "set", "eth0", "mtu", "1500")
 
 
-def test_mss_below_536_is_refused_at_once(cluster: Cluster) -> None:
-    """The kernel adopts no connection with so small an MSS; the client must hear so, not hang."""
+def test_mss_below_536(cluster: Cluster) -> None:
+    """bpf_sk_assign_tcp_reqsk() takes no connection with so small an MSS; the client must hear so,
+    not hang. A forged handshake knows no such limit."""
     s = cluster.client.connect(cluster.VIP, mss=400)
     s.sendall(REQUEST)
-    assert status(s) == 503
+    if cluster.datapath[1] == "ebpf":
+        assert status(s) == 503
+    else:
+        ok(cluster, s)
 
 
 @pytest.mark.parametrize("where", ["fe", "be"])

@@ -101,7 +101,7 @@ nonsense
     ("dbglevel = 7", "from 0 to 6"), ("server = 10.0.0.1", "listed twice"),
     ("rule = jpg$", "not 'ADDRESS PATTERN'"), ("rule = 10.0.0.1 a(?=b)", "does not compile"),
     ("redirectport = 8080", "Local Node is not built yet"), ("fastpath = on", "not built yet"),
-    ("secret = /etc/s", "not built yet"), ("datapath = nfqueue", "not built yet")])
+    ("secret = /etc/s", "not built yet")])
 def test_faults(tmp_path: Path, line: str, words: str) -> None:
     text = "\n".join(faults(tmp_path, FE + line + "\n"))
     assert words in text
@@ -156,6 +156,8 @@ def test_a_kernel_without_the_function_is_named(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(datapath.DatapathError, match="the kernel has no bpf_no_such_function"):
         datapath.choose("be", "ebpf")
     assert datapath.choose("fe", "ebpf")[0] == "ebpf"
+    name, line = datapath.choose("be", "auto")
+    assert name == "nfqueue" and "(auto): the kernel has no bpf_no_such_function" in line
 
 
 def test_command_checks_a_file(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from typing import Any
 
 import pytest
 
@@ -39,8 +40,8 @@ def loaded() -> set[int]:
 
 
 @pytest.fixture
-def idle(forward: str):
-    c = Cluster(1, forward, rules=[(0, ".*")], start=False)
+def idle(mode: dict[str, Any]):
+    c = Cluster(1, **mode, rules=[(0, ".*")], start=False)
     c.be_hosts[0].sysctl("net.ipv4.tcp_syncookies", "0")  # something to change and put back
     c.be_hosts[0].sysctl("net.ipv4.tcp_rfc1337", "1")
     c.nginx[0].file("index.html", b"x\n")
@@ -54,7 +55,7 @@ def test_host_state_after_stop(idle: Cluster) -> None:
     idle.start()
     assert idle.get("/") == "x\n"
     ours = programs(hosts[0]) | programs(hosts[1])
-    assert len(ours) == 4
+    assert len(ours) == 2 * idle.datapath.count("ebpf")
     assert [state(h) for h in hosts] != before
     assert idle.fe and idle.fe.stop() == 0 and idle.be[0].stop() == 0
     assert [state(h) for h in hosts] == before
@@ -204,10 +205,12 @@ def test_workers_stay_within_their_limits(idle: Cluster) -> None:
 
 
 def test_datapath_option(idle: Cluster) -> None:
-    config = idle.fe_host.dir / "nfq.conf"
-    config.write_text(idle.fe_text() + "datapath = nfqueue\n")
-    done = idle.fe_host.run(str(BIN / "tcphafe"), "-t", "-c", str(config), check=False)
-    assert done.returncode == 2 and "not built yet" in done.stderr
+    """The option overrides the file."""
+    wanted = {"ebpf": "nfqueue", "nfqueue": "ebpf"}[idle.datapath[0]]
+    idle.fe = Daemon(idle.fe_host, "fe", idle.fe_text(), options=("--datapath", wanted))
+    assert idle.fe.ctl("status")["datapath"] == wanted
+    assert f"datapath {wanted}" in idle.fe.log.read_text()
+    assert idle.fe.stop() == 0
 
 
 def test_two_instances_on_one_host() -> None:

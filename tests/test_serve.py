@@ -9,6 +9,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,10 +59,16 @@ def settle(c: Cluster) -> None:
     """Wait until both sides have forgotten all connections."""
     assert c.fe
     fe = c.fe
-    wait_for(lambda: fe.ctl("status")["live"] == 0, "no live flows on the FE")
-    wait_for(lambda: not fe.ctl("conns"), "an empty flow table")
-    for be in c.be:
-        wait_for(lambda be=be: be.ctl("status")["live"] == 0, "no live connections on the BE")
+    try:
+        wait_for(lambda: fe.ctl("status")["live"] == 0, "no live flows on the FE")
+        wait_for(lambda: not fe.ctl("conns"), "an empty flow table")
+        for be in c.be:
+            wait_for(lambda be=be: be.ctl("status")["live"] == 0, "no live connections on the BE")
+    except TimeoutError as error:
+        left = {"fe": fe.ctl("conns"), **{
+            be.host.name: (be.ctl("conns"), be.host.run("ss", "-tanoi", "sport", "= :80").stdout)
+            for be in c.be}}
+        raise AssertionError(f"{error}; left: {left}") from None
 
 
 def test_dispatch_by_rule(cluster: Cluster) -> None:
@@ -150,10 +157,10 @@ def test_half_close_after_the_request(cluster: Cluster) -> None:
     settle(cluster)
 
 
-def test_half_close_before_a_long_answer(forward: str) -> None:
+def test_half_close_before_a_long_answer(mode: dict[str, Any]) -> None:
     """nginx gives up on a client that has half-closed when its send buffer is full; Python's server
     goes on, so that a long answer can be seen to arrive."""
-    c = Cluster(1, forward, be_conf="redirectport = 8081", rules=[(0, ".*")])
+    c = Cluster(1, **mode, be_conf="redirectport = 8081", rules=[(0, ".*")])
     try:
         path = c.nginx[0].file("big", size=BIG)
         c.be_hosts[0].start("python3", "-m", "http.server", "8081", "-d", str(c.nginx[0].root),
@@ -241,8 +248,8 @@ def test_client_on_the_front_end_itself(cluster: Cluster) -> None:
     assert done.stdout == "Service Unavailable\n503"
 
 
-def test_listener_on_another_port(forward: str) -> None:
-    c = Cluster(1, forward, be_conf="redirectport = 8080", nginx={"ports": (8080,)},
+def test_listener_on_another_port(mode: dict[str, Any]) -> None:
+    c = Cluster(1, **mode, be_conf="redirectport = 8080", nginx={"ports": (8080,)},
                 rules=[(0, ".*")])
     try:
         c.nginx[0].file("index.html", b"port 8080\n")
@@ -252,8 +259,8 @@ def test_listener_on_another_port(forward: str) -> None:
         c.close()
 
 
-def test_listener_on_another_address(forward: str) -> None:
-    c = Cluster(1, forward, be_conf="redirectaddr = 127.0.0.1\nredirectport = 8080",
+def test_listener_on_another_address(mode: dict[str, Any]) -> None:
+    c = Cluster(1, **mode, be_conf="redirectaddr = 127.0.0.1\nredirectport = 8080",
                 nginx={"ports": ("127.0.0.1:8080",)}, rules=[(0, ".*")])
     try:
         c.nginx[0].file("index.html", b"loopback only\n")
@@ -263,10 +270,10 @@ def test_listener_on_another_address(forward: str) -> None:
 
 
 @pytest.mark.parametrize("mtu", [1500, 9000])
-def test_back_end_behind_a_router(forward: str, mtu: int) -> None:
+def test_back_end_behind_a_router(mode: dict[str, Any], mtu: int) -> None:
     """tunnel: back ends anywhere, also where packets may be no larger than the client's own.
     direct: refused with the remedy."""
-    c = Cluster(1, forward, rules=[(0, ".*")], start=False, mtu=mtu)
+    c = Cluster(1, **mode, rules=[(0, ".*")], start=False, mtu=mtu)
     try:
         router = c.bed.host("router", "192.168.1.1", mtu)
         router.ip("addr", "add", "10.9.0.1/24", "dev", "eth0")
@@ -279,7 +286,7 @@ def test_back_end_behind_a_router(forward: str, mtu: int) -> None:
         be.ip("route", "add", "default", "via", "10.9.0.1")
         c.fe_host.ip("route", "add", "10.9.0.0/24", "via", "192.168.1.1")
         c.nginx[0].file("big", size=8 << 20)
-        if forward == "direct":
+        if mode["forward"] == "direct":
             c.be = [Daemon(be, "be", c.be_text(be))]
             c.fe = Daemon(c.fe_host, "fe", c.fe_text())
             (row,) = wait_for(lambda: [r for r in c.fe.ctl("servers") if r["reason"]], "a reason")
@@ -296,9 +303,9 @@ def test_back_end_behind_a_router(forward: str, mtu: int) -> None:
         c.close()
 
 
-def test_real_address_left_to_the_daemon(forward: str) -> None:
+def test_real_address_left_to_the_daemon(mode: dict[str, Any]) -> None:
     """raddr defaults to any: the interface is found by the route to the VIP."""
-    c = Cluster(1, forward, rules=[(0, ".*")], start=False)
+    c = Cluster(1, **mode, rules=[(0, ".*")], start=False)
     try:
         c.nginx[0].file("index.html", b"any\n")
         c.be = [Daemon(c.be_hosts[0], "be", c.be_text(c.be_hosts[0]))]

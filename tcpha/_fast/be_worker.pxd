@@ -41,7 +41,6 @@ cdef struct backend_state:
     core *c
     be_datapath dp
     int netlink_fd
-    uint8_t vaddr[16]
     uint64_t stale_ns
     uint32_t max
     uint32_t mask

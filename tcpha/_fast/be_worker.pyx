@@ -14,13 +14,14 @@ from libc.string cimport memcmp, memcpy, memset
 from tcpha._fast.core cimport (
     EV_NETLINK, LINK_UP, MAX_LINKS, SCRATCH, Core, core, link, link_put, say_flow, say_number,
     watch, worker)
-from tcpha._fast.datapath cimport DP_ALIVE, DP_CLOSING, DP_MORE, DP_TIME_WAIT, BeDatapath
+from tcpha._fast.datapath cimport (
+    DP_ALIVE, DP_CLOSING, DP_MORE, DP_TIME_WAIT, BeDatapath)
 from tcpha._fast.defs cimport tcpha_flow
 from tcpha._fast.message cimport (
     END_GONE, END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED_SIZE, MSG_HANDOFF, MSG_OWNED,
     MSG_REFUSED_SIZE, REFUSE_FULL, REFUSE_STALE, message, message_closed, message_refused,
     message_short)
-from tcpha._fast.packet cimport address_bytes, address_text
+from tcpha._fast.packet cimport address_text
 from tcpha._fast.sys cimport (
     EINTR, ENOBUFS, EPOLL_CTL_ADD, EPOLLET, EPOLLIN, MSG_DONTWAIT, add64, errno, now_ns, ntohs,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock,
@@ -112,6 +113,7 @@ cdef bint _tell_closed(backend_state *b, worker *w, adopted *a, uint32_t how) no
 cdef void _ended(backend_state *b, worker *w, adopted *a, uint32_t how) noexcept nogil:
     """A connection is over. b.lock is held."""
     if not a.over:
+        b.dp.ended(b.dp.self, &a.flow)
         add64(&b.n.closed, 1)
         say_flow(b.c, 2, &a.flow, b"closed")
     if _tell_closed(b, w, a, how):
@@ -313,7 +315,7 @@ cdef void _on_netlink(backend_state *b, worker *w) noexcept nogil:
             if h.nlmsg_len < NLMSG_HDRLEN + sizeof(inet_diag_msg) or h.nlmsg_len > n:
                 break
             d = <inet_diag_msg *>(p + NLMSG_HDRLEN)
-            if _flow_of(d, &flow) and memcmp(flow.vaddr, b.vaddr, 16) == 0:
+            if _flow_of(d, &flow) and b.dp.outside(b.dp.self, &flow):
                 _check(b, w, &flow)
             p += (h.nlmsg_len + 3) & ~3u
             n -= (h.nlmsg_len + 3) & ~3u
@@ -350,6 +352,7 @@ cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
     cdef backend_state *b = <backend_state *>c.role
     cdef leftover **at
     cdef leftover *p
+    b.dp.sweep(b.dp.self, now)
     if b.leftovers == NULL or pthread_mutex_trylock(&b.feed_lock) != 0:
         return
     at = &b.leftovers
@@ -374,8 +377,8 @@ cdef void _on_retire(core *c, worker *w) noexcept nogil:
 cdef class BackEnd(Core):
     """The back end's shared state.
 
-    maxclients: adopted connections that the application has open at one time; stale: seconds after which an offer is too
-    old to be adopted.
+    maxclients: adopted connections that the application has open at one time; stale: seconds after
+    which an offer is too old to be adopted.
     """
 
     def __cinit__(self, uint32_t maxclients, double stale=2.0):
@@ -425,12 +428,11 @@ cdef class BackEnd(Core):
         free(self.b.buckets)
         free(self.b)
 
-    def start(self, datapath, str vaddr):
+    def start(self, datapath):
         """Begin to watch for the end of connections, over an opened datapath."""
         cdef BeDatapath d = datapath
         self.datapath = d
         self.b.dp = d.table
-        address_bytes(vaddr, self.b.vaddr)
         nl = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 4)  # SOCK_DIAG
         nl.setsockopt(socket.SOL_SOCKET, 33, 8 << 20)  # SO_RCVBUFFORCE
         nl.bind((0, 1))  # SKNLGRP_INET_TCP_DESTROY

@@ -53,6 +53,15 @@ cdef struct be_datapath:
                 const uint8_t *data) noexcept nogil
     # Which socket owns the flow: DP_ALIVE, DP_CLOSING, DP_TIME_WAIT, or 0 for none.
     int (*alive)(void *self, uint32_t worker, const tcpha_flow *flow) noexcept nogil
+    # Turn the flow of a local socket into the one that the client sees. False: none of ours.
+    bint (*outside)(void *self, tcpha_flow *flow) noexcept nogil
+    # The connection is over, but for what a TIME_WAIT socket may still say.
+    void (*ended)(void *self, const tcpha_flow *flow) noexcept nogil
+    # Called now and then.
+    void (*sweep)(void *self, uint64_t now) noexcept nogil
+
+
+cdef dict flow_row(const tcpha_flow *key, const tcpha_entry *e)
 
 
 cdef class FeDatapath:

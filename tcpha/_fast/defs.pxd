@@ -15,6 +15,7 @@ cdef extern from "tcpha.h" nogil:
         TCPHA_FORWARD
         TCPHA_F_FIN
         TCPHA_F_RST
+        TCPHA_F_NEW_SYN
         TCPHA_F_CLOSED
         TCPHA_DIRECT
         TCPHA_TUNNEL

@@ -15,31 +15,32 @@ from tcpha._fast.bpf cimport (
 from tcpha._fast.bpf import possible_cpus
 from tcpha._fast.core cimport SCRATCH
 from tcpha._fast.datapath cimport (
-    DP_ALIVE, DP_CLOSING, DP_GONE, DP_MORE, DP_TIME_WAIT, BeDatapath, FeDatapath)
+    DP_ALIVE, DP_CLOSING, DP_GONE, DP_MORE, DP_TIME_WAIT, BeDatapath, FeDatapath, flow_row)
 from tcpha._fast.defs cimport (
-    TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_F_CLOSED, TCPHA_F_FIN, TCPHA_F_RST, TCPHA_FORWARD,
+    TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_F_CLOSED, TCPHA_FORWARD,
     TCPHA_IPID_PLAIN, TCPHA_MAC_MARK, TCPHA_MAX_OPS, TCPHA_OP_ADOPT, TCPHA_OP_QUERY,
     TCPHA_R_ASSIGN, TCPHA_R_LIVE, TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_NONE,
-    TCPHA_R_OK, TCPHA_R_TIME_WAIT, TCPHA_TARGET_MAX, TCPHA_TUNNEL, tcpha_backend, tcpha_be_conf,
+    TCPHA_R_OK, TCPHA_R_TIME_WAIT, TCPHA_TUNNEL, tcpha_backend, tcpha_be_conf,
     tcpha_counters, tcpha_entry, tcpha_fe_conf, tcpha_flow, tcpha_op)
+from tcpha._fast.ledger cimport (
+    PUT_NEW, PUT_OLD, ledger, ledger_close, ledger_divert, ledger_forget, ledger_open,
+    ledger_remove, ledger_sweep)
 from tcpha._fast.message cimport (
     REFUSE_BACKLOG, REFUSE_ERROR, REFUSE_LISTENER, REFUSE_UNSUPPORTED)
 from tcpha._fast.packet cimport (
     ETH_SIZE, FRAME_HEAD, TCP_ACK, TCP_FIN, TCP_PSH, TCP_RST, VNET_SIZE, address_bytes,
-    address_text, forge, segment, tap_send)
+    forge, segment, segment_from, tap_send)
+from tcpha._fast.repair cimport saved_syn_mss
 from tcpha._fast.snapshot cimport (
     SNAP_ECN, SNAP_FIN, SNAP_SACK, SNAP_TIMESTAMP, SNAP_USEC_TS, SNAP_WSCALE, snapshot)
 from tcpha._fast.sys cimport (
-    EINTR, ENOENT, IPPROTO_TCP, add64, errno, getsockopt, htons, now_ns, ntohs,
-    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, read,
-    setsockopt, socklen_t)
+    EINTR, ENOENT, IPPROTO_TCP, add64, errno, htons, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_t, pthread_mutex_unlock, read, setsockopt)
 
 cdef enum:
     TCP_REPAIR = 19
-    TCP_SAVED_SYN = 28
     TCP_ESTABLISHED = 1
     TCP_CLOSE_WAIT = 8
-    STRIPES = 64
     BATCH = 4096           # entries read by one system call
     CHUNK = 60000          # payload of a forged segment; one skb, so that overhead is small
     MSS_MIN = 536          # the kernel adopts nothing below (RFC 9293 section 3.7.1)
@@ -78,18 +79,6 @@ cdef struct holder:
     kept *last
 
 
-# A flow whose connection is over but whose client may still send: its FIN, or that again.
-cdef struct lingering:
-    tcpha_flow flow
-    uint64_t id
-    uint64_t since_ns
-    uint64_t check_ns
-
-
-cdef uint64_t LINGER_NS = 2000000000     # for retransmissions of the client's FIN
-cdef uint64_t FIN_WAIT_NS = 60000000000  # net.ipv4.tcp_fin_timeout
-
-
 cdef struct fe_ebpf:
     int tap
     int flows              # map
@@ -98,71 +87,38 @@ cdef struct fe_ebpf:
     pthread_mutex_t lock   # the TAP's read side and the holders
     uint32_t nholders
     holder *holders
-    pthread_mutex_t linger_lock
-    lingering *linger      # a ring
-    uint32_t linger_cap
-    uint32_t linger_first
-    uint32_t linger_len
-    pthread_mutex_t stripes[STRIPES]   # a flow's entry is replaced or removed under one of them
+    ledger book
 
 
-cdef inline pthread_mutex_t *_stripe(fe_ebpf *d, const tcpha_flow *flow) noexcept nogil:
-    return &d.stripes[(flow.cport ^ (flow.cport >> 8) ^ flow.caddr[15]) % STRIPES]
+cdef int _find(void *self, const tcpha_flow *flow, tcpha_entry *entry) noexcept nogil:
+    return bpf_map_lookup_elem((<fe_ebpf *>self).flows, flow, entry)
+
+
+cdef int _put(void *self, const tcpha_flow *flow, const tcpha_entry *entry, int how) noexcept nogil:
+    return bpf_map_update_elem((<fe_ebpf *>self).flows, flow, entry,
+                               BPF_NOEXIST if how == PUT_NEW else
+                               BPF_EXIST if how == PUT_OLD else BPF_ANY)
+
+
+cdef int _remove(void *self, const tcpha_flow *flow) noexcept nogil:
+    return bpf_map_delete_elem((<fe_ebpf *>self).flows, flow)
 
 
 cdef int _divert(void *self, const tcpha_flow *flow, tcpha_entry *entry,
                  tcpha_entry *old) noexcept nogil:
     cdef fe_ebpf *d = <fe_ebpf *>self
     cdef holder *h = &d.holders[entry.slot]
-    cdef int rc, replaced = 0
+    cdef int rc
     pthread_mutex_lock(&d.lock)
     h.active = True
     h.flow = flow[0]
     pthread_mutex_unlock(&d.lock)
-    pthread_mutex_lock(_stripe(d, flow))
-    rc = bpf_map_update_elem(d.flows, flow, entry, BPF_NOEXIST)
-    if rc < 0 and bpf_map_lookup_elem(d.flows, flow, old) == 0:
-        replaced = 1
-        rc = bpf_map_update_elem(d.flows, flow, entry, BPF_ANY)
-    pthread_mutex_unlock(_stripe(d, flow))
+    rc = ledger_divert(&d.book, flow, entry, old)
     if rc < 0:
         pthread_mutex_lock(&d.lock)
         h.active = False
         pthread_mutex_unlock(&d.lock)
-        return -1
-    return replaced
-
-
-cdef uint16_t _syn_mss(int fd, uint16_t fallback) noexcept nogil:
-    """The MSS option of the client's SYN. A listener with TCP_MAXSEG clamps what the socket keeps
-    of it, and what the back end sends need not be clamped."""
-    cdef uint8_t syn[128]
-    cdef socklen_t n = sizeof(syn)
-    cdef uint32_t at, end, size
-    if getsockopt(fd, IPPROTO_TCP, TCP_SAVED_SYN, syn, &n) < 0 or n < 40:
-        return fallback
-    at = (syn[0] & 15) * 4u
-    if at + 20 > n:
-        return fallback
-    end = at + (syn[at + 12] >> 4) * 4u
-    if end > n:
-        return fallback
-    at += 20
-    while at < end:
-        if syn[at] == 0:
-            break
-        if syn[at] == 1:
-            at += 1
-            continue
-        if at + 1 >= end:
-            break
-        size = syn[at + 1]
-        if size < 2 or at + size > end:
-            break
-        if syn[at] == 2 and size == 4:
-            return <uint16_t>((syn[at + 2] << 8) | syn[at + 3])
-        at += size
-    return MSS_MIN  # RFC 9293 section 3.7.1: none offered
+    return rc
 
 
 cdef int _freeze(void *self, uint32_t worker, int fd, snapshot *s) noexcept nogil:
@@ -186,7 +142,7 @@ cdef int _freeze(void *self, uint32_t worker, int fd, snapshot *s) noexcept nogi
     s.tsval = op.tsval
     s.ts_recent = op.ts_recent
     s.srtt_us = op.srtt_us
-    s.mss = _syn_mss(fd, op.mss) if d.tunnel else op.mss
+    s.mss = saved_syn_mss(fd, op.mss, NULL) if d.tunnel else op.mss
     s.snd_wscale = op.snd_wscale
     s.rcv_wscale = op.rcv_wscale
     s.flags = ((SNAP_TIMESTAMP if op.tstamp_ok else 0) | (SNAP_SACK if op.sack_ok else 0) |
@@ -256,14 +212,8 @@ cdef int _forward(void *self, tcpha_entry *entry, const snapshot *now, const uin
     pthread_mutex_lock(&d.lock)
     rc = bpf_map_update_elem(d.flows, &now.flow, entry, BPF_ANY)
     if extra_len or extra_fin:
-        memset(&s, 0, sizeof(s))
-        s.flow = &now.flow
-        s.ack = now.snd_nxt
-        s.window = <uint16_t>min(now.snd_wnd >> now.snd_wscale, <uint32_t>0xffff)
+        segment_from(&s, now)
         s.ip_id = TCPHA_IPID_PLAIN
-        s.timestamps = (now.flags & SNAP_TIMESTAMP) != 0
-        s.tsval = now.ts_recent
-        s.tsecr = now.tsval
         while at < extra_len or extra_fin:
             chunk = min(extra_len - at, most)
             s.seq = now.rcv_nxt - (1 if now.flags & SNAP_FIN else 0) - extra_len + at
@@ -281,9 +231,7 @@ cdef int _forward(void *self, tcpha_entry *entry, const snapshot *now, const uin
 
 cdef int _give_back(void *self, const tcpha_flow *flow, uint32_t slot) noexcept nogil:
     cdef fe_ebpf *d = <fe_ebpf *>self
-    pthread_mutex_lock(_stripe(d, flow))
-    bpf_map_delete_elem(d.flows, flow)
-    pthread_mutex_unlock(_stripe(d, flow))
+    ledger_remove(&d.book, flow)
     pthread_mutex_lock(&d.lock)
     _release(d, slot, NULL)
     pthread_mutex_unlock(&d.lock)
@@ -292,58 +240,11 @@ cdef int _give_back(void *self, const tcpha_flow *flow, uint32_t slot) noexcept 
 
 cdef int _forget(void *self, const tcpha_flow *flow, uint64_t id, bint linger,
                  tcpha_entry *entry) noexcept nogil:
-    cdef fe_ebpf *d = <fe_ebpf *>self
-    cdef int known = 0
-    pthread_mutex_lock(_stripe(d, flow))
-    if bpf_map_lookup_elem(d.flows, flow, entry) == 0 and entry.id == id:
-        known = 1
-        if linger and _add_lingering(d, flow, id, now_ns()):
-            entry.flags |= TCPHA_F_CLOSED
-            bpf_map_update_elem(d.flows, flow, entry, BPF_EXIST)
-        else:
-            bpf_map_delete_elem(d.flows, flow)
-    pthread_mutex_unlock(_stripe(d, flow))
-    return known
-
-
-cdef bint _add_lingering(fe_ebpf *d, const tcpha_flow *flow, uint64_t id,
-                         uint64_t since) noexcept nogil:
-    """Put a flow at the end of the queue of those that linger."""
-    cdef bint ok = False
-    cdef lingering *p
-    pthread_mutex_lock(&d.linger_lock)
-    if d.linger_len < d.linger_cap:
-        p = &d.linger[(d.linger_first + d.linger_len) % d.linger_cap]
-        p.flow = flow[0]
-        p.id = id
-        p.since_ns = since
-        p.check_ns = now_ns() + LINGER_NS
-        d.linger_len += 1
-        ok = True
-    pthread_mutex_unlock(&d.linger_lock)
-    return ok
+    return ledger_forget(&(<fe_ebpf *>self).book, flow, id, linger, entry)
 
 
 cdef void _sweep(void *self, uint64_t now) noexcept nogil:
-    cdef fe_ebpf *d = <fe_ebpf *>self
-    cdef lingering item
-    cdef tcpha_entry entry
-    while True:
-        pthread_mutex_lock(&d.linger_lock)
-        if d.linger_len == 0 or d.linger[d.linger_first].check_ns > now:
-            pthread_mutex_unlock(&d.linger_lock)
-            return
-        item = d.linger[d.linger_first]
-        d.linger_first = (d.linger_first + 1) % d.linger_cap
-        d.linger_len -= 1
-        pthread_mutex_unlock(&d.linger_lock)
-        pthread_mutex_lock(_stripe(d, &item.flow))
-        if bpf_map_lookup_elem(d.flows, &item.flow, &entry) == 0 and entry.id == item.id:
-            # without a FIN from the client, the back end waits for it in FIN-WAIT-2
-            if entry.flags & (TCPHA_F_FIN | TCPHA_F_RST) or now - item.since_ns > FIN_WAIT_NS or \
-                    not _add_lingering(d, &item.flow, item.id, item.since_ns):
-                bpf_map_delete_elem(d.flows, &item.flow)
-        pthread_mutex_unlock(_stripe(d, &item.flow))
+    ledger_sweep(&(<fe_ebpf *>self).book, now)
 
 
 cdef void _on_packets(void *self, uint8_t *scratch) noexcept nogil:
@@ -373,20 +274,6 @@ cdef dict _counters(Object obj):
     return total
 
 
-cdef dict _row(const tcpha_flow *key, const tcpha_entry *e):
-    cdef uint64_t now = now_ns()
-    cdef uint32_t n = min(e.target_len, <uint32_t>TCPHA_TARGET_MAX)
-    return {
-        "flow": (<char *>key)[:sizeof(tcpha_flow)], "id": e.id, "backend": e.backend,
-        "client": address_text(key.caddr), "port": ntohs(key.cport),
-        "vaddr": address_text(key.vaddr), "vport": ntohs(key.vport),
-        "target": e.target[:n].decode("latin-1"), "truncated": e.target_len > TCPHA_TARGET_MAX,
-        "rule": e.rule,
-        "state": "closing" if e.flags & (TCPHA_F_FIN | TCPHA_F_RST) else "forward",
-        "age": (now - e.start_ns) / 1e9, "idle": max(0, <long>(now - e.last_ns)) / 1e9,
-        "packets": e.packets, "bytes": e.bytes}
-
-
 cdef class FeEbpf(FeDatapath):
     """The front end's half. tap: (descriptor, ifindex) of its TAP device."""
 
@@ -396,22 +283,19 @@ cdef class FeEbpf(FeDatapath):
 
     def __cinit__(self, str path, tap, str vaddr, int port, int slots, int maxflows, bint tunnel):
         cdef tcpha_fe_conf conf
-        cdef int i
         self.d = <fe_ebpf *>calloc(1, sizeof(fe_ebpf))
         if self.d == NULL:
             raise MemoryError
         self.d.holders = <holder *>calloc(slots, sizeof(holder))
         if self.d.holders == NULL:
             raise MemoryError
-        self.d.linger_cap = maxflows
-        self.d.linger = <lingering *>calloc(maxflows, sizeof(lingering))
-        if self.d.linger == NULL:
-            raise MemoryError
         self.d.nholders = slots
         pthread_mutex_init(&self.d.lock, NULL)
-        pthread_mutex_init(&self.d.linger_lock, NULL)
-        for i in range(STRIPES):
-            pthread_mutex_init(&self.d.stripes[i], NULL)
+        ledger_open(&self.d.book, maxflows)
+        self.d.book.store.self = self.d
+        self.d.book.store.find = _find
+        self.d.book.store.put = _put
+        self.d.book.store.remove = _remove
         memset(&conf, 0, sizeof(conf))
         address_bytes(vaddr, conf.vaddr)
         conf.vport = htons(port)
@@ -433,7 +317,7 @@ cdef class FeEbpf(FeDatapath):
     def __dealloc__(self):
         if self.d != NULL:
             free(self.d.holders)
-            free(self.d.linger)
+            ledger_close(&self.d.book)
             free(self.d)
 
     def set_backend(self, uint32_t index, path):
@@ -472,27 +356,17 @@ cdef class FeEbpf(FeDatapath):
                     raise OSError(-rc, "cannot read the flow table")
                 for i in range(count):
                     if entries[i].state == TCPHA_FORWARD and not entries[i].flags & TCPHA_F_CLOSED:
-                        out.append(_row(&keys[i], &entries[i]))
+                        out.append(flow_row(&keys[i], &entries[i]))
         finally:
             free(keys)
             free(entries)
         return out
 
-    def idle_flows(self, double idle, dead_backends, double dead_idle):
-        return [f for f in self.flows()
-                if f["idle"] > (dead_idle if f["backend"] in dead_backends else idle)]
-
-    def forget_flow(self, bytes flow, uint64_t id):
-        """Remove a flow's entry if it still is that handoff's."""
-        cdef tcpha_entry e
-        cdef tcpha_flow key
-        memcpy(&key, <const char *>flow, sizeof(key))
-        return _forget(self.d, &key, id, False, &e) == 1
-
 
 cdef struct be_ebpf:
     int tap
     tcpha_op *ops
+    uint8_t vaddr[16]
     uint8_t listen_addr[16]
     uint16_t listen_port   # network byte order
     uint64_t killed        # older sockets on the same 4-tuple
@@ -510,12 +384,7 @@ cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
     cdef int _tries
     if s.mss < MSS_MIN:
         return REFUSE_UNSUPPORTED
-    memset(&g, 0, sizeof(g))
-    g.flow = &s.flow
-    g.ack = s.snd_nxt
-    g.window = <uint16_t>min(s.snd_wnd >> s.snd_wscale, <uint32_t>0xffff)
-    g.timestamps = (s.flags & SNAP_TIMESTAMP) != 0
-    g.tsval = s.ts_recent
+    segment_from(&g, s)
     # Our clock goes on one tick after the snapshot: the front end may have sent at that very tick.
     # The echo lies one RTT before, since the kernel takes its first RTT sample from the difference.
     tick = s.tsval + (1000 if s.flags & SNAP_USEC_TS else 1)
@@ -600,13 +469,7 @@ cdef int _feed(void *self, uint32_t worker, const snapshot *s, const uint8_t *da
     cdef segment g
     if _query(d.tap, d.ops, worker, &s.flow) < 0:
         return DP_MORE
-    memset(&g, 0, sizeof(g))
-    g.flow = &s.flow
-    g.ack = s.snd_nxt
-    g.window = <uint16_t>min(s.snd_wnd >> s.snd_wscale, <uint32_t>0xffff)
-    g.timestamps = (s.flags & SNAP_TIMESTAMP) != 0
-    g.tsval = s.ts_recent
-    g.tsecr = s.tsval
+    segment_from(&g, s)
     return _feed_from(d, worker, s, data, &g)
 
 
@@ -618,6 +481,18 @@ cdef int _alive(void *self, uint32_t worker, const tcpha_flow *flow) noexcept no
     if op.result == TCPHA_R_LIVE:
         return DP_ALIVE if op.state == TCP_ESTABLISHED or op.state == TCP_CLOSE_WAIT else DP_CLOSING
     return DP_TIME_WAIT if op.result == TCPHA_R_TIME_WAIT else 0
+
+
+cdef bint _outside(void *self, tcpha_flow *flow) noexcept nogil:
+    return memcmp(flow.vaddr, (<be_ebpf *>self).vaddr, 16) == 0
+
+
+cdef void _ended(void *self, const tcpha_flow *flow) noexcept nogil:
+    pass
+
+
+cdef void _nothing(void *self, uint64_t now) noexcept nogil:
+    pass
 
 
 cdef class BeEbpf(BeDatapath):
@@ -638,12 +513,16 @@ cdef class BeEbpf(BeDatapath):
         self.obj = Object(path, (<char *>&conf)[:sizeof(conf)])
         self.d.tap = tap[0]
         self.d.ops = <tcpha_op *>self.obj.map_memory("ops", TCPHA_MAX_OPS * sizeof(tcpha_op))
+        address_bytes(vaddr, self.d.vaddr)
         address_bytes(listen_addr, self.d.listen_addr)
         self.d.listen_port = htons(listen_port)
         self.table.self = self.d
         self.table.adopt = _adopt
         self.table.alive = _alive
         self.table.feed = _feed
+        self.table.outside = _outside
+        self.table.ended = _ended
+        self.table.sweep = _nothing
 
     def __dealloc__(self):
         free(self.d)

@@ -2,6 +2,7 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 
 from tcpha._fast.defs cimport tcpha_flow
+from tcpha._fast.snapshot cimport snapshot
 
 cdef enum:
     VNET_SIZE = 10         # struct virtio_net_hdr
@@ -32,6 +33,7 @@ cdef struct segment:
 
 cdef uint16_t ip_checksum(const uint8_t *p, uint32_t length) noexcept nogil
 cdef uint32_t forge(uint8_t *to, const segment *s) noexcept nogil
+cdef void segment_from(segment *g, const snapshot *s) noexcept nogil
 cdef int tap_send(int fd, const uint8_t *head, uint32_t head_len, const uint8_t *data,
                   uint32_t data_len) noexcept nogil
 cdef int flow_text(const tcpha_flow *flow, char *to, int size) noexcept nogil

@@ -7,6 +7,7 @@ from libc.stdio cimport snprintf
 from libc.string cimport memcpy, memset
 
 from tcpha._fast.defs cimport tcpha_flow
+from tcpha._fast.snapshot cimport SNAP_TIMESTAMP, snapshot
 from tcpha._fast.sys cimport EINTR, errno, htonl, htons, iovec, ntohs, writev
 
 
@@ -91,6 +92,18 @@ cdef uint32_t forge(uint8_t *to, const segment *s) noexcept nogil:
         p = _u32(p, s.tsval)
         p = _u32(p, s.tsecr)
     return <uint32_t>(p - to)
+
+
+cdef void segment_from(segment *g, const snapshot *s) noexcept nogil:
+    """A segment of the client's, as it would send it at the time of a snapshot. Without seq, flags
+    and length."""
+    memset(g, 0, sizeof(segment))
+    g.flow = &s.flow
+    g.ack = s.snd_nxt
+    g.window = <uint16_t>min(s.snd_wnd >> s.snd_wscale, <uint32_t>0xffff)
+    g.timestamps = (s.flags & SNAP_TIMESTAMP) != 0
+    g.tsval = s.ts_recent
+    g.tsecr = s.tsval
 
 
 cdef int tap_send(int fd, const uint8_t *head, uint32_t head_len, const uint8_t *data,

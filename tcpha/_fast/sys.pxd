@@ -37,6 +37,7 @@ cdef extern from "<errno.h>" nogil:
         EINTR
         ENOBUFS
         ENOENT
+        ENOSPC
         EMFILE
         ENFILE
 
@@ -73,12 +74,27 @@ cdef extern from "<sys/socket.h>" nogil:
     int accept4(int fd, sockaddr *addr, socklen_t *len, int flags)
     ssize_t recv(int fd, void *buf, size_t n, int flags)
     ssize_t send(int fd, const void *buf, size_t n, int flags)
+    ssize_t sendto(int fd, const void *buf, size_t n, int flags, const sockaddr *to, socklen_t len)
+    struct msghdr:
+        void *msg_name
+        socklen_t msg_namelen
+        iovec *msg_iov
+        size_t msg_iovlen
+        void *msg_control
+        size_t msg_controllen
+        int msg_flags
+    struct mmsghdr:
+        msghdr msg_hdr
+        unsigned int msg_len
+    ssize_t sendmsg(int fd, const msghdr *msg, int flags)
+    int recvmmsg(int fd, mmsghdr *msgs, unsigned int n, int flags, void *timeout)
     int shutdown(int fd, int how)
     int setsockopt(int fd, int level, int name, const void *val, socklen_t len)
     int getsockopt(int fd, int level, int name, void *val, socklen_t *len)
     int getsockname(int fd, sockaddr *addr, socklen_t *len)
     enum:
         AF_INET
+        AF_PACKET
         SOL_SOCKET
         SOCK_NONBLOCK
         SOCK_CLOEXEC
@@ -129,3 +145,63 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_lock(pthread_mutex_t *m)
     int pthread_mutex_trylock(pthread_mutex_t *m)
     int pthread_mutex_unlock(pthread_mutex_t *m)
+    ctypedef struct pthread_rwlock_t:
+        pass
+    int pthread_rwlock_rdlock(pthread_rwlock_t *l)
+    int pthread_rwlock_wrlock(pthread_rwlock_t *l)
+    int pthread_rwlock_unlock(pthread_rwlock_t *l)
+    int pthread_rwlock_destroy(pthread_rwlock_t *l)
+
+
+cdef extern from * nogil:
+    """
+    #include <pthread.h>
+    /* A reader that comes while a writer waits, waits too: readers here follow on readers. */
+    static inline int rwlock_init(pthread_rwlock_t *l)
+    {
+            pthread_rwlockattr_t a;
+
+            pthread_rwlockattr_init(&a);
+            pthread_rwlockattr_setkind_np(&a, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+            return pthread_rwlock_init(l, &a);
+    }
+    """
+    int rwlock_init(pthread_rwlock_t *l)
+
+
+cdef extern from * nogil:
+    """
+    #include <pthread.h>
+    #include <time.h>
+    /* Wait for at most so many milliseconds. */
+    static inline int cond_wait_ms(pthread_cond_t *c, pthread_mutex_t *m, long ms)
+    {
+            struct timespec t;
+
+            clock_gettime(CLOCK_REALTIME, &t);
+            t.tv_nsec += ms * 1000000;
+            t.tv_sec += t.tv_nsec / 1000000000;
+            t.tv_nsec %= 1000000000;
+            return pthread_cond_timedwait(c, m, &t);
+    }
+    """
+    ctypedef struct pthread_cond_t:
+        pass
+    int pthread_cond_init(pthread_cond_t *c, void *attr)
+    int pthread_cond_destroy(pthread_cond_t *c)
+    int pthread_cond_broadcast(pthread_cond_t *c)
+    int cond_wait_ms(pthread_cond_t *c, pthread_mutex_t *m, long ms)
+
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *fds, unsigned long n, int timeout)
+    enum:
+        POLLIN
+
+
+cdef extern from "<sys/ioctl.h>" nogil:
+    int ioctl(int fd, unsigned long request, ...)

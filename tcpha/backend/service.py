@@ -30,7 +30,7 @@ class BackEndService(Service):
 
     def open(self) -> None:
         config, host = self.config, self.host
-        _, found = choose(self.role, config.datapath)
+        datapath, found = choose(self.role, config.datapath)
         log.info("%s", found)
         if host.holder(config.raddr) is None:
             raise HostError(f"raddr {config.raddr} is no address of this host; mend it or add the "
@@ -48,10 +48,10 @@ class BackEndService(Service):
         host.sysctl("net/ipv4/tcp_rfc1337", "0")  # a TIME_WAIT socket yields to a RST
         self.listener = self._listen()
         try:
-            self.datapath = open_backend(config, host)
+            self.datapath = open_backend(datapath, config, host)
             # only now, behind the guard
             host.add_address(config.vaddr, socket.if_nametoindex("lo"))
-            self.core.start(self.datapath.table, config.vaddr)
+            self.core.start(self.datapath.table)
         except BaseException:
             self.listener.close()
             raise

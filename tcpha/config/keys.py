@@ -105,9 +105,7 @@ SHARED = {
     "startservers": Key(integer(1, 1000), 5),
     "maxspareservers": Key(integer(1, 1000), 5),
     "minspareservers": Key(integer(1, 1000), 2),
-    "datapath": Key(choice("auto", "ebpf", "nfqueue"), "auto", unbuilt=lambda v:
-                    "datapath nfqueue is not built yet; write auto or ebpf"
-                    if v == "nfqueue" else None),
+    "datapath": Key(choice("auto", "ebpf", "nfqueue"), "auto"),
     "forward": Key(choice("direct", "tunnel"), "direct"),
     "fastpath": Key(choice("on", "off"), "off", unbuilt=unless(
         "off", "the packet path is not built yet; write off or remove the key")),

@@ -37,6 +37,8 @@ class Frontend(Protocol):
     def set_backend(self, index: int, path: Path | None) -> None: ...
     def flows(self) -> list[dict[str, Any]]: ...
     def counters(self) -> dict[str, int]: ...
+    def refresh(self) -> None:
+        """Look whether back ends are still where they were. Called every second."""
     def close(self) -> None: ...
 
 
@@ -53,6 +55,8 @@ class Backend(Protocol):
 
 def choose(role: str, requested: str) -> tuple[str, str]:
     """(datapath, a line that says what was found and chosen). Raises DatapathError."""
+    if requested == "nfqueue":
+        return "nfqueue", "datapath nfqueue, as requested"
     adopts = kernel_has_function(ADOPT_KFUNC)
     if adopts is None:
         lacking = "BTF (CONFIG_DEBUG_INFO_BTF)"
@@ -61,16 +65,23 @@ def choose(role: str, requested: str) -> tuple[str, str]:
     else:
         return "ebpf", (f"datapath ebpf ({requested}): the kernel has BTF"
                         + (f" and {ADOPT_KFUNC}" if adopts else ""))
-    raise DatapathError(f"datapath {requested}: the kernel has no {lacking}, and datapath nfqueue "
-                        "is not built yet")
+    if requested == "auto":
+        return "nfqueue", f"datapath nfqueue (auto): the kernel has no {lacking}"
+    raise DatapathError(f"datapath {requested}: the kernel has no {lacking}; write auto or nfqueue")
 
 
-def open_frontend(config: Config, host: Host) -> Frontend:
-    """Open what choose() chose. The filters are attached by start()."""
+def open_frontend(name: str, config: Config, host: Host) -> Frontend:
+    """Open what choose() chose. Packets take that way from now on."""
+    if name == "nfqueue":
+        from tcpha.datapath.nfqueue import NfqueueFrontend
+        return NfqueueFrontend(config, host)
     from tcpha.datapath.ebpf import EbpfFrontend
     return EbpfFrontend(config, host)
 
 
-def open_backend(config: Config, host: Host) -> Backend:
+def open_backend(name: str, config: Config, host: Host) -> Backend:
+    if name == "nfqueue":
+        from tcpha.datapath.nfqueue import NfqueueBackend
+        return NfqueueBackend(config, host)
     from tcpha.datapath.ebpf import EbpfBackend
     return EbpfBackend(config, host)

@@ -53,6 +53,9 @@ class EbpfFrontend(_Ebpf):
         self.table.set_backend(index, path and (path.ifindex, path.tunnel, path.nexthop,
                                                 path.address, path.source))
 
+    def refresh(self) -> None:
+        """The kernel resolves neighbours by itself (bpf_redirect_neigh)."""
+
     def flows(self) -> list[dict[str, Any]]:
         return list(self.table.flows())
 

@@ -37,13 +37,13 @@ class FrontEndService(Service):
 
     def open(self) -> None:
         config, host = self.config, self.host
-        _, found = choose(self.role, config.datapath)
+        datapath, found = choose(self.role, config.datapath)
         log.info("%s, forward %s", found, config.forward)
         device = self._device()
         host.add_address(config.vaddr, device)
         listener = self._listen()
         try:
-            self.datapath = open_frontend(config, host)
+            self.datapath = open_frontend(datapath, config, host)
             host.announce(config.vaddr, device)
             self.core.start(self.datapath.table, listener, config.vaddr)
         except BaseException:
@@ -74,10 +74,10 @@ class FrontEndService(Service):
         host.restore_to(mark)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.IPPROTO_TCP, TCP_SAVE_SYN, 1)
             if config.forward == "tunnel":
                 # a client's full-size packet and the outer header must fit the way to the BEs
                 mtu = min(host.mtu(i) for i in host.ethernet(config.interface))
-                listener.setsockopt(socket.IPPROTO_TCP, TCP_SAVE_SYN, 1)
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG,
                                     mtu - 40 - TUNNEL_OVERHEAD)
             try:
@@ -102,6 +102,7 @@ class FrontEndService(Service):
 
     def every_second(self) -> None:
         self.registry.detect(self.dtcinterval)
+        self.datapath.refresh()
         if not self.expiring:
             self.expiring = True
             self.spawn(self._expire())

@@ -310,8 +310,10 @@ class Cluster:
 
     def __init__(self, backends: int = 2, forward: str = "direct", fe_conf: str = "",
                  be_conf: str = "", rules: list[tuple[int, str]] | None = None, prefix: str = "",
-                 nginx: dict[str, Any] | None = None, mtu: int = 1500, start: bool = True):
+                 nginx: dict[str, Any] | None = None, mtu: int = 1500, start: bool = True,
+                 datapath: tuple[str, str] = ("auto", "auto")):
         self.forward = forward
+        self.datapath = datapath  # the FE's, the BEs'
         self.bed = Bed(prefix)
         try:
             self.client = self.bed.host("client", "192.168.1.50", mtu)
@@ -331,14 +333,15 @@ class Cluster:
             raise
 
     def fe_text(self) -> str:
-        lines = ["raddr = 192.168.1.23", f"vaddr = {self.VIP}", f"forward = {self.forward}"]
+        lines = ["raddr = 192.168.1.23", f"vaddr = {self.VIP}", f"forward = {self.forward}",
+                 f"datapath = {self.datapath[0]}"]
         lines += [f"server = {h.address} 666" for h in self.be_hosts]
         lines += [f"rule = {self.be_hosts[n].address} {p}" for n, p in self.rules]
         return "\n".join([*lines, self.fe_conf, ""])
 
     def be_text(self, host: Host) -> str:
-        return "\n".join([f"raddr = {host.address}", "uaddr = 192.168.1.39",
-                          f"vaddr = {self.VIP}", self.be_conf, ""])
+        return "\n".join([f"raddr = {host.address}", "uaddr = 192.168.1.39", f"vaddr = {self.VIP}",
+                          f"datapath = {self.datapath[1]}", self.be_conf, ""])
 
     def start(self) -> None:
         self.be = [Daemon(h, "be", self.be_text(h)) for h in self.be_hosts]

@@ -75,13 +75,15 @@ class Host:
         self.journal = journal
         self.ipr = _Netlink()
         self.undo: list[dict[str, Any]] = []
+        self.inherited: list[dict[str, Any]] = []
         # distinguishes the tc filters of instances with other run directories
         self.handle = zlib.crc32(str(journal).encode()) % 0xFFFE + 1
 
     # Journal
 
     def recover(self) -> None:
-        """Undo what a killed predecessor left."""
+        """Undo what a killed predecessor left, but for rules: their packets must not pass as they
+        are before there are new ones. See forget_rules()."""
         try:
             left = json.loads(self.journal.read_text())
         except FileNotFoundError:
@@ -91,10 +93,22 @@ class Host:
             left = []
         if left:
             log.info("undoing %d changes of an earlier run that was killed", len(left))
-        self.undo = left
+        self.undo = [change for change in left if change["what"] != "rules"]
         self.restore()
+        self.inherited = [change for change in left if change["what"] == "rules"]
+        self.undo = list(self.inherited)
+        self._write()
 
-    def _will(self, **change: Any) -> None:
+    def forget_rules(self) -> None:
+        """New rules are in force: take those of a killed predecessor away."""
+        for change in self.inherited:
+            self._undo_rules(change)
+            self.undo.remove(change)
+        self.inherited = []
+        self._write()
+
+    def will_undo(self, **change: Any) -> None:
+        """Note a change that is about to be made."""
         self.undo.append(change)
         self._write()
 
@@ -136,7 +150,7 @@ class Host:
         if old.split() == value.split():
             return
         log.info("sysctl %s: %s, was %s", name.replace("/", "."), value, old)
-        self._will(what="sysctl", name=name, old=old)
+        self.will_undo(what="sysctl", name=name, old=old)
         path.write_text(value)
 
     def read_sysctl(self, name: str) -> str:
@@ -166,7 +180,7 @@ class Host:
         """Add address/32, unless an interface holds it (the administrator's then, and kept)."""
         if self.holder(address) is not None:
             return
-        self._will(what="address", address=address, interface=self.interface(index))
+        self.will_undo(what="address", address=address, interface=self.interface(index))
         self.ipr.addr("add", index=index, address=address, prefixlen=32)
 
     def _undo_address(self, change: dict[str, Any]) -> None:
@@ -212,13 +226,30 @@ class Host:
         link = self.ipr.get_links(index)[0]
         if link["ifi_type"] != ARPHRD_ETHER:
             return
-        mac = bytes.fromhex(link.get_attr("IFLA_ADDRESS").replace(":", ""))
+        mac = self.mac(index)
         ip = socket.inet_aton(address)
         frame = b"\xff" * 6 + mac + struct.pack("!HHHBBH", ETH_P_ARP, 1, 0x0800, 6, 4, 1) \
             + mac + ip + b"\0" * 6 + ip
         with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
             s.bind((self.interface(index), ETH_P_ARP))
             s.send(frame)
+
+    def neighbour(self, address: str, index: int) -> bytes | None:
+        """The MAC address of a neighbour, if the kernel knows it."""
+        for entry in self.ipr.get_neighbours(family=socket.AF_INET, ifindex=index):
+            if entry.get_attr("NDA_DST") == address and entry.get_attr("NDA_LLADDR"):
+                return bytes.fromhex(entry.get_attr("NDA_LLADDR").replace(":", ""))
+        return None
+
+    def mac(self, index: int) -> bytes:
+        return bytes.fromhex(
+            self.ipr.get_links(index)[0].get_attr("IFLA_ADDRESS").replace(":", ""))
+
+    # Rules
+
+    def _undo_rules(self, change: dict[str, Any]) -> None:
+        from tcpha.net.rules import remove
+        remove(change["name"])
 
     # Filters
 
@@ -228,7 +259,7 @@ class Host:
         # the qdisc goes with the last of our instances, if one of them made it
         ours = not self._has_clsact(index) or (bool(self._filters(index)) and all(
             f["handle"] >> 16 == 0 and self._is_ours(f) for f in self._filters(index)))
-        self._will(what="filter", interface=self.interface(index), priority=priority,
+        self.will_undo(what="filter", interface=self.interface(index), priority=priority,
                    handle=self.handle, qdisc=ours)
         tc_attach(index, program_fd, priority, self.handle)
 

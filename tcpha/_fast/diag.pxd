@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+from libc.stdint cimport uint32_t, uint64_t
+
+from tcpha._fast.defs cimport tcpha_flow
+from tcpha._fast.sys cimport pthread_mutex_t
+
+cdef enum tcp_state:       # as in include/net/tcp_states.h
+    TCP_ESTABLISHED = 1
+    TCP_SYN_RECV = 3
+    TCP_TIME_WAIT = 6
+    TCP_CLOSE = 7
+    TCP_CLOSE_WAIT = 8
+    TCP_LISTEN = 10
+    TCP_NEW_SYN_RECV = 12
+
+
+cdef struct diag:
+    int fd
+    pthread_mutex_t lock
+    uint32_t seq
+
+
+# The socket that owns a flow. state 0: none, or a listener only.
+cdef struct diag_answer:
+    uint32_t state
+    bint full              # a whole socket, no mini-socket (TIME_WAIT, FIN-WAIT-2 after close())
+    uint32_t cookie[2]     # names this very socket
+    uint64_t received      # tcpi_bytes_received, a FIN included
+
+
+cdef int diag_query(diag *d, const tcpha_flow *flow, diag_answer *a) noexcept nogil
+cdef bint diag_destroy(diag *d, const tcpha_flow *flow) noexcept nogil

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Looking up and destroying single sockets by their 4-tuple (NETLINK_SOCK_DIAG)."""
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from tcpha._fast.defs cimport tcpha_flow
+from tcpha._fast.sys cimport (
+    EINTR, ENOENT, errno, pthread_mutex_lock, pthread_mutex_unlock, recv, send)
+
+cdef extern from "<linux/tcp.h>" nogil:
+    struct tcp_info:
+        uint64_t tcpi_bytes_received
+
+cdef extern from "<linux/inet_diag.h>" nogil:
+    struct inet_diag_sockid:
+        uint16_t idiag_sport
+        uint16_t idiag_dport
+        uint32_t idiag_src[4]
+        uint32_t idiag_dst[4]
+        uint32_t idiag_if
+        uint32_t idiag_cookie[2]
+    struct inet_diag_req_v2:
+        uint8_t sdiag_family
+        uint8_t sdiag_protocol
+        uint8_t idiag_ext
+        uint32_t idiag_states
+        inet_diag_sockid id
+    struct inet_diag_msg:
+        uint8_t idiag_state
+        inet_diag_sockid id
+    enum:
+        INET_DIAG_INFO
+
+cdef extern from "<linux/netlink.h>" nogil:
+    struct nlmsghdr:
+        uint32_t nlmsg_len
+        uint16_t nlmsg_type
+        uint16_t nlmsg_flags
+        uint32_t nlmsg_seq
+    enum:
+        NLM_F_REQUEST
+        NLM_F_ACK
+        NLMSG_ERROR
+
+cdef enum:
+    SOCK_DIAG_BY_FAMILY = 20
+    SOCK_DESTROY = 21
+
+
+cdef struct request:
+    nlmsghdr head
+    inet_diag_req_v2 body
+
+
+cdef int _ask(diag *d, uint16_t kind, const tcpha_flow *flow, const uint32_t *cookie,
+              uint8_t *answer, uint32_t room) noexcept nogil:
+    """Send a request and receive its answer. Its length, or a negative errno. cookie: NULL for any.
+    d.lock is held."""
+    cdef request r
+    cdef ssize_t n
+    cdef nlmsghdr *h = <nlmsghdr *>answer
+    cdef int error
+    d.seq += 1
+    memset(&r, 0, sizeof(r))
+    r.head.nlmsg_len = sizeof(r)
+    r.head.nlmsg_type = kind
+    r.head.nlmsg_flags = NLM_F_REQUEST | (NLM_F_ACK if kind == SOCK_DESTROY else 0)
+    r.head.nlmsg_seq = d.seq
+    r.body.sdiag_family = 2    # AF_INET
+    r.body.sdiag_protocol = 6
+    r.body.idiag_ext = 1 << (INET_DIAG_INFO - 1)
+    r.body.idiag_states = <uint32_t>-1
+    r.body.id.idiag_sport = flow.vport
+    r.body.id.idiag_dport = flow.cport
+    memcpy(r.body.id.idiag_src, flow.vaddr + 12, 4)
+    memcpy(r.body.id.idiag_dst, flow.caddr + 12, 4)
+    r.body.id.idiag_cookie[0] = cookie[0] if cookie != NULL else <uint32_t>-1
+    r.body.id.idiag_cookie[1] = cookie[1] if cookie != NULL else <uint32_t>-1
+    while send(d.fd, &r, sizeof(r), 0) < 0:
+        if errno != EINTR:
+            return -errno
+    while True:
+        n = recv(d.fd, answer, room, 0)
+        if n < 0 and errno == EINTR:
+            continue
+        if n < 0:
+            return -errno
+        if n >= <ssize_t>sizeof(nlmsghdr) and h.nlmsg_seq == d.seq:
+            break
+    if h.nlmsg_type == NLMSG_ERROR:
+        memcpy(&error, answer + sizeof(nlmsghdr), 4)
+        return error
+    return <int>n
+
+
+cdef int diag_query(diag *d, const tcpha_flow *flow, diag_answer *a) noexcept nogil:
+    """Which socket owns the flow, seen from this host: vaddr and vport are local. 0 or -1."""
+    cdef uint8_t buf[1024]
+    cdef int n
+    cdef uint32_t at = sizeof(nlmsghdr) + sizeof(inet_diag_msg)
+    cdef uint16_t size, kind
+    cdef tcp_info info
+    cdef inet_diag_msg *answer
+    memset(a, 0, sizeof(diag_answer))
+    pthread_mutex_lock(&d.lock)
+    n = _ask(d, SOCK_DIAG_BY_FAMILY, flow, NULL, buf, sizeof(buf))
+    pthread_mutex_unlock(&d.lock)
+    if n == -ENOENT:
+        return 0
+    if n < <int>at:
+        return -1
+    answer = <inet_diag_msg *>(buf + sizeof(nlmsghdr))
+    a.state = answer.idiag_state
+    memcpy(a.cookie, answer.id.idiag_cookie, sizeof(a.cookie))
+    if a.state == TCP_LISTEN:
+        a.state = 0
+    while at + 4 <= <uint32_t>n:
+        memcpy(&size, buf + at, 2)
+        memcpy(&kind, buf + at + 2, 2)
+        if size < 4 or at + size > <uint32_t>n:
+            break
+        if kind == INET_DIAG_INFO:
+            memset(&info, 0, sizeof(info))
+            memcpy(&info, buf + at + 4, min(<size_t>size - 4, sizeof(info)))
+            a.full = True
+            a.received = info.tcpi_bytes_received
+        at += (size + 3) & ~3u
+    return 0
+
+
+cdef bint diag_destroy(diag *d, const tcpha_flow *flow) noexcept nogil:
+    """End the socket that owns the flow, if there is one (CONFIG_INET_DIAG_DESTROY). False: there
+    was none. It is named by its cookie, since the kernel would take the listener instead."""
+    cdef uint8_t buf[1024]
+    cdef diag_answer a
+    if diag_query(d, flow, &a) < 0 or a.state == 0:
+        return False
+    pthread_mutex_lock(&d.lock)
+    _ask(d, SOCK_DESTROY, flow, a.cookie, buf, sizeof(buf))
+    pthread_mutex_unlock(&d.lock)
+    return True

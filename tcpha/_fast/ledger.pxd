@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+from libc.stdint cimport uint32_t, uint64_t
+
+from tcpha._fast.defs cimport tcpha_entry, tcpha_flow
+from tcpha._fast.sys cimport pthread_mutex_t
+
+cdef enum:
+    STRIPES = 64
+
+cdef enum put_flag:
+    PUT_ANY = 0
+    PUT_NEW = 1            # only if it is not there
+    PUT_OLD = 2            # only if it is there
+
+
+# Where a datapath keeps the entries of diverted flows. Each returns 0 or a negative number.
+cdef struct flow_store:
+    void *self
+    int (*find)(void *self, const tcpha_flow *flow, tcpha_entry *entry) noexcept nogil
+    int (*put)(void *self, const tcpha_flow *flow, const tcpha_entry *entry,
+               int how) noexcept nogil
+    int (*remove)(void *self, const tcpha_flow *flow) noexcept nogil
+
+
+# A flow whose connection is over but whose client may still send: its FIN, or that again.
+cdef struct lingering:
+    tcpha_flow flow
+    uint64_t id
+    uint64_t since_ns
+    uint64_t check_ns
+
+
+cdef struct ledger:
+    flow_store store
+    pthread_mutex_t lock
+    lingering *linger      # a ring
+    uint32_t capacity
+    uint32_t first
+    uint32_t len
+    pthread_mutex_t stripes[STRIPES]   # a flow's entry is replaced or removed under one of them
+
+
+cdef int ledger_open(ledger *l, uint32_t capacity) except -1
+cdef void ledger_close(ledger *l) noexcept
+cdef int ledger_divert(ledger *l, const tcpha_flow *flow, tcpha_entry *entry,
+                       tcpha_entry *old) noexcept nogil
+cdef void ledger_remove(ledger *l, const tcpha_flow *flow) noexcept nogil
+cdef int ledger_forget(ledger *l, const tcpha_flow *flow, uint64_t id, bint linger,
+                       tcpha_entry *entry) noexcept nogil
+cdef void ledger_sweep(ledger *l, uint64_t now) noexcept nogil

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The front end's book of diverted flows: when an entry comes, is replaced, and may go."""
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from tcpha._fast.defs cimport TCPHA_F_CLOSED, TCPHA_F_FIN, TCPHA_F_RST, tcpha_entry, tcpha_flow
+from tcpha._fast.sys cimport (
+    now_ns, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock)
+
+cdef uint64_t LINGER_NS = 2000000000     # for retransmissions of the client's FIN
+cdef uint64_t FIN_WAIT_NS = 60000000000  # net.ipv4.tcp_fin_timeout
+
+
+cdef int ledger_open(ledger *l, uint32_t capacity) except -1:
+    """capacity: the most flows that linger at one time. The store is the caller's to set."""
+    cdef int i
+    l.capacity = capacity
+    l.linger = <lingering *>calloc(capacity, sizeof(lingering))
+    if l.linger == NULL:
+        raise MemoryError
+    pthread_mutex_init(&l.lock, NULL)
+    for i in range(STRIPES):
+        pthread_mutex_init(&l.stripes[i], NULL)
+    return 0
+
+
+cdef void ledger_close(ledger *l) noexcept:
+    free(l.linger)
+
+
+cdef inline pthread_mutex_t *_stripe(ledger *l, const tcpha_flow *flow) noexcept nogil:
+    return &l.stripes[(flow.cport ^ (flow.cport >> 8) ^ flow.caddr[15]) % STRIPES]
+
+
+cdef int ledger_divert(ledger *l, const tcpha_flow *flow, tcpha_entry *entry,
+                       tcpha_entry *old) noexcept nogil:
+    """Enter a flow. 0; 1 if it replaces 'old'; -1 if there is no room."""
+    cdef int rc, replaced = 0
+    pthread_mutex_lock(_stripe(l, flow))
+    rc = l.store.put(l.store.self, flow, entry, PUT_NEW)
+    if rc < 0 and l.store.find(l.store.self, flow, old) == 0:
+        replaced = 1
+        rc = l.store.put(l.store.self, flow, entry, PUT_ANY)
+    pthread_mutex_unlock(_stripe(l, flow))
+    return -1 if rc < 0 else replaced
+
+
+cdef void ledger_remove(ledger *l, const tcpha_flow *flow) noexcept nogil:
+    pthread_mutex_lock(_stripe(l, flow))
+    l.store.remove(l.store.self, flow)
+    pthread_mutex_unlock(_stripe(l, flow))
+
+
+cdef bint _linger(ledger *l, const tcpha_flow *flow, uint64_t id, uint64_t since) noexcept nogil:
+    """Put a flow at the end of the queue of those that linger."""
+    cdef bint ok = False
+    cdef lingering *p
+    pthread_mutex_lock(&l.lock)
+    if l.len < l.capacity:
+        p = &l.linger[(l.first + l.len) % l.capacity]
+        p.flow = flow[0]
+        p.id = id
+        p.since_ns = since
+        p.check_ns = now_ns() + LINGER_NS
+        l.len += 1
+        ok = True
+    pthread_mutex_unlock(&l.lock)
+    return ok
+
+
+cdef int ledger_forget(ledger *l, const tcpha_flow *flow, uint64_t id, bint linger,
+                       tcpha_entry *entry) noexcept nogil:
+    """The connection of handoff 'id' is over. 1: it was known, and entry is its last state."""
+    cdef int known = 0
+    pthread_mutex_lock(_stripe(l, flow))
+    if l.store.find(l.store.self, flow, entry) == 0 and entry.id == id:
+        known = 1
+        if linger and _linger(l, flow, id, now_ns()):
+            entry.flags |= TCPHA_F_CLOSED
+            l.store.put(l.store.self, flow, entry, PUT_OLD)
+        else:
+            l.store.remove(l.store.self, flow)
+    pthread_mutex_unlock(_stripe(l, flow))
+    return known
+
+
+cdef void ledger_sweep(ledger *l, uint64_t now) noexcept nogil:
+    """Remove entries whose lingering is over."""
+    cdef lingering item
+    cdef tcpha_entry entry
+    while True:
+        pthread_mutex_lock(&l.lock)
+        if l.len == 0 or l.linger[l.first].check_ns > now:
+            pthread_mutex_unlock(&l.lock)
+            return
+        item = l.linger[l.first]
+        l.first = (l.first + 1) % l.capacity
+        l.len -= 1
+        pthread_mutex_unlock(&l.lock)
+        pthread_mutex_lock(_stripe(l, &item.flow))
+        if l.store.find(l.store.self, &item.flow, &entry) == 0 and entry.id == item.id:
+            # without a FIN from the client, the back end waits for it in FIN-WAIT-2
+            if entry.flags & (TCPHA_F_FIN | TCPHA_F_RST) or now - item.since_ns > FIN_WAIT_NS or \
+                    not _linger(l, &item.flow, item.id, item.since_ns):
+                l.store.remove(l.store.self, &item.flow)
+        pthread_mutex_unlock(_stripe(l, &item.flow))

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+from tcpha._fast.sys cimport iovec, mmsghdr, pthread_rwlock_t
+
+cdef enum:
+    QUEUE_BATCH = 64       # packets read by one system call
+    QUEUE_PACKET = 70000   # room for a message that holds a GSO packet of 64 KB
+
+cdef enum verdict:
+    V_DROP = 0             # NF_DROP
+    V_ACCEPT = 1           # NF_ACCEPT
+    V_KEEP = 2             # no verdict now: queue_verdict() later
+    V_CHANGED = 3          # accept, with the payload that packet.data and .len say now
+
+
+# A packet from the queue.
+cdef struct packet:
+    uint32_t id
+    uint32_t hook
+    uint32_t skb_info      # NFQA_SKB_*
+    uint8_t *data          # from the IP header on
+    uint32_t len
+
+cdef enum:
+    SKB_CSUM_NOT_READY = 1
+    SKB_GSO = 2
+
+ctypedef int (*packet_handler)(void *self, queue *q, packet *p) noexcept nogil
+
+
+cdef struct queue:
+    int fd
+    int stop_fd
+    uint16_t num
+    packet_handler handle
+    void *self
+    pthread_rwlock_t *lock  # read-locked while a batch is handled and its verdicts are sent
+    uint8_t *buffers
+    uint8_t *verdicts
+    mmsghdr msgs[QUEUE_BATCH]
+    iovec iov[QUEUE_BATCH]
+    iovec out[QUEUE_BATCH * 3]
+    uint64_t packets
+    uint64_t bytes
+    uint64_t gso           # packets that stand for several
+    uint64_t overruns      # times that the socket had no room: packets were lost
+    uint64_t failed        # verdicts that the kernel did not take
+
+
+cdef int queue_verdict(queue *q, uint32_t id, uint32_t what) noexcept nogil
+
+
+cdef class Queue:
+    cdef queue *q
+    cdef object sock
+    cdef object stop
+    cdef object thread
+    cdef void set_handler(self, packet_handler handle, void *state,
+                          pthread_rwlock_t *lock) noexcept

@@ -1,0 +1,695 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Datapath 'nfqueue', the back end's half: a connection goes on in a socket that was opened by a
+forged handshake, and each packet is rewritten between the client's numbers and the socket's.
+
+The client's sequence numbers stay as they are. Ours differ: what the client has acknowledged of the
+front end's SYN-ACK is not what the local server's SYN-ACK said, nor are timestamp clock and window
+scale the same.
+"""
+import socket
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcmp, memcpy, memset
+
+from tcpha._fast.datapath cimport (
+    DP_ALIVE, DP_CLOSING, DP_MORE, DP_TIME_WAIT, BeDatapath)
+from tcpha._fast.defs cimport tcpha_counters, tcpha_flow
+from tcpha._fast.diag cimport (
+    TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_NEW_SYN_RECV, TCP_SYN_RECV, TCP_TIME_WAIT, diag,
+    diag_answer, diag_destroy, diag_query)
+from tcpha._fast.message cimport (
+    REFUSE_BACKLOG, REFUSE_ERROR, REFUSE_FULL, REFUSE_LISTENER, REFUSE_UNSUPPORTED)
+from tcpha._fast.nfqueue cimport (
+    SKB_CSUM_NOT_READY, SKB_GSO, V_ACCEPT, V_CHANGED, V_DROP, Queue, packet, queue)
+from tcpha._fast.packet cimport (
+    ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_FIN, TCP_PSH, TCP_RST, TCP_SIZE, TCP_SYN,
+    VNET_SIZE, address_bytes, forge, segment, segment_from)
+from tcpha._fast.rewrite cimport (
+    SUM_FULL, SUM_LEAVE, SUM_UPDATE, checksum_full, get32, tcp_parse, tcp_view, translate,
+    translation)
+from tcpha._fast.snapshot cimport (
+    SNAP_ECN, SNAP_FIN, SNAP_SACK, SNAP_TIMESTAMP, SNAP_USEC_TS, SNAP_WSCALE, snapshot)
+from tcpha._fast.sys cimport (
+    AF_INET, EINTR, add64, cond_wait_ms, errno, htonl, htons, load32, now_ns,
+    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_t,
+    pthread_mutex_destroy,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock,
+    pthread_rwlock_destroy, pthread_rwlock_rdlock, pthread_rwlock_t, pthread_rwlock_unlock,
+    pthread_rwlock_wrlock, rwlock_init, sendto, sockaddr, sockaddr_in)
+from tcpha._fast.table cimport (
+    flow_cell, flow_table, table_add, table_cell, table_close, table_find, table_open, table_remove)
+
+cdef enum:
+    CHUNK = 60000          # payload of a forged segment; one skb, so that overhead is small
+    TCP_ECE = 0x40
+    TCP_CWR = 0x80
+    MAX_FRONTENDS = 256
+    SWEEP = 512            # entries looked at by one call of sweep()
+    LAYOUT = 1             # version of struct be_flow
+
+cdef uint64_t HANDSHAKE_NS = 1000000000  # for the local server's SYN-ACK
+cdef uint64_t SILENT_NS = 100000000      # after this, a SYN that left no trace was dropped
+cdef uint64_t SETTLE_NS = 20000000       # for the stack to handle what we injected
+cdef uint64_t RETAIN_NS = 65000000000    # beyond TIME_WAIT (60 s)
+
+
+cdef enum be_state:
+    B_SYN = 1              # SYN injected, the server's answer is awaited
+    B_SYNACK = 2
+    B_REFUSED = 3          # it was a RST: nothing listens
+    B_LIVE = 4
+
+
+# What the table knows of an adopted connection. Its key is the flow of the local socket.
+cdef struct be_flow:
+    uint32_t state
+    tcpha_flow outside     # as the client sees it
+    uint32_t isn           # of the local server
+    uint32_t tsval         # of its SYN-ACK
+    int wscale             # of its SYN-ACK; -1: none
+    bint ts_ok
+    bint ecn_ok
+    translation inward
+    translation outward
+    uint64_t ended_ns      # 0: alive
+    uint64_t sent          # packets from the local socket
+
+
+cdef struct be_nfqueue:
+    pthread_rwlock_t lock  # the table and what lies in it
+    pthread_mutex_t wait_lock
+    pthread_cond_t answered
+    uint32_t answers       # how many there were
+    flow_table flows
+    diag sockets
+    int raw_fd
+    uint8_t vaddr[16]
+    uint8_t listen_addr[16]
+    uint16_t listen_port   # network byte order
+    bint shared            # others may talk to the local server directly
+    uint32_t frontends[MAX_FRONTENDS]
+    uint32_t nfrontends
+    uint32_t cursor        # of sweep()
+    uint64_t killed
+    uint64_t unknown       # packets of our VIP's sockets whose flow is not known: dropped
+    tcpha_counters n
+
+
+cdef void _local(const be_nfqueue *d, const tcpha_flow *outside, tcpha_flow *local) noexcept nogil:
+    local[0] = outside[0]
+    memcpy(local.vaddr, d.listen_addr, 16)
+    local.vport = d.listen_port
+
+
+# Packets
+
+cdef int _inward(be_nfqueue *d, packet *p) noexcept nogil:
+    """From the network: tunnelled by a front end, or to the VIP."""
+    cdef uint8_t *inner = p.data
+    cdef uint32_t length = p.len, ihl, outer_src, i
+    cdef bint tunnelled = False
+    cdef tcpha_flow flow, local
+    cdef be_flow *f
+    cdef tcp_view v
+    if length >= IP_SIZE and inner[9] == 4:  # IPIP
+        memcpy(&outer_src, inner + 12, 4)
+        ihl = (inner[0] & 15) * 4u
+        if ihl < IP_SIZE or length < ihl + IP_SIZE:
+            return V_ACCEPT
+        inner += ihl
+        length -= ihl
+        tunnelled = True
+    if tcp_parse(inner, length, &v) < 0 or memcmp(v.ip + 16, d.vaddr + 12, 4) != 0:
+        return V_ACCEPT    # none of ours
+    if tunnelled:
+        for i in range(d.nfrontends):
+            if d.frontends[i] == outer_src:
+                break
+        else:
+            add64(<uint64_t *>&d.n.foreign, 1)
+            return V_DROP
+        add64(<uint64_t *>&d.n.decapsulated, 1)
+    memset(&flow, 0, sizeof(flow))
+    flow.caddr[10] = flow.caddr[11] = 0xff
+    memcpy(flow.caddr + 12, v.ip + 12, 4)
+    memcpy(flow.vaddr, d.vaddr, 16)
+    memcpy(&flow.cport, v.tcp, 2)
+    memcpy(&flow.vport, v.tcp + 2, 2)
+    _local(d, &flow, &local)
+    f = <be_flow *>table_find(&d.flows, &local)
+    if f == NULL or f.state != B_LIVE or f.outside.vport != flow.vport or \
+            (v.flags & TCP_SYN and f.ended_ns):
+        add64(<uint64_t *>&d.n.guarded, 1)
+        return V_DROP
+    p.data = inner
+    p.len = length
+    # our stack checks it, whatever the device had checked: the kernel takes it for unchecked now
+    translate(&v, &f.inward,
+              SUM_FULL if p.skb_info & (SKB_GSO | SKB_CSUM_NOT_READY) else SUM_UPDATE)
+    return V_CHANGED
+
+
+cdef void _tell(be_nfqueue *d) noexcept nogil:
+    """Wake the workers that wait for an answer. Nobody takes another lock under wait_lock."""
+    pthread_mutex_lock(&d.wait_lock)
+    d.answers += 1
+    pthread_cond_broadcast(&d.answered)
+    pthread_mutex_unlock(&d.wait_lock)
+
+
+cdef int _outward(be_nfqueue *d, packet *p) noexcept nogil:
+    """From the local server."""
+    cdef tcpha_flow local
+    cdef be_flow *f
+    cdef tcp_view v
+    if tcp_parse(p.data, p.len, &v) < 0:
+        return V_ACCEPT if d.shared else V_DROP
+    memset(&local, 0, sizeof(local))
+    local.caddr[10] = local.caddr[11] = 0xff
+    memcpy(local.caddr + 12, v.ip + 16, 4)
+    memcpy(local.vaddr, d.listen_addr, 16)
+    memcpy(&local.cport, v.tcp + 2, 2)
+    local.vport = d.listen_port
+    f = <be_flow *>table_find(&d.flows, &local)
+    if f == NULL:
+        if d.shared:
+            return V_ACCEPT
+        add64(&d.unknown, 1)
+        return V_DROP
+    if f.state != B_LIVE:
+        if v.flags & TCP_RST and f.state == B_SYN:
+            f.state = B_REFUSED
+            _tell(d)
+        return V_DROP
+    f.sent += 1
+    translate(&v, &f.outward, SUM_LEAVE if p.skb_info & SKB_GSO else
+              SUM_FULL if p.skb_info & SKB_CSUM_NOT_READY else SUM_UPDATE)
+    return V_CHANGED
+
+
+cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
+    cdef be_nfqueue *d = <be_nfqueue *>self
+    return _inward(d, p) if p.hook == 0 else _outward(d, p)  # NF_INET_PRE_ROUTING
+
+
+cdef bint _on_syn_ack(be_nfqueue *d, tcp_view *v) noexcept nogil:
+    """The local server's answer to a forged SYN; it must not leave the host. False: another's."""
+    cdef tcpha_flow local
+    cdef be_flow *f
+    memset(&local, 0, sizeof(local))
+    local.caddr[10] = local.caddr[11] = 0xff
+    memcpy(local.caddr + 12, v.ip + 16, 4)
+    memcpy(local.vaddr, d.listen_addr, 16)
+    memcpy(&local.cport, v.tcp + 2, 2)
+    local.vport = d.listen_port
+    pthread_rwlock_wrlock(&d.lock)
+    f = <be_flow *>table_find(&d.flows, &local)
+    if f != NULL and f.state == B_SYN:
+        f.isn = get32(v.tcp + 4)
+        f.ts_ok = v.ts != NULL
+        f.tsval = get32(v.ts) if v.ts != NULL else 0
+        f.wscale = v.wscale
+        f.ecn_ok = (v.flags & (TCP_ECE | TCP_CWR)) == TCP_ECE
+        f.state = B_SYNACK
+    pthread_rwlock_unlock(&d.lock)
+    _tell(d)
+    return f != NULL or not d.shared
+
+
+# Adoption
+
+cdef int _inject(be_nfqueue *d, uint8_t *ip, uint32_t length) noexcept nogil:
+    """Send an IP packet to our own stack, its TCP checksum completed. 0 or an errno."""
+    cdef sockaddr_in to
+    cdef tcp_view v
+    if tcp_parse(ip, length, &v) < 0:
+        return -1
+    checksum_full(&v)
+    memset(&to, 0, sizeof(to))
+    to.sin_family = AF_INET
+    memcpy(&to.sin_addr, ip + 16, 4)
+    while sendto(d.raw_fd, ip, length, 0, <sockaddr *>&to, sizeof(to)) < 0:
+        if errno != EINTR:
+            return errno
+    return 0
+
+
+cdef int _send_segment(be_nfqueue *d, segment *g, const uint8_t *data) noexcept nogil:
+    cdef uint8_t buf[FRAME_HEAD + CHUNK]
+    cdef uint32_t n = forge(buf, g)
+    if g.len:
+        memcpy(buf + n, data, g.len)
+    return _inject(d, buf + VNET_SIZE + ETH_SIZE, n - VNET_SIZE - ETH_SIZE + g.len)
+
+
+cdef int _send_syn(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) noexcept nogil:
+    """The client's SYN once more, with the options that were agreed on; its sequence number lies
+    just before the request."""
+    cdef uint8_t buf[IP_SIZE + TCP_SIZE + 20]
+    cdef uint8_t *tcp = buf + IP_SIZE
+    cdef uint8_t *o = tcp + TCP_SIZE
+    cdef uint32_t v
+    cdef uint16_t w
+    memset(buf, 0, sizeof(buf))
+    buf[0] = 0x45
+    buf[6] = 0x40          # DF
+    buf[8] = 64
+    buf[9] = 6
+    memcpy(buf + 12, local.caddr + 12, 4)
+    memcpy(buf + 16, local.vaddr + 12, 4)
+    memcpy(tcp, &local.cport, 2)
+    memcpy(tcp + 2, &local.vport, 2)
+    v = htonl(s.rcv_nxt - (1 if s.flags & SNAP_FIN else 0) - s.len - 1)
+    memcpy(tcp + 4, &v, 4)
+    tcp[13] = TCP_SYN | (TCP_ECE | TCP_CWR if s.flags & SNAP_ECN else 0)
+    w = htons(<uint16_t>min(s.snd_wnd, <uint32_t>0xffff))
+    memcpy(tcp + 14, &w, 2)
+    o[0] = 2
+    o[1] = 4
+    w = htons(s.mss)
+    memcpy(o + 2, &w, 2)
+    o += 4
+    if s.flags & SNAP_SACK:
+        o[0] = 4
+        o[1] = 2
+    else:
+        o[0] = o[1] = 1
+    o += 2
+    if s.flags & SNAP_TIMESTAMP:
+        o[0] = 8
+        o[1] = 10
+        v = htonl(s.ts_recent)
+        memcpy(o + 2, &v, 4)
+        o += 10
+    else:
+        o[0] = o[1] = 1
+        o += 2
+    if s.flags & SNAP_WSCALE:
+        o[0] = 1
+        o[1] = 3
+        o[2] = 3
+        o[3] = s.snd_wscale
+        o += 4
+    tcp[12] = <uint8_t>(((o - tcp) // 4) << 4)
+    w = htons(<uint16_t>(o - buf))
+    memcpy(buf + 2, &w, 2)
+    return _inject(d, buf, <uint32_t>(o - buf))
+
+
+cdef int _await_answer(be_nfqueue *d, const tcpha_flow *local, be_flow *copy) noexcept nogil:
+    """Wait for the local server's SYN-ACK or RST. 0, or a refusal: its backlog is full."""
+    cdef uint64_t begin = now_ns(), waited
+    cdef uint32_t before
+    cdef be_flow *f
+    cdef diag_answer a
+    while True:
+        before = load32(&d.answers)
+        pthread_rwlock_rdlock(&d.lock)
+        f = <be_flow *>table_find(&d.flows, local)
+        if f != NULL:
+            copy[0] = f[0]
+        pthread_rwlock_unlock(&d.lock)
+        if f == NULL:
+            return REFUSE_ERROR
+        if copy.state != B_SYN:
+            return 0
+        pthread_mutex_lock(&d.wait_lock)
+        if d.answers == before:
+            cond_wait_ms(&d.answered, &d.wait_lock, 5)
+        pthread_mutex_unlock(&d.wait_lock)
+        waited = now_ns() - begin
+        if waited > HANDSHAKE_NS:
+            return REFUSE_BACKLOG
+        if waited > SILENT_NS and diag_query(&d.sockets, local, &a) == 0 and a.state == 0:
+            return REFUSE_BACKLOG
+
+
+cdef void _plan(be_nfqueue *d, be_flow *f, const snapshot *s) noexcept nogil:
+    """How packets are rewritten from now on."""
+    # The clock goes on one tick after the snapshot: the front end may have sent at that very tick.
+    cdef uint32_t tick = s.tsval + (1000 if s.flags & SNAP_USEC_TS else 1)
+    cdef bint scaled = f.wscale >= 0
+    memset(&f.inward, 0, sizeof(translation))
+    memset(&f.outward, 0, sizeof(translation))
+    f.outward.seq = s.snd_nxt - (f.isn + 1)
+    f.inward.ack = -f.outward.seq
+    if s.flags & SNAP_TIMESTAMP:
+        f.outward.tsval = tick - f.tsval
+        f.inward.tsecr = -f.outward.tsval
+    f.outward.window_left = f.wscale if scaled else 0
+    f.outward.window_right = s.rcv_wscale if s.flags & SNAP_WSCALE else 0
+    if s.flags & SNAP_WSCALE and not scaled:
+        f.inward.window_left = s.snd_wscale
+    if memcmp(s.flow.vaddr, d.listen_addr, 16) != 0 or s.flow.vport != d.listen_port:
+        f.outward.source = True
+        memcpy(&f.outward.addr, s.flow.vaddr + 12, 4)
+        f.outward.port = s.flow.vport
+        memcpy(&f.inward.addr, d.listen_addr + 12, 4)
+        f.inward.port = d.listen_port
+
+
+cdef void _drop_flow(be_nfqueue *d, const tcpha_flow *local) noexcept nogil:
+    """Take back an adoption. What the server says of it is dropped from now on, a RST too."""
+    pthread_rwlock_wrlock(&d.lock)
+    table_remove(&d.flows, local)
+    pthread_rwlock_unlock(&d.lock)
+    diag_destroy(&d.sockets, local)
+
+
+cdef int _room(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) noexcept nogil:
+    """Enter a new flow, in place of an older one of the same name. 0 or a refusal."""
+    cdef be_flow *f
+    cdef bint occupied
+    pthread_rwlock_wrlock(&d.lock)
+    f = <be_flow *>table_find(&d.flows, local)
+    # a client with one port and two of the VIP's: the local server cannot tell them apart
+    occupied = f != NULL and f.outside.vport != s.flow.vport and f.ended_ns == 0
+    if f != NULL and not occupied:
+        table_remove(&d.flows, local)
+    pthread_rwlock_unlock(&d.lock)
+    if occupied:
+        return REFUSE_UNSUPPORTED
+    # A socket of an earlier connection may own the 4-tuple. The client has given that one up, or
+    # the front end could not have accepted this one.
+    if diag_destroy(&d.sockets, local):
+        add64(&d.killed, 1)
+    pthread_rwlock_wrlock(&d.lock)
+    f = <be_flow *>table_add(&d.flows, local)
+    if f == NULL and _evict(d):
+        f = <be_flow *>table_add(&d.flows, local)
+    if f != NULL:
+        f.state = B_SYN
+        f.outside = s.flow
+    pthread_rwlock_unlock(&d.lock)
+    return 0 if f != NULL else REFUSE_FULL
+
+
+cdef int _settle(be_nfqueue *d, const tcpha_flow *local, diag_answer *a) noexcept nogil:
+    """After the ACK: wait until there is a socket. 0, or a refusal: the accept queue is full."""
+    cdef uint64_t begin = now_ns()
+    cdef be_flow *f
+    cdef uint64_t sent
+    while True:
+        if diag_query(&d.sockets, local, a) < 0:
+            return REFUSE_ERROR
+        if a.state != 0 and a.state != TCP_NEW_SYN_RECV and a.state != TCP_SYN_RECV:
+            return 0
+        pthread_rwlock_rdlock(&d.lock)
+        f = <be_flow *>table_find(&d.flows, local)
+        sent = f.sent if f != NULL else 0
+        pthread_rwlock_unlock(&d.lock)
+        if a.state == 0 and sent:
+            return 0       # it has answered, and is over already
+        if now_ns() - begin > SETTLE_NS:
+            return REFUSE_BACKLOG
+        pthread_mutex_lock(&d.wait_lock)
+        cond_wait_ms(&d.answered, &d.wait_lock, 1)
+        pthread_mutex_unlock(&d.wait_lock)
+
+
+cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
+                const uint8_t *data) noexcept nogil:
+    cdef be_nfqueue *d = <be_nfqueue *>self
+    cdef tcpha_flow local
+    cdef be_flow copy
+    cdef be_flow *f
+    cdef diag_answer a
+    cdef segment g
+    cdef int rc
+    _local(d, &s.flow, &local)
+    rc = _room(d, &local, s)
+    if rc != 0:
+        return rc
+    rc = REFUSE_ERROR if _send_syn(d, &local, s) != 0 else _await_answer(d, &local, &copy)
+    if rc == 0 and copy.state == B_REFUSED:
+        rc = REFUSE_LISTENER
+    if rc == 0 and ((s.flags & SNAP_TIMESTAMP and not copy.ts_ok) or
+                    (s.flags & SNAP_ECN and not copy.ecn_ok)):
+        rc = REFUSE_UNSUPPORTED
+    if rc != 0:
+        _drop_flow(d, &local)
+        return rc
+    pthread_rwlock_wrlock(&d.lock)
+    f = <be_flow *>table_find(&d.flows, &local)
+    _plan(d, f, s)
+    f.state = B_LIVE       # before the request: it may be answered at once
+    pthread_rwlock_unlock(&d.lock)
+    _segment(&g, s, &local, &copy)
+    g.seq = s.rcv_nxt - (1 if s.flags & SNAP_FIN else 0) - s.len
+    g.flags = TCP_ACK | TCP_PSH
+    g.len = min(s.len, <uint32_t>CHUNK)
+    rc = REFUSE_ERROR if _send_segment(d, &g, data) != 0 else _settle(d, &local, &a)
+    if rc != 0:
+        _drop_flow(d, &local)
+        return rc
+    return _feed_from(d, s, data, &g, &a)
+
+
+cdef void _segment(segment *g, const snapshot *s, const tcpha_flow *local,
+                   const be_flow *f) noexcept nogil:
+    """A segment of the client's as the local socket must see it."""
+    segment_from(g, s)
+    g.flow = local
+    g.ack = f.isn + 1
+    g.tsecr = f.tsval
+    if f.wscale < 0:
+        g.window = <uint16_t>min(s.snd_wnd, <uint32_t>0xffff)
+
+
+cdef int _feed_from(be_nfqueue *d, const snapshot *s, const uint8_t *data, segment *g,
+                    diag_answer *a) noexcept nogil:
+    """Inject what the socket has not received. The front end has acknowledged these bytes: the
+    client will never send them again."""
+    cdef uint32_t fin = 1 if s.flags & SNAP_FIN else 0
+    cdef uint32_t start = s.rcv_nxt - fin - s.len, have
+    while a.full:
+        have = <uint32_t>a.received
+        if have >= s.len + fin:
+            return 0
+        g.seq = start + have
+        g.len = min(s.len - have, <uint32_t>CHUNK)
+        g.flags = TCP_ACK | TCP_PSH
+        if have + g.len == s.len and fin:
+            g.flags |= TCP_FIN
+        if _send_segment(d, g, data + have) != 0 or diag_query(&d.sockets, g.flow, a) < 0 or \
+                (a.full and <uint32_t>a.received == have):
+            return DP_MORE
+    return 0
+
+
+cdef int _feed(void *self, uint32_t worker, const snapshot *s, const uint8_t *data) noexcept nogil:
+    cdef be_nfqueue *d = <be_nfqueue *>self
+    cdef tcpha_flow local
+    cdef be_flow copy
+    cdef be_flow *f
+    cdef diag_answer a
+    cdef segment g
+    _local(d, &s.flow, &local)
+    pthread_rwlock_rdlock(&d.lock)
+    f = <be_flow *>table_find(&d.flows, &local)
+    if f != NULL:
+        copy = f[0]
+    pthread_rwlock_unlock(&d.lock)
+    if f == NULL:
+        return 0
+    if diag_query(&d.sockets, &local, &a) < 0:
+        return DP_MORE
+    _segment(&g, s, &local, &copy)
+    return _feed_from(d, s, data, &g, &a)
+
+
+# The end
+
+cdef int _alive(void *self, uint32_t worker, const tcpha_flow *flow) noexcept nogil:
+    cdef be_nfqueue *d = <be_nfqueue *>self
+    cdef tcpha_flow local
+    cdef diag_answer a
+    cdef bint known
+    _local(d, flow, &local)
+    if diag_query(&d.sockets, &local, &a) < 0:
+        return DP_ALIVE
+    pthread_rwlock_rdlock(&d.lock)
+    known = table_find(&d.flows, &local) != NULL
+    pthread_rwlock_unlock(&d.lock)
+    if a.state != 0 and not known:
+        diag_destroy(&d.sockets, &local)  # an earlier run's; nobody can rewrite its packets
+        return 0
+    if a.state == 0:
+        return 0
+    if a.state == TCP_TIME_WAIT or (not a.full and a.state != TCP_NEW_SYN_RECV
+                                    and a.state != TCP_SYN_RECV):
+        return DP_TIME_WAIT
+    return DP_CLOSING if a.full and a.state != TCP_ESTABLISHED and a.state != TCP_CLOSE_WAIT \
+        else DP_ALIVE
+
+
+cdef bint _outside(void *self, tcpha_flow *flow) noexcept nogil:
+    cdef be_nfqueue *d = <be_nfqueue *>self
+    cdef be_flow *f
+    pthread_rwlock_rdlock(&d.lock)
+    f = <be_flow *>table_find(&d.flows, flow)
+    if f != NULL:
+        flow[0] = f.outside
+    pthread_rwlock_unlock(&d.lock)
+    return f != NULL
+
+
+cdef void _ended(void *self, const tcpha_flow *flow) noexcept nogil:
+    cdef be_nfqueue *d = <be_nfqueue *>self
+    cdef tcpha_flow local
+    cdef be_flow *f
+    _local(d, flow, &local)
+    pthread_rwlock_wrlock(&d.lock)
+    f = <be_flow *>table_find(&d.flows, &local)
+    if f != NULL and f.outside.vport == flow.vport:
+        f.ended_ns = now_ns()
+    pthread_rwlock_unlock(&d.lock)
+
+
+cdef bint _evict(be_nfqueue *d) noexcept nogil:
+    """Make room at the cost of a TIME_WAIT socket's last words. The lock is held for writing."""
+    cdef uint32_t i
+    cdef flow_cell *c
+    for i in range(d.flows.capacity):
+        c = table_cell(&d.flows, (d.cursor + i) % d.flows.capacity)
+        if c.used and (<be_flow *>(c + 1)).ended_ns:
+            d.cursor = (d.cursor + i) % d.flows.capacity
+            return table_remove(&d.flows, &c.key)
+    return False
+
+
+cdef void _sweep(void *self, uint64_t now) noexcept nogil:
+    cdef be_nfqueue *d = <be_nfqueue *>self
+    cdef uint32_t _i
+    cdef flow_cell *c
+    cdef be_flow *f
+    pthread_rwlock_wrlock(&d.lock)
+    if d.flows.head.used:
+        for _i in range(SWEEP):
+            d.cursor = (d.cursor + 1) % d.flows.capacity
+            c = table_cell(&d.flows, d.cursor)
+            f = <be_flow *>(c + 1)
+            if c.used and f.ended_ns and now > f.ended_ns + RETAIN_NS:
+                table_remove(&d.flows, &c.key)
+    pthread_rwlock_unlock(&d.lock)
+
+
+cdef class BeNfqueue(BeDatapath):
+    """capacity: connections in the table, those in TIME_WAIT included; mark: of packets that we
+    inject; queues: Queue objects, started later; file: where the table lies."""
+
+    cdef be_nfqueue *d
+    cdef list queues
+    cdef object raw
+    cdef object netlink
+
+    def __cinit__(self, str vaddr, str listen_addr, int listen_port, uint32_t capacity,
+                  uint32_t mark, list queues, str file):
+        cdef Queue q
+        cdef bint kept
+        self.d = <be_nfqueue *>calloc(1, sizeof(be_nfqueue))
+        if self.d == NULL:
+            raise MemoryError
+        rwlock_init(&self.d.lock)
+        pthread_mutex_init(&self.d.wait_lock, NULL)
+        pthread_mutex_init(&self.d.sockets.lock, NULL)
+        pthread_cond_init(&self.d.answered, NULL)
+        kept = table_open(&self.d.flows, capacity, sizeof(be_flow), LAYOUT, file)
+        address_bytes(vaddr, self.d.vaddr)
+        address_bytes(listen_addr, self.d.listen_addr)
+        self.d.listen_port = htons(listen_port)
+        self.d.shared = vaddr != listen_addr
+        self.raw = socket.socket(socket.AF_INET, socket.SOCK_RAW | socket.SOCK_CLOEXEC,
+                                 socket.IPPROTO_RAW)
+        self.raw.setsockopt(socket.SOL_SOCKET, 36, mark)  # SO_MARK
+        self.netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 4)
+        self.netlink.bind((0, 0))
+        self.d.raw_fd = self.raw.fileno()
+        self.d.sockets.fd = self.netlink.fileno()
+        if kept:
+            self._take_over()
+        self.queues = queues
+        for q in queues:
+            q.set_handler(_on_packet, self.d, &self.d.lock)
+        self.table.self = self.d
+        self.table.adopt = _adopt
+        self.table.feed = _feed
+        self.table.alive = _alive
+        self.table.outside = _outside
+        self.table.ended = _ended
+        self.table.sweep = _sweep
+
+    def __dealloc__(self):
+        if self.d != NULL:
+            table_close(&self.d.flows)
+            pthread_rwlock_destroy(&self.d.lock)
+            pthread_mutex_destroy(&self.d.wait_lock)
+            pthread_mutex_destroy(&self.d.sockets.lock)
+            pthread_cond_destroy(&self.d.answered)
+            free(self.d)
+
+    def _take_over(self):
+        """Keep those flows of an earlier run whose sockets live."""
+        cdef uint32_t i
+        cdef flow_cell *c
+        cdef be_flow *f
+        cdef diag_answer a
+        for i in range(self.d.flows.capacity):
+            c = table_cell(&self.d.flows, i)
+            f = <be_flow *>(c + 1)
+            if not c.used:
+                continue
+            if f.state != B_LIVE or f.ended_ns or \
+                    diag_query(&self.d.sockets, &c.key, &a) < 0 or a.state == 0:
+                table_remove(&self.d.flows, &c.key)
+
+    def end_all(self):
+        """Reset the connections that live: nobody will rewrite their packets any more."""
+        cdef uint32_t i
+        cdef flow_cell *c
+        with nogil:
+            for i in range(self.d.flows.capacity):
+                c = table_cell(&self.d.flows, i)
+                if c.used and not (<be_flow *>(c + 1)).ended_ns:
+                    diag_destroy(&self.d.sockets, &c.key)
+
+    def close(self):
+        """No queue may be served any more."""
+        self.raw.close()
+        self.netlink.close()
+
+    def handshake(self, bytes syn_ack):
+        """A SYN-ACK that wants to leave this host. True: it may, it is none of ours."""
+        cdef bytearray copy = bytearray(syn_ack)
+        cdef tcp_view v
+        cdef bint ours
+        if tcp_parse(copy, <uint32_t>len(copy), &v) < 0:
+            return bool(self.d.shared)
+        with nogil:
+            ours = _on_syn_ack(self.d, &v)
+        return not ours
+
+    def allow(self, str address, bint allowed):
+        """Accept tunnelled packets from a front end, or no longer."""
+        cdef uint8_t addr[16]
+        cdef uint32_t v, i
+        address_bytes(address, addr)
+        memcpy(&v, addr + 12, 4)
+        with nogil:
+            pthread_rwlock_wrlock(&self.d.lock)
+            for i in range(self.d.nfrontends):
+                if self.d.frontends[i] == v:
+                    self.d.nfrontends -= 1
+                    self.d.frontends[i] = self.d.frontends[self.d.nfrontends]
+                    break
+            if allowed and self.d.nfrontends < MAX_FRONTENDS:
+                self.d.frontends[self.d.nfrontends] = v
+                self.d.nfrontends += 1
+            pthread_rwlock_unlock(&self.d.lock)
+
+    def counters(self):
+        cdef tcpha_counters *n = &self.d.n
+        return {"guarded": n.guarded, "foreign": n.foreign, "decapsulated": n.decapsulated,
+                "killed": self.d.killed, "unknown": self.d.unknown,
+                "flows": self.d.flows.head.used}

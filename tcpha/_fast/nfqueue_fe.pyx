@@ -1,0 +1,570 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Datapath 'nfqueue', the front end's half: clients' packets pass through netfilter queues.
+
+Packets of flows that were handed over are sent on by a packet socket, with GSO and checksum offload
+(direct), or cut and wrapped here (tunnel). All others are accepted as they are.
+
+A queue's thread holds the lock for reading until the verdicts of its batch are sent; so whoever has
+it for writing knows that each packet which was judged before has reached the stack.
+"""
+import socket
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcmp, memcpy, memset
+
+from tcpha._fast.datapath cimport FeDatapath, flow_row
+from tcpha._fast.defs cimport (
+    TCPHA_F_CLOSED, TCPHA_F_FIN, TCPHA_F_NEW_SYN, TCPHA_F_RST, TCPHA_FORWARD,
+    TCPHA_MAX_BACKENDS, tcpha_counters, tcpha_entry, tcpha_flow)
+from tcpha._fast.ledger cimport (
+    PUT_NEW, PUT_OLD, ledger, ledger_close, ledger_divert, ledger_forget, ledger_open,
+    ledger_remove, ledger_sweep)
+from tcpha._fast.nfqueue cimport (
+    SKB_CSUM_NOT_READY, SKB_GSO, V_ACCEPT, V_DROP, V_KEEP, Queue, packet, queue, queue_verdict)
+from tcpha._fast.packet cimport (
+    ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_FIN, TCP_PSH, TCP_RST, TCP_SYN, VNET_SIZE,
+    address_bytes, forge, ip_checksum, segment, segment_from)
+from tcpha._fast.repair cimport repair_freeze, saved_syn_mss
+from tcpha._fast.rewrite cimport get32, pseudo_sum, sum_bytes, tcp_parse, tcp_view
+from tcpha._fast.snapshot cimport SNAP_FIN, snapshot
+from tcpha._fast.sys cimport (
+    AF_PACKET, EINTR, MSG_DONTWAIT, add64, errno, htonl, htons, iovec, msghdr, now_ns,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock,
+    pthread_rwlock_destroy, pthread_rwlock_rdlock, pthread_rwlock_t, pthread_rwlock_unlock,
+    pthread_rwlock_wrlock, rwlock_init, sendmsg)
+from tcpha._fast.table cimport (
+    flow_cell, flow_table, table_add, table_cell, table_close, table_find, table_open, table_remove)
+
+cdef extern from "<linux/if_packet.h>" nogil:
+    struct sockaddr_ll:
+        uint16_t sll_family
+        uint16_t sll_protocol
+        int sll_ifindex
+
+cdef enum:
+    RECENT = 1 << 16       # places in the cache of TSvals
+    TCP_CWR = 0x80
+    TCP_MSS_LOW = 536
+    ROWS = 4096            # entries copied under one lock
+
+
+# A packet that waits in the kernel while its flow is handed over, and its copy.
+cdef struct kept:
+    kept *next
+    queue *q
+    uint32_t id
+    uint32_t skb_info
+    uint32_t len
+    uint8_t data[1]
+
+
+cdef struct holder:
+    kept *first
+    kept *last
+
+
+# How to reach a back end. ifindex 0: not reachable.
+cdef struct path:
+    int ifindex
+    bint tunnel
+    uint8_t ether[14]      # the header of each frame
+    uint32_t addr          # tunnel: outer addresses, network byte order
+    uint32_t src
+    uint32_t mtu
+
+
+# The latest TSval of a client that our stack serves: no socket option tells (RFC 7323: TS.Recent).
+cdef struct recent:
+    tcpha_flow flow
+    uint32_t tsval
+
+
+cdef struct fe_nfqueue:
+    pthread_rwlock_t lock
+    pthread_mutex_t hold_lock  # the holders, while 'lock' is held for reading
+    flow_table flows       # of tcpha_entry
+    ledger book
+    uint32_t nholders
+    holder *holders
+    path paths[TCPHA_MAX_BACKENDS]
+    recent *seen
+    int packet_fd
+    bint tunnel
+    uint8_t vaddr[16]
+    uint16_t vport
+    tcpha_counters n
+
+
+# The store of the ledger; the lock is held for writing.
+
+cdef int _find(void *self, const tcpha_flow *flow, tcpha_entry *entry) noexcept nogil:
+    cdef tcpha_entry *e = <tcpha_entry *>table_find(&(<fe_nfqueue *>self).flows, flow)
+    if e == NULL:
+        return -1
+    entry[0] = e[0]
+    return 0
+
+
+cdef int _put(void *self, const tcpha_flow *flow, const tcpha_entry *entry, int how) noexcept nogil:
+    cdef fe_nfqueue *d = <fe_nfqueue *>self
+    cdef tcpha_entry *e = <tcpha_entry *>table_find(&d.flows, flow)
+    if (e != NULL and how == PUT_NEW) or (e == NULL and how == PUT_OLD):
+        return -1
+    if e == NULL:
+        e = <tcpha_entry *>table_add(&d.flows, flow)
+    if e == NULL:
+        return -1
+    e[0] = entry[0]
+    return 0
+
+
+cdef int _remove(void *self, const tcpha_flow *flow) noexcept nogil:
+    return 0 if table_remove(&(<fe_nfqueue *>self).flows, flow) else -1
+
+
+# Sending
+
+cdef bint _emit(fe_nfqueue *d, const path *way, const uint8_t *head, uint32_t head_len,
+                const uint8_t *data, uint32_t data_len) noexcept nogil:
+    """Send one frame: virtio-net header and all."""
+    cdef sockaddr_ll to
+    cdef iovec iov[2]
+    cdef msghdr m
+    memset(&to, 0, sizeof(to))
+    to.sll_family = AF_PACKET
+    to.sll_protocol = htons(0x0800)
+    to.sll_ifindex = way.ifindex
+    memset(&m, 0, sizeof(m))
+    m.msg_name = &to
+    m.msg_namelen = sizeof(to)
+    iov[0].iov_base = <void *>head
+    iov[0].iov_len = head_len
+    iov[1].iov_base = <void *>data
+    iov[1].iov_len = data_len
+    m.msg_iov = iov
+    m.msg_iovlen = 2 if data_len else 1
+    while sendmsg(d.packet_fd, &m, MSG_DONTWAIT) < 0:
+        if errno != EINTR:
+            return False
+    return True
+
+
+cdef bint _send_direct(fe_nfqueue *d, const path *way, tcp_view *v, uint32_t skb_info,
+                       uint32_t mss) noexcept nogil:
+    """As it is, in an Ethernet frame. What the device or the kernel must still do to it, the
+    virtio-net header says."""
+    cdef uint8_t head[VNET_SIZE + ETH_SIZE]
+    cdef uint16_t word
+    memset(head, 0, VNET_SIZE)
+    memcpy(head + VNET_SIZE, way.ether, ETH_SIZE)
+    if v.len > way.mtu or skb_info & (SKB_CSUM_NOT_READY | SKB_GSO):
+        head[0] = 1        # VIRTIO_NET_HDR_F_NEEDS_CSUM
+        word = <uint16_t>(ETH_SIZE + (v.tcp - v.ip))
+        memcpy(head + 6, &word, 2)   # csum_start
+        word = 16
+        memcpy(head + 8, &word, 2)   # csum_offset
+        word = pseudo_sum(v.ip, v.len - <uint32_t>(v.tcp - v.ip))
+        memcpy(v.tcp + 16, &word, 2)
+    if v.len > way.mtu:
+        head[1] = 1 | (0x80 if v.flags & TCP_CWR else 0)  # VIRTIO_NET_HDR_GSO_TCPV4, _ECN
+        word = <uint16_t>(ETH_SIZE + (v.data - v.ip))
+        memcpy(head + 2, &word, 2)   # hdr_len
+        word = <uint16_t>mss
+        memcpy(head + 4, &word, 2)   # gso_size
+    return _emit(d, way, head, sizeof(head), v.ip, v.len)
+
+
+cdef bint _send_tunnel(fe_nfqueue *d, const path *way, tcp_view *v, uint32_t skb_info,
+                       uint32_t mss) noexcept nogil:
+    """Wrapped in IPIP (RFC 2003), cut into segments that fit."""
+    cdef uint8_t head[VNET_SIZE + ETH_SIZE + IP_SIZE + 120]
+    cdef uint8_t *outer = head + VNET_SIZE + ETH_SIZE
+    cdef uint8_t *inner = outer + IP_SIZE
+    cdef uint8_t *tcp = inner + (v.tcp - v.ip)
+    cdef uint32_t headers = <uint32_t>(v.data - v.ip), at = 0, n, seq
+    cdef uint16_t word
+    cdef bint whole = v.len <= way.mtu - IP_SIZE
+    memset(head, 0, VNET_SIZE)
+    memcpy(head + VNET_SIZE, way.ether, ETH_SIZE)
+    while True:
+        n = v.data_len - at if whole else min(v.data_len - at, mss)
+        memcpy(inner, v.ip, headers)
+        if not whole:
+            word = htons(<uint16_t>(headers + n))
+            memcpy(inner + 2, &word, 2)
+            memset(inner + 10, 0, 2)
+            word = ip_checksum(inner, <uint32_t>(tcp - inner))
+            memcpy(inner + 10, &word, 2)
+            seq = htonl(get32(v.tcp + 4) + at)
+            memcpy(tcp + 4, &seq, 4)
+            if at:
+                tcp[13] &= ~<uint8_t>TCP_CWR
+            if at + n < v.data_len:
+                tcp[13] &= ~<uint8_t>(TCP_FIN | TCP_PSH)
+        if not whole or skb_info & (SKB_CSUM_NOT_READY | SKB_GSO):
+            memset(tcp + 16, 0, 2)
+            seq = <uint32_t>pseudo_sum(inner, headers + n - <uint32_t>(tcp - inner)) + \
+                sum_bytes(tcp, headers - <uint32_t>(tcp - inner)) + sum_bytes(v.data + at, n)
+            seq = (seq & 0xffff) + (seq >> 16)
+            word = ~<uint16_t>((seq & 0xffff) + (seq >> 16))
+            memcpy(tcp + 16, &word, 2)
+        memset(outer, 0, IP_SIZE)
+        outer[0] = 0x45
+        outer[1] = inner[1]
+        word = htons(<uint16_t>(IP_SIZE + headers + n))
+        memcpy(outer + 2, &word, 2)
+        memcpy(outer + 6, inner + 6, 2)  # keeps DF: path MTU discovery stays honest
+        outer[8] = 64
+        outer[9] = 4
+        memcpy(outer + 12, &way.src, 4)
+        memcpy(outer + 16, &way.addr, 4)
+        word = ip_checksum(outer, IP_SIZE)
+        memcpy(outer + 10, &word, 2)
+        if not _emit(d, way, head, VNET_SIZE + ETH_SIZE + IP_SIZE + headers, v.data + at, n):
+            return False
+        at += n
+        if at >= v.data_len:
+            return True
+
+
+cdef void _to_backend(fe_nfqueue *d, tcpha_entry *e, tcp_view *v, uint32_t skb_info) noexcept nogil:
+    cdef path *way = &d.paths[e.backend]
+    cdef uint32_t headers = <uint32_t>(v.data - v.ip), room, mss, segments
+    cdef bint ok
+    if way.ifindex == 0:
+        add64(<uint64_t *>&d.n.unreachable, 1)
+        return
+    room = way.mtu - (IP_SIZE if way.tunnel else 0)
+    mss = room - headers if room > headers + TCP_MSS_LOW else TCP_MSS_LOW
+    segments = max((v.data_len + mss - 1) // mss, <uint32_t>1)
+    if way.tunnel:
+        ok = _send_tunnel(d, way, v, skb_info, mss)
+    else:
+        ok = _send_direct(d, way, v, skb_info, mss)
+    if not ok:
+        add64(<uint64_t *>&d.n.unreachable, 1)
+        return
+    e.packets += segments
+    e.bytes += v.len
+    add64(<uint64_t *>&d.n.forwarded, segments)
+    add64(<uint64_t *>&d.n.forwarded_bytes, v.len)
+
+
+# Receiving
+
+cdef inline uint32_t _place(const tcpha_flow *flow) noexcept nogil:
+    cdef uint32_t h
+    memcpy(&h, flow.caddr + 12, 4)
+    h = (h ^ (<uint32_t>flow.cport << 16) ^ flow.cport) * 0x9e3779b1u
+    return (h >> 8) & (RECENT - 1)
+
+
+cdef bint _classify(fe_nfqueue *d, const tcpha_flow *flow, tcpha_entry *e,
+                    const tcp_view *v) noexcept nogil:
+    """True: the packet belongs to the flow that was handed over. See classify() in fe.bpf.c."""
+    cdef uint32_t seq = get32(v.tcp + 4), end
+    if v.flags & TCP_SYN and not v.flags & TCP_ACK:
+        if e.state == TCPHA_FORWARD and (
+                e.flags & TCPHA_F_CLOSED or (e.flags & (TCPHA_F_FIN | TCPHA_F_RST) and
+                                             <int>(seq - e.end_seq) >= 0)):
+            e.syn_seq = seq
+            e.flags |= TCPHA_F_NEW_SYN
+            return False
+        add64(<uint64_t *>&d.n.live_syn, 1)
+        return True
+    if e.flags & TCPHA_F_NEW_SYN and <int>(seq - e.syn_seq) > 0:
+        return False
+    end = seq + v.data_len + (1 if v.flags & TCP_FIN else 0)
+    if <int>(end - e.end_seq) > 0:
+        e.end_seq = end
+    e.last_ns = now_ns()
+    if v.flags & TCP_FIN:
+        e.flags |= TCPHA_F_FIN
+    if v.flags & TCP_RST:
+        e.flags |= TCPHA_F_RST
+    return True
+
+
+cdef bint _keep(fe_nfqueue *d, uint32_t slot, queue *q, const packet *p) noexcept nogil:
+    cdef holder *h
+    cdef kept *k
+    if slot >= d.nholders:
+        return False
+    k = <kept *>malloc(sizeof(kept) + p.len)
+    if k == NULL:
+        return False
+    k.next = NULL
+    k.q = q
+    k.id = p.id
+    k.skb_info = p.skb_info
+    k.len = p.len
+    memcpy(k.data, p.data, p.len)
+    pthread_mutex_lock(&d.hold_lock)
+    h = &d.holders[slot]
+    if h.last != NULL:
+        h.last.next = k
+    else:
+        h.first = k
+    h.last = k
+    pthread_mutex_unlock(&d.hold_lock)
+    return True
+
+
+cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
+    cdef fe_nfqueue *d = <fe_nfqueue *>self
+    cdef tcpha_flow flow
+    cdef tcpha_entry *e
+    cdef recent *r
+    cdef tcp_view v
+    if tcp_parse(p.data, p.len, &v) < 0:
+        return V_ACCEPT    # our stack knows what to do with it
+    memset(&flow, 0, sizeof(flow))
+    flow.caddr[10] = flow.caddr[11] = flow.vaddr[10] = flow.vaddr[11] = 0xff
+    memcpy(flow.caddr + 12, v.ip + 12, 4)
+    memcpy(flow.vaddr + 12, v.ip + 16, 4)
+    memcpy(&flow.cport, v.tcp, 2)
+    memcpy(&flow.vport, v.tcp + 2, 2)
+    e = <tcpha_entry *>table_find(&d.flows, &flow)
+    if e == NULL or not _classify(d, &flow, e, &v):
+        if v.ts != NULL:
+            r = &d.seen[_place(&flow)]
+            r.flow = flow
+            r.tsval = get32(v.ts)
+        return V_ACCEPT
+    if e.state == TCPHA_FORWARD:
+        _to_backend(d, e, &v, p.skb_info)
+        return V_DROP
+    add64(<uint64_t *>&d.n.held, 1)
+    return V_KEEP if _keep(d, e.slot, q, p) else V_DROP  # out of memory: the client sends it again
+
+
+# For the workers: see datapath.pxd
+
+cdef int _divert(void *self, const tcpha_flow *flow, tcpha_entry *entry,
+                 tcpha_entry *old) noexcept nogil:
+    cdef fe_nfqueue *d = <fe_nfqueue *>self
+    cdef int rc
+    pthread_rwlock_wrlock(&d.lock)
+    rc = ledger_divert(&d.book, flow, entry, old)
+    pthread_rwlock_unlock(&d.lock)
+    return rc
+
+
+cdef int _freeze(void *self, uint32_t worker, int fd, snapshot *s) noexcept nogil:
+    cdef fe_nfqueue *d = <fe_nfqueue *>self
+    cdef recent *r = &d.seen[_place(&s.flow)]
+    cdef int rc = repair_freeze(fd, s)
+    cdef uint16_t mss
+    if rc != 0:
+        return rc
+    mss = saved_syn_mss(fd, s.mss, &s.ts_recent)
+    if d.tunnel:
+        s.mss = mss
+    pthread_rwlock_wrlock(&d.lock)
+    if memcmp(&r.flow, &s.flow, sizeof(tcpha_flow)) == 0:
+        s.ts_recent = r.tsval
+    pthread_rwlock_unlock(&d.lock)
+    return 0
+
+
+cdef kept *_take(fe_nfqueue *d, uint32_t slot) noexcept nogil:
+    cdef kept *k = d.holders[slot].first
+    d.holders[slot].first = d.holders[slot].last = NULL
+    return k
+
+
+cdef int _forward(void *self, tcpha_entry *entry, const snapshot *now, const uint8_t *extra,
+                  uint32_t extra_len, bint extra_fin) noexcept nogil:
+    cdef fe_nfqueue *d = <fe_nfqueue *>self
+    cdef uint8_t buf[FRAME_HEAD + 65536]
+    cdef uint32_t at = 0, most, head
+    cdef tcpha_entry *e
+    cdef kept *k
+    cdef kept *following
+    cdef tcp_view v
+    cdef segment s
+    entry.state = TCPHA_FORWARD
+    pthread_rwlock_wrlock(&d.lock)
+    if _put(d, &now.flow, entry, 0) < 0:
+        pthread_rwlock_unlock(&d.lock)
+        return -1
+    e = <tcpha_entry *>table_find(&d.flows, &now.flow)
+    most = now.mss - 12 if now.mss > 100 else TCP_MSS_LOW - 12
+    segment_from(&s, now)
+    while at < extra_len or extra_fin:
+        s.len = min(extra_len - at, most)
+        s.seq = now.rcv_nxt - (1 if now.flags & SNAP_FIN else 0) - extra_len + at
+        s.flags = TCP_ACK | TCP_PSH
+        if extra_fin and at + s.len == extra_len:
+            s.flags |= TCP_FIN
+            extra_fin = False
+        head = forge(buf, &s)
+        memcpy(buf + head, extra + at, s.len)
+        if tcp_parse(buf + VNET_SIZE + ETH_SIZE, head - VNET_SIZE - ETH_SIZE + s.len, &v) == 0:
+            _to_backend(d, e, &v, SKB_CSUM_NOT_READY)
+        at += s.len
+    k = _take(d, entry.slot)
+    while k != NULL:
+        following = k.next
+        if tcp_parse(k.data, k.len, &v) == 0 and _classify(d, &now.flow, e, &v):
+            _to_backend(d, e, &v, k.skb_info)
+            queue_verdict(k.q, k.id, V_DROP)
+        else:
+            queue_verdict(k.q, k.id, V_ACCEPT)
+        free(k)
+        k = following
+    pthread_rwlock_unlock(&d.lock)
+    return 0
+
+
+cdef int _give_back(void *self, const tcpha_flow *flow, uint32_t slot) noexcept nogil:
+    cdef fe_nfqueue *d = <fe_nfqueue *>self
+    cdef kept *k
+    cdef kept *following
+    pthread_rwlock_wrlock(&d.lock)
+    ledger_remove(&d.book, flow)
+    k = _take(d, slot)
+    while k != NULL:
+        following = k.next
+        queue_verdict(k.q, k.id, V_ACCEPT)
+        free(k)
+        k = following
+    pthread_rwlock_unlock(&d.lock)
+    return 0
+
+
+cdef int _forget(void *self, const tcpha_flow *flow, uint64_t id, bint linger,
+                 tcpha_entry *entry) noexcept nogil:
+    cdef fe_nfqueue *d = <fe_nfqueue *>self
+    cdef int rc
+    pthread_rwlock_wrlock(&d.lock)
+    rc = ledger_forget(&d.book, flow, id, linger, entry)
+    pthread_rwlock_unlock(&d.lock)
+    return rc
+
+
+cdef void _sweep(void *self, uint64_t now) noexcept nogil:
+    cdef fe_nfqueue *d = <fe_nfqueue *>self
+    pthread_rwlock_wrlock(&d.lock)
+    ledger_sweep(&d.book, now)
+    pthread_rwlock_unlock(&d.lock)
+
+
+cdef void _on_packets(void *self, uint8_t *scratch) noexcept nogil:
+    pass  # the queues have threads of their own
+
+
+cdef class FeNfqueue(FeDatapath):
+    """slots: connection slots of the workers; queues: Queue objects, started later."""
+
+    cdef fe_nfqueue *d
+    cdef list queues
+    cdef object packet_socket
+
+    def __cinit__(self, str vaddr, int port, int slots, int maxflows, bint tunnel, list queues):
+        cdef Queue q
+        self.d = <fe_nfqueue *>calloc(1, sizeof(fe_nfqueue))
+        if self.d == NULL:
+            raise MemoryError
+        rwlock_init(&self.d.lock)
+        pthread_mutex_init(&self.d.hold_lock, NULL)
+        table_open(&self.d.flows, maxflows, sizeof(tcpha_entry), 0, None)
+        ledger_open(&self.d.book, maxflows)
+        self.d.book.store.self = self.d
+        self.d.book.store.find = _find
+        self.d.book.store.put = _put
+        self.d.book.store.remove = _remove
+        self.d.nholders = slots
+        self.d.holders = <holder *>calloc(slots, sizeof(holder))
+        self.d.seen = <recent *>calloc(RECENT, sizeof(recent))
+        if self.d.holders == NULL or self.d.seen == NULL:
+            raise MemoryError
+        address_bytes(vaddr, self.d.vaddr)
+        self.d.vport = htons(port)
+        self.d.tunnel = tunnel
+        self.packet_socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC)
+        self.packet_socket.setsockopt(263, 15, 1)  # SOL_PACKET, PACKET_VNET_HDR
+        self.packet_socket.setsockopt(socket.SOL_SOCKET, 32, 16 << 20)  # SO_SNDBUFFORCE
+        self.d.packet_fd = self.packet_socket.fileno()
+        self.queues = queues
+        for q in queues:
+            q.set_handler(_on_packet, self.d, &self.d.lock)
+        self.table.self = self.d
+        self.table.divert = _divert
+        self.table.freeze = _freeze
+        self.table.forward = _forward
+        self.table.give_back = _give_back
+        self.table.forget = _forget
+        self.table.sweep = _sweep
+        self.table.on_packets = _on_packets
+
+    def __dealloc__(self):
+        if self.d != NULL:
+            table_close(&self.d.flows)
+            ledger_close(&self.d.book)
+            pthread_rwlock_destroy(&self.d.lock)
+            free(self.d.holders)
+            free(self.d.seen)
+            free(self.d)
+
+    def close(self):
+        """No queue may be served any more."""
+        self.packet_socket.close()
+
+    def set_backend(self, uint32_t index, way):
+        """Say how to reach a back end: None, or (ifindex, tunnel, destination MAC, source MAC,
+        address, source address, MTU)."""
+        cdef path p
+        cdef uint8_t addr[16]
+        memset(&p, 0, sizeof(p))
+        if way is not None:
+            p.ifindex = way[0]
+            p.tunnel = way[1]
+            memcpy(p.ether, <const char *>(<bytes>way[2]), 6)
+            memcpy(p.ether + 6, <const char *>(<bytes>way[3]), 6)
+            p.ether[12] = 8
+            address_bytes(way[4], addr)
+            memcpy(&p.addr, addr + 12, 4)
+            address_bytes(way[5], addr)
+            memcpy(&p.src, addr + 12, 4)
+            p.mtu = way[6]
+        with nogil:
+            pthread_rwlock_wrlock(&self.d.lock)
+            self.d.paths[index] = p
+            pthread_rwlock_unlock(&self.d.lock)
+
+    def counters(self):
+        cdef tcpha_counters *n = &self.d.n
+        return {"forwarded": n.forwarded, "forwarded_bytes": n.forwarded_bytes, "held": n.held,
+                "live_syn": n.live_syn, "unreachable": n.unreachable}
+
+    def flows(self):
+        cdef flow_cell *rows = <flow_cell *>malloc(<size_t>ROWS * self.d.flows.stride)
+        cdef flow_cell *c
+        cdef uint32_t at = 0, end, n, i
+        cdef uint32_t stride = self.d.flows.stride
+        out = []
+        if rows == NULL:
+            raise MemoryError
+        try:
+            while at < self.d.flows.capacity:
+                n = 0
+                end = min(at + ROWS, self.d.flows.capacity)
+                with nogil:
+                    pthread_rwlock_rdlock(&self.d.lock)
+                    while at < end:
+                        c = table_cell(&self.d.flows, at)
+                        if c.used:
+                            memcpy(<uint8_t *>rows + <size_t>n * stride, c, stride)
+                            n += 1
+                        at += 1
+                    pthread_rwlock_unlock(&self.d.lock)
+                for i in range(n):
+                    c = <flow_cell *>(<uint8_t *>rows + <size_t>i * stride)
+                    if (<tcpha_entry *>(c + 1)).state == TCPHA_FORWARD and \
+                            not (<tcpha_entry *>(c + 1)).flags & TCPHA_F_CLOSED:
+                        out.append(flow_row(&c.key, <tcpha_entry *>(c + 1)))
+        finally:
+            free(rows)
+        return out

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""TCP packets: where their fields and options are, and changing them in place.
+
+All options are parsed here and nowhere else, with every length checked against the packet.
+"""
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from tcpha._fast.packet cimport TCP_ACK, TCP_SIZE, TCP_SYN
+from tcpha._fast.sys cimport htonl, htons, ntohl, ntohs
+
+cdef enum:
+    OPT_END = 0
+    OPT_NOP = 1
+    OPT_MSS = 2
+    OPT_WSCALE = 3
+    OPT_SACK_OK = 4
+    OPT_SACK = 5
+    OPT_TIMESTAMP = 8
+
+
+cdef int tcp_parse(uint8_t *p, uint32_t length, tcp_view *v) noexcept nogil:
+    """Find everything in a packet of 'length' bytes that begins with an IPv4 header. 0, or -1: no
+    whole TCP header, or malformed options."""
+    cdef uint32_t ihl, doff, at, end, size
+    cdef uint8_t *o
+    memset(v, 0, sizeof(tcp_view))
+    v.wscale = -1
+    if length < 20 or p[0] >> 4 != 4 or p[9] != 6:
+        return -1
+    ihl = (p[0] & 15) * 4u
+    if ihl < 20 or length < ihl + TCP_SIZE or (get16(p + 6) & 0x3fff) != 0:  # or a fragment
+        return -1
+    v.ip = p
+    v.tcp = p + ihl
+    v.len = length
+    v.flags = v.tcp[13]
+    doff = (v.tcp[12] >> 4) * 4u
+    if doff < TCP_SIZE or ihl + doff > length:
+        return -1
+    v.data = v.tcp + doff
+    v.data_len = length - ihl - doff
+    at = TCP_SIZE
+    end = doff
+    while at < end:
+        o = v.tcp + at
+        if o[0] == OPT_END:
+            break
+        if o[0] == OPT_NOP:
+            at += 1
+            continue
+        if at + 1 >= end:
+            return -1
+        size = o[1]
+        if size < 2 or at + size > end:
+            return -1
+        if o[0] == OPT_TIMESTAMP and size == 10:
+            v.ts = o + 2
+        elif o[0] == OPT_SACK and size >= 10 and (size - 2) % 8 == 0:
+            v.sack = o + 2
+            v.sack_blocks = (size - 2) // 8
+        elif v.flags & TCP_SYN:
+            if o[0] == OPT_MSS and size == 4:
+                v.mss = get16(o + 2)
+            elif o[0] == OPT_WSCALE and size == 3:
+                v.wscale = min(<int>o[2], 14)  # RFC 7323 section 2.3
+            elif o[0] == OPT_SACK_OK and size == 2:
+                v.sack_ok = True
+        at += size
+    return 0
+
+
+cdef inline uint32_t _words(uint32_t wire, bint odd) noexcept nogil:
+    """The two 16-bit words of four bytes, added up as the checksum adds them where they lie."""
+    if odd:
+        wire = ((wire & 0x00ff00ffu) << 8) | ((wire >> 8) & 0x00ff00ffu)
+    return (wire & 0xffff) + (wire >> 16)
+
+
+cdef inline void _add32(tcp_view *v, uint8_t *p, uint32_t add, uint64_t *diff) noexcept nogil:
+    """Add to a 32-bit field at any offset, and note the difference for the checksum."""
+    cdef uint32_t old, new
+    cdef bint odd = (p - v.tcp) & 1
+    memcpy(&old, p, 4)
+    new = htonl(ntohl(old) + add)
+    memcpy(p, &new, 4)
+    diff[0] += _words(~old, odd) + _words(new, odd)
+
+
+cdef inline uint16_t _fold(uint64_t total) noexcept nogil:
+    while total >> 16:
+        total = (total & 0xffff) + (total >> 16)
+    return <uint16_t>total
+
+
+cdef inline void _apply(uint8_t *check, uint64_t diff) noexcept nogil:
+    """RFC 1624, equation 3."""
+    cdef uint16_t sum_
+    memcpy(&sum_, check, 2)
+    sum_ = ~_fold(<uint64_t><uint16_t>~sum_ + diff)
+    memcpy(check, &sum_, 2)
+
+
+cdef uint16_t pseudo_sum(const uint8_t *ip, uint32_t tcp_len) noexcept nogil:
+    """The sum of the pseudo-header (RFC 9293 section 3.1), folded, in wire order."""
+    cdef uint32_t src, dst
+    memcpy(&src, ip + 12, 4)
+    memcpy(&dst, ip + 16, 4)
+    return _fold(<uint64_t>_words(src, False) + _words(dst, False) + htons(6)
+                 + htons(<uint16_t>tcp_len) + htons(<uint16_t>(tcp_len >> 16)))
+
+
+cdef uint32_t sum_bytes(const uint8_t *p, uint32_t n) noexcept nogil:
+    """The Internet sum (RFC 1071) of n bytes, folded to 16 bits, in wire order."""
+    cdef uint64_t total = 0
+    cdef uint32_t i = 0, word
+    while i + 4 <= n:
+        memcpy(&word, p + i, 4)
+        total += word
+        i += 4
+    if i < n:
+        word = 0
+        memcpy(&word, p + i, n - i)
+        total += word
+    return _fold((total & 0xffffffffu) + (total >> 32))
+
+
+cdef void checksum_full(tcp_view *v) noexcept nogil:
+    """Compute the TCP checksum of the packet as it stands."""
+    cdef uint32_t n = v.len - <uint32_t>(v.tcp - v.ip)
+    cdef uint16_t sum_
+    memset(v.tcp + 16, 0, 2)
+    sum_ = ~_fold(<uint64_t>pseudo_sum(v.ip, n) + sum_bytes(v.tcp, n))
+    memcpy(v.tcp + 16, &sum_, 2)
+
+
+cdef void _replace_address(tcp_view *v, const translation *t, uint64_t *diff) noexcept nogil:
+    cdef uint8_t *ip = v.ip + (12 if t.source else 16)
+    cdef uint8_t *port = v.tcp + (0 if t.source else 2)
+    cdef uint32_t old
+    cdef uint16_t old_port
+    cdef uint64_t ip_diff
+    memcpy(&old, ip, 4)
+    memcpy(ip, &t.addr, 4)
+    ip_diff = _words(~old, False) + _words(t.addr, False)
+    _apply(v.ip + 10, ip_diff)
+    memcpy(&old_port, port, 2)
+    memcpy(port, &t.port, 2)
+    diff[0] += ip_diff + <uint16_t>~old_port + t.port
+
+
+cdef void translate(tcp_view *v, const translation *t, int mode) noexcept nogil:
+    """Change the packet as t says and put its checksum right as mode (checksum_mode) says."""
+    cdef uint64_t diff = 0
+    cdef uint32_t i, window
+    cdef uint16_t old, new
+    if t.seq:
+        _add32(v, v.tcp + 4, t.seq, &diff)
+    if t.ack and v.flags & TCP_ACK:
+        _add32(v, v.tcp + 8, t.ack, &diff)
+    if t.ack and v.sack != NULL:
+        for i in range(v.sack_blocks * 2):
+            _add32(v, v.sack + i * 4, t.ack, &diff)
+    if v.ts != NULL:
+        if t.tsval:
+            _add32(v, v.ts, t.tsval, &diff)
+        if t.tsecr and v.flags & TCP_ACK:  # without ACK it means nothing (RFC 7323 section 3.2)
+            _add32(v, v.ts + 4, t.tsecr, &diff)
+    if t.window_left != t.window_right and not v.flags & TCP_SYN:
+        memcpy(&old, v.tcp + 14, 2)
+        window = (<uint32_t>ntohs(old) << t.window_left) >> t.window_right
+        new = htons(<uint16_t>min(window, <uint32_t>0xffff))
+        memcpy(v.tcp + 14, &new, 2)
+        diff += <uint16_t>~old + new
+    if t.addr:
+        _replace_address(v, t, &diff)
+    if mode == SUM_FULL:
+        checksum_full(v)
+    elif mode == SUM_UPDATE:
+        _apply(v.tcp + 16, diff)
+
+
+def parse_packet(bytes packet):
+    """What tcp_parse() finds, as a dict, or None; for tests."""
+    cdef bytearray copy = bytearray(packet)
+    cdef tcp_view v
+    if tcp_parse(copy, <uint32_t>len(copy), &v) < 0:
+        return None
+    return {"flags": v.flags, "data": packet[len(packet) - v.data_len:],
+            "ts": (get32(v.ts), get32(v.ts + 4)) if v.ts != NULL else None,
+            "sack": [(get32(v.sack + 8 * i), get32(v.sack + 8 * i + 4))
+                     for i in range(v.sack_blocks)],
+            "mss": v.mss, "wscale": v.wscale if v.wscale >= 0 else None, "sack_ok": v.sack_ok}
+
+
+def translate_packet(bytes packet, dict changes, int mode=SUM_UPDATE):
+    """translate() on a copy, for tests and benchmarks. changes: the fields of struct translation;
+    'addr' as 4 bytes, 'port' as a number. Raises ValueError if the packet cannot be parsed."""
+    cdef bytearray copy = bytearray(packet)
+    cdef tcp_view v
+    cdef translation t
+    memset(&t, 0, sizeof(t))
+    t.seq = changes.get("seq", 0)
+    t.ack = changes.get("ack", 0)
+    t.tsval = changes.get("tsval", 0)
+    t.tsecr = changes.get("tsecr", 0)
+    t.window_left = changes.get("window_left", 0)
+    t.window_right = changes.get("window_right", 0)
+    t.source = changes.get("source", False)
+    addr = changes.get("addr")
+    if addr is not None:
+        memcpy(&t.addr, <const char *>(<bytes>addr), 4)
+        t.port = htons(changes["port"])
+    if tcp_parse(copy, <uint32_t>len(copy), &v) < 0:
+        raise ValueError("no TCP packet")
+    translate(&v, &t, mode)
+    return bytes(copy)
+
+
+def translate_many(bytes packet, uint32_t times):
+    """Translate one packet in place over and over, as a worker does, options and checksum
+    included; for benchmarks."""
+    cdef bytearray copy = bytearray(packet)
+    cdef uint8_t *p = copy
+    cdef uint32_t length = <uint32_t>len(copy), _i
+    cdef tcp_view v
+    cdef translation t
+    memset(&t, 0, sizeof(t))
+    t.seq = t.ack = 12345
+    t.tsval = 77
+    t.window_left = 7
+    t.window_right = 5
+    with nogil:
+        for _i in range(times):
+            if tcp_parse(p, length, &v) == 0:
+                translate(&v, &t, SUM_UPDATE)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Datapath 'nfqueue': rules, queues and their threads for each role.
+
+Without the daemon, packets of handed-over flows are dropped, since nobody could rewrite or forward
+them; a SYN to the front end passes, and is refused by its kernel, as nobody listens.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+from pathlib import Path as FilePath
+from typing import Any
+
+from netfilterqueue import NetfilterQueue
+
+from tcpha._fast.nfqueue import open_queues
+from tcpha._fast.nfqueue_be import BeNfqueue
+from tcpha._fast.nfqueue_fe import FeNfqueue
+from tcpha.config import ANY, Config
+from tcpha.datapath import DatapathError, Path
+from tcpha.net import rules
+from tcpha.net.host import Host
+from tcpha.net.rules import Rule
+
+FIRST_QUEUE = 26000       # the first number that is tried
+MAX_QUEUES = 4
+MARK = 0x7C9A0001         # of packets that a back end injects into its own stack
+TIME_WAIT_FLOWS = 1 << 17  # room for connections that are over
+
+
+def _count() -> int:
+    return min(len(os.sched_getaffinity(0)), MAX_QUEUES)
+
+
+def _kernel_counters(numbers: list[int]) -> dict[str, int]:
+    """What the kernel says of queues (/proc/net/netfilter/nfnetlink_queue): packets that wait, and
+    those lost because the queue was full or the daemon's socket had no room."""
+    total = dict.fromkeys(("queued", "queue_dropped", "socket_dropped"), 0)
+    with contextlib.suppress(OSError), open("/proc/net/netfilter/nfnetlink_queue") as f:
+        for line in f:
+            field = [int(x) for x in line.split()]
+            if field[0] in numbers:
+                total["queued"] += field[2]
+                total["queue_dropped"] += field[5]
+                total["socket_dropped"] += field[6]
+    return total
+
+
+class _Nfqueue:
+    name = "nfqueue"
+    table: Any
+
+    def __init__(self, host: Host, role: str):
+        self.host = host
+        self.rules = f"tcpha{role}_{host.handle:04x}_{os.getpid()}"
+        try:
+            self.queues = open_queues(_count(), FIRST_QUEUE)
+        except OSError as error:
+            raise DatapathError(f"datapath nfqueue: {error.strerror}; the kernel needs "
+                                "NETFILTER_NETLINK_QUEUE, and the daemon CAP_NET_ADMIN") from None
+
+    def _begin(self, table: list[Rule]) -> None:
+        for queue in self.queues:
+            queue.start()
+        self.way = rules.install(self.host, self.rules, table)
+        self.host.forget_rules()
+
+    @property
+    def _span(self) -> tuple[int, int]:
+        return self.queues[0].num, len(self.queues)
+
+    def counters(self) -> dict[str, int]:
+        total: dict[str, int] = {}
+        for queue in self.queues:
+            for key, value in queue.counters().items():
+                total[key] = total.get(key, 0) + value
+        return {**total, **_kernel_counters([q.num for q in self.queues]),
+                **self.table.counters()}
+
+    def close(self) -> None:
+        rules.remove(self.rules)
+        for queue in self.queues:
+            queue.close()
+        self.table.close()
+
+
+class NfqueueFrontend(_Nfqueue):
+    def __init__(self, config: Config, host: Host):
+        super().__init__(host, "fe")
+        self.table = FeNfqueue(config.vaddr, config.port, config.maxclients, config.maxflows,
+                               config.forward == "tunnel", self.queues)
+        self.paths: dict[int, tuple[Path, tuple[Any, ...] | None]] = {}
+        vip = {"hook": "prerouting", "destination": config.vaddr, "dport": config.port,
+               "queue": self._span}
+        self._begin([Rule(**vip, flags=rules.SYN, bypass=True), Rule(**vip)])
+
+    def set_backend(self, index: int, path: Path | None) -> None:
+        if path is None:
+            self.paths.pop(index, None)
+            self.table.set_backend(index, None)
+        else:
+            self.paths[index] = path, None
+            self._resolve(index)
+
+    def _resolve(self, index: int) -> None:
+        path, known = self.paths[index]
+        mac = self.host.neighbour(path.nexthop, path.ifindex)
+        way = mac and (path.ifindex, path.tunnel, mac, self.host.mac(path.ifindex), path.address,
+                       path.source, self.host.mtu(path.ifindex))
+        if way and way != known:
+            self.paths[index] = path, way
+            self.table.set_backend(index, way)
+
+    def refresh(self) -> None:
+        for index in self.paths:
+            self._resolve(index)
+
+    def flows(self) -> list[dict[str, Any]]:
+        return list(self.table.flows())
+
+
+class _Handshakes:
+    """SYN-ACKs of the local server, few and small, through the netfilterqueue package."""
+
+    def __init__(self, table: BeNfqueue, first: int):
+        self.table = table
+        self.queue = NetfilterQueue()
+        for num in range(first, 65536):
+            try:
+                self.queue.bind(num, self._on_packet)
+            except OSError:
+                continue
+            self.num = num
+            break
+        else:
+            raise DatapathError("datapath nfqueue: no free netfilter queue")
+        self.stop = os.eventfd(0, os.EFD_CLOEXEC)
+        self.thread = threading.Thread(target=self._run, name="handshakes", daemon=True)
+        self.thread.start()
+
+    def _on_packet(self, packet: Any) -> None:
+        if self.table.handshake(packet.get_payload()):
+            packet.accept()
+        else:
+            packet.drop()
+
+    def _run(self) -> None:
+        poll = select.poll()
+        poll.register(self.queue.get_fd(), select.POLLIN)
+        poll.register(self.stop, select.POLLIN)
+        while not any(fd == self.stop for fd, _ in poll.poll()):
+            self.queue.run(block=False)
+
+    def close(self) -> None:
+        os.eventfd_write(self.stop, 1)
+        self.thread.join()
+        self.queue.unbind()
+        os.close(self.stop)
+
+
+class NfqueueBackend(_Nfqueue):
+    def __init__(self, config: Config, host: Host):
+        super().__init__(host, "be")
+        listen = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
+        guard = []
+        if listen.startswith("127."):
+            # packets for it come from the network and leave for it; only those that we rewrite may
+            guard = [Rule("prerouting", drop=True, protocol=None, destination=rules.LOOPBACK)]
+        # what an earlier run knew of its connections, if it was killed
+        self.file: FilePath = host.journal.with_suffix(".flows")
+        self.table = BeNfqueue(config.vaddr, listen, config.redirectport,
+                               config.maxclients * 2 + TIME_WAIT_FLOWS, MARK, self.queues,
+                               str(self.file))
+        first, total = self._span
+        self.handshakes = _Handshakes(self.table, first + total)
+        local = {"hook": "postrouting", "source": listen, "sport": config.redirectport}
+        self._begin([
+            *guard,
+            Rule("prerouting", mark=MARK),
+            Rule("prerouting", queue=self._span, protocol=rules.IPIP, destination=config.raddr),
+            Rule("prerouting", queue=self._span, destination=config.vaddr),
+            Rule(**local, flags=rules.SYN_ACK, queue=(self.handshakes.num, 1)),
+            Rule(**local, queue=self._span)])
+        if guard:
+            host.sysctl("net/ipv4/conf/all/route_localnet", "1")
+
+    def allow(self, address: str, allowed: bool) -> None:
+        self.table.allow(address, allowed)
+
+    def close(self) -> None:
+        # without us their packets would leave as they are, and mean nothing to the clients
+        self.table.end_all()
+        self.handshakes.close()
+        super().close()
+        self.file.unlink(missing_ok=True)

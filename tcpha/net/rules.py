@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Rules that send packets to netfilter queues, in tables of our own.
+
+Three ways, tried in this order: nft's own 'queue' expression; nft with the NFQUEUE target of
+xtables (nft_compat), over the same netlink socket; the iptables command, in chains of our own.
+"""
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import struct
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.nftables.expressions import genex, verdict
+from pyroute2.nftables.main import NFTables
+
+from tcpha.net.host import Host, HostError
+
+T = TypeVar("T")
+NATIVE, COMPAT, IPTABLES = "nft queue", "nft with the NFQUEUE target", "iptables"
+IPIP = 4
+NF_DROP, NF_ACCEPT = 0, 1
+LOOPBACK = "127.0.0.0/8"
+PRIORITY = {"prerouting": -300, "postrouting": -150}  # raw, before conntrack; mangle, after it
+IPTABLES_CHAIN = {"prerouting": ("raw", "PREROUTING", "-i"),
+                  "postrouting": ("mangle", "POSTROUTING", "-o")}
+SYN, SYN_ACK = 0x02, 0x12
+META_MARK, META_IIFNAME, META_OIFNAME = 3, 6, 7
+NETWORK, TRANSPORT = 1, 2
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule. Packets of lo are left alone. queue: number of the first and how many share the
+    load by the hash of the addresses; None: accept, or drop. bypass: accept if nobody serves the
+    queue. destination: an address, or LOOPBACK for all that begin with 127."""
+
+    hook: str
+    queue: tuple[int, int] | None = None
+    bypass: bool = False
+    drop: bool = False
+    mark: int | None = None
+    protocol: int | None = socket.IPPROTO_TCP
+    source: str | None = None
+    destination: str | None = None
+    sport: int | None = None
+    dport: int | None = None
+    flags: int | None = None  # of SYN and ACK
+
+
+def install(host: Host, name: str, rules: list[Rule]) -> str:
+    """Put rules in force, in an nft table (or in chains) of that name. Returns the way that worked.
+    Raises HostError if none does."""
+    host.will_undo(what="rules", name=name)
+    tried = []
+    for way in (NATIVE, COMPAT, IPTABLES):
+        try:
+            if way == IPTABLES:
+                _iptables(name, rules)
+            else:
+                _in_thread(partial(_nft, name, rules, way == NATIVE))
+            return way
+        except (NetlinkError, OSError, subprocess.CalledProcessError) as error:
+            tried.append(f"{way}: {getattr(error, 'stderr', None) or error}")
+            remove(name)
+    raise HostError("cannot send packets to netfilter queues (" + "; ".join(tried) + "); the "
+                    "kernel needs NFT_QUEUE, or NFT_COMPAT and NETFILTER_XT_TARGET_NFQUEUE")
+
+
+def remove(name: str) -> None:
+    """Take everything of that name away, whichever way it was installed."""
+    def drop(nft: Any) -> None:
+        if any(t.get_attr("NFTA_TABLE_NAME") == name for t in nft.get_tables()):
+            nft.table("del", name=name)
+    with contextlib.suppress(NetlinkError):  # a kernel without nf_tables
+        _in_thread(drop)
+    for table, chain, _ in IPTABLES_CHAIN.values() if shutil.which("iptables") else ():
+        if _ipt("-t", table, "-S", name, check=False).returncode == 0:
+            _ipt("-t", table, "-D", chain, "-j", name, check=False)
+            _ipt("-t", table, "-F", name)
+            _ipt("-t", table, "-X", name)
+
+
+def _in_thread(work: Callable[[Any], T]) -> T:
+    """pyroute2 runs an event loop of its own, which must not meet the caller's."""
+    def run() -> T:
+        nft = NFTables(nfgen_family=socket.AF_INET)
+        try:
+            return work(nft)
+        finally:
+            nft.close()
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+# nft
+
+def _compare(load: dict[str, Any], value: bytes, equal: bool = True,
+             mask: bytes | None = None) -> list[dict[str, Any]]:
+    steps = [load]
+    if mask:
+        steps.append(genex("bitwise", {
+            "sreg": 1, "dreg": 1, "len": len(mask), "mask": _data(mask),
+            "xor": _data(b"\0" * len(mask))}))
+    return [*steps, genex("cmp", {"sreg": 1, "op": 0 if equal else 1, "data": _data(value)})]
+
+
+def _data(value: bytes) -> dict[str, Any]:
+    return {"attrs": [("NFTA_DATA_VALUE", value)]}
+
+
+def _payload(base: int, offset: int, length: int) -> dict[str, Any]:
+    return dict(genex("payload", {"dreg": 1, "base": base, "offset": offset, "len": length}))
+
+
+def _meta(key: int) -> dict[str, Any]:
+    return dict(genex("meta", {"dreg": 1, "key": key}))
+
+
+def _expressions(rule: Rule, native: bool) -> list[list[dict[str, Any]]]:
+    device = META_IIFNAME if rule.hook == "prerouting" else META_OIFNAME
+    steps = [_compare(_meta(device), b"lo".ljust(16, b"\0"), equal=False)]
+    if rule.protocol is not None:
+        steps.append(_compare(_payload(NETWORK, 9, 1), bytes([rule.protocol])))
+    if rule.mark is not None:
+        steps = [_compare(_meta(META_MARK), struct.pack("=I", rule.mark))]
+    for address, offset in ((rule.source, 12), (rule.destination, 16)):
+        if address == LOOPBACK:
+            steps.append(_compare(_payload(NETWORK, offset, 1), b"\x7f"))
+        elif address is not None:
+            steps.append(_compare(_payload(NETWORK, offset, 4), socket.inet_aton(address)))
+    for port, offset in ((rule.sport, 0), (rule.dport, 2)):
+        if port is not None:
+            steps.append(_compare(_payload(TRANSPORT, offset, 2), struct.pack("!H", port)))
+    if rule.flags is not None:
+        steps.append(_compare(_payload(TRANSPORT, 13, 1), bytes([rule.flags]),
+                              mask=bytes([SYN_ACK])))
+    if rule.queue is None:
+        return [*steps, verdict(NF_DROP if rule.drop else NF_ACCEPT)]
+    first, total = rule.queue
+    if native:
+        action = genex("queue", {"num": first, "total": total,
+                                 "flags": {"value": int(rule.bypass)}})  # NFT_QUEUE_FLAG_BYPASS
+    else:  # struct xt_NFQ_info_v3
+        action = genex("target", {"name": "NFQUEUE", "rev": 3,
+                                  "info": struct.pack("=4H", first, total, int(rule.bypass), 0)})
+    return [*steps, [action]]
+
+
+def _nft(name: str, rules: list[Rule], native: bool, nft: Any) -> None:
+    nft.table("add", name=name)
+    for hook in dict.fromkeys(r.hook for r in rules):
+        nft.chain("add", table=name, name=hook, hook=hook, type="filter", policy=NF_ACCEPT,
+                  priority=PRIORITY[hook])
+    for rule in rules:
+        nft.rule("add", table=name, chain=rule.hook, expressions=_expressions(rule, native))
+
+
+# iptables
+
+def _ipt(*args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["iptables", "-w", *args], check=check, capture_output=True, text=True)
+
+
+def _iptables(name: str, rules: list[Rule]) -> None:
+    for hook in dict.fromkeys(r.hook for r in rules):
+        table, chain, device = IPTABLES_CHAIN[hook]
+        _ipt("-t", table, "-N", name)
+        for rule in rules:
+            if rule.hook == hook:
+                _ipt("-t", table, "-A", name, *_arguments(rule, device))
+        _ipt("-t", table, "-A", chain, "-j", name)
+
+
+def _arguments(rule: Rule, device: str) -> list[str]:
+    if rule.mark is not None:
+        return ["-m", "mark", "--mark", str(rule.mark), "-j", "ACCEPT"]
+    args = ["!", device, "lo"]
+    if rule.protocol is not None:
+        args += ["-p", str(rule.protocol)]
+    for option, value in (("-s", rule.source), ("-d", rule.destination), ("--sport", rule.sport),
+                          ("--dport", rule.dport)):
+        if value is not None:
+            args += [option, str(value)]
+    if rule.flags is not None:
+        args += ["--tcp-flags", "SYN,ACK", "SYN,ACK" if rule.flags == SYN_ACK else "SYN"]
+    if rule.queue is None:
+        return [*args, "-j", "DROP" if rule.drop else "ACCEPT"]
+    first, total = rule.queue
+    args += ["-j", "NFQUEUE"]
+    args += ["--queue-balance", f"{first}:{first + total - 1}"] if total > 1 else \
+        ["--queue-num", str(first)]
+    return [*args, "--queue-bypass"] if rule.bypass else args
