@@ -13,10 +13,24 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tcpha.lab.bed import Cluster, listening, wait_for
+
+# Passes the answers of port 8082 through the netfilterqueue package, and changes nothing.
+PASS = """
+from netfilterqueue import NetfilterQueue
+from tcpha.net import rules
+class Journal:
+    def will_undo(self, **change): pass
+rules.install(Journal(), "bench", [rules.Rule("postrouting", sport=8082, queue=(1, 1))])
+queue = NetfilterQueue()
+queue.bind(1, lambda packet: packet.accept())
+print("ready", flush=True)
+queue.run()
+"""
 
 HAPROXY = """
 global
@@ -49,13 +63,14 @@ backend be2
 
 
 class Bench:
-    """One cluster with HAProxy on the front end's host. forward: of our front end."""
+    """One cluster with HAProxy on the front end's host."""
 
-    def __init__(self, forward: str, seconds: float):
+    def __init__(self, datapath: str, forward: str, seconds: float):
         self.seconds = seconds
         self.cluster = c = Cluster(2, forward, fe_conf="maxclients = 4096",
                                    be_conf="maxclients = 20000",
-                                   nginx={"log": False, "ports": (80,)})
+                                   nginx={"log": False, "ports": (80, 8082)},
+                                   datapath=(datapath, datapath))
         try:
             self._prepare(c)
         except BaseException:
@@ -71,6 +86,8 @@ class Bench:
         (c.fe_host.dir / "haproxy.cfg").write_text(HAPROXY)
         c.fe_host.start("haproxy", "-db", "-f", str(c.fe_host.dir / "haproxy.cfg"))
         wait_for(lambda: listening(c.fe_host, 8080), "haproxy")
+        passing = c.be_hosts[0].start(sys.executable, "-c", PASS, stdout=-1)
+        assert passing.stdout and passing.stdout.readline() == "ready\n"
         c.client.sysctl("net.ipv4.ip_local_port_range", "15000 60000")
 
     def wrk(self, base: str, path: str, connections: int, *options: str) -> float:
@@ -91,6 +108,20 @@ class Bench:
                                 input="\n".join([f"{base}/big"] * count))
         return count * 64 / (time.monotonic() - start)
 
+    @contextmanager
+    def segmented(self) -> Iterator[None]:
+        """The back end's TCP sends no packet larger than the MTU, as if its NIC could not cut."""
+        be = self.cluster.be_hosts[0]
+        be.run("ethtool", "-K", "eth0", "tso", "off", "gso", "off")
+        try:
+            yield
+        finally:
+            be.run("ethtool", "-K", "eth0", "tso", "on", "gso", "on")
+
+    def big_segmented(self, base: str) -> float:
+        with self.segmented():
+            return self.big(base)
+
     def first_byte(self, base: str) -> float:
         """Median microseconds from sending the request to the first byte of the answer."""
         host, _, port = base.removeprefix("http://").partition(":")
@@ -110,11 +141,15 @@ class Bench:
         return self.cluster.client.inside(work)
 
 
+SEGMENTED = "64 MB downloads, c=4, segmented"
+
+
 def workloads(b: Bench) -> dict[str, tuple[str, bool, Callable[[str], float]]]:
     """{name: (unit, more is better, measure)}"""
     close = ("-H", "Connection: close")
     return {
         "64 MB downloads, c=4": ("MB/s", True, b.big),
+        SEGMENTED: ("MB/s", True, b.big_segmented),
         "1 MB keep-alive, c=8": ("req/s", True, lambda base: b.wrk(base, "/1m", 8)),
         "10 KB keep-alive, c=32": ("req/s", True, lambda base: b.wrk(base, "/10k", 32)),
         "1 KB, a connection each, c=32": ("req/s", True,
@@ -131,13 +166,14 @@ def main() -> int:
     args = p.parse_args()
     beds: dict[str, Bench] = {}
     try:
-        for forward in ("direct", "tunnel"):
-            beds[forward] = Bench(forward, args.seconds)
+        for datapath in ("ebpf", "nfqueue"):
+            for forward in ("direct", "tunnel"):
+                beds[f"{datapath} {forward}"] = Bench(datapath, forward, args.seconds)
         samples = measure(beds, args.rounds)
     finally:
         for bench in beds.values():
             bench.cluster.close()
-    report(samples, {n: u for n, (u, _, _) in workloads(beds["direct"]).items()}, args.output)
+    report(samples, {n: u for n, (u, _, _) in workloads(beds["ebpf direct"]).items()}, args.output)
     return 0
 
 
@@ -145,16 +181,16 @@ def measure(beds: dict[str, Bench], rounds: int) -> dict[str, dict[str, list[flo
     """{workload: {way: values}}; each round measures every way, so that noise hits all alike."""
     vip = f"http://{Cluster.VIP}"
     ways: dict[str, tuple[Bench, str]] = {
-        "nginx direct": (beds["direct"], "http://192.168.1.33"),
-        "tcpha direct": (beds["direct"], vip),
-        "tcpha tunnel": (beds["tunnel"], vip),
-        "haproxy http": (beds["direct"], "http://192.168.1.23:8080"),
-        "haproxy tcp": (beds["direct"], "http://192.168.1.23:8081"),
+        "nginx direct": (beds["ebpf direct"], "http://192.168.1.33"),
+        **{f"tcpha {name}": (bed, vip) for name, bed in beds.items()},
+        "haproxy http": (beds["ebpf direct"], "http://192.168.1.23:8080"),
+        "haproxy tcp": (beds["ebpf direct"], "http://192.168.1.23:8081"),
     }
+    passed = {"netfilterqueue": (beds["ebpf direct"], "http://192.168.1.33:8082")}
     samples: dict[str, dict[str, list[float]]] = {}
     for n in range(rounds):
-        for name in workloads(beds["direct"]):
-            for way, (bench, base) in ways.items():
+        for name in workloads(beds["ebpf direct"]):
+            for way, (bench, base) in (ways | passed if name == SEGMENTED else ways).items():
                 value = workloads(bench)[name][2](base)
                 samples.setdefault(name, {}).setdefault(way, []).append(value)
         print(f"round {n + 1} of {rounds} done", file=sys.stderr)

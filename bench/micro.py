@@ -11,6 +11,7 @@ import pytest
 from tcpha._fast import message
 from tcpha._fast.http import parse_head
 from tcpha._fast.match import Matcher
+from tcpha._fast.rewrite import translate_many
 
 HEAD = (b"GET /images/2026/11/photo-1234.jpg?size=large HTTP/1.1\r\nHost: www.example.org\r\n"
         b"User-Agent: Mozilla/5.0 (X11; Linux x86_64) Gecko/20100101 Firefox/140.0\r\n"
@@ -64,3 +65,36 @@ def test_message_encode(benchmark: Any) -> None:
 def test_message_decode(benchmark: Any) -> None:
     raw = message.encode(message.HANDOFF, 1, FIELDS, HEAD)
     assert benchmark(message.decode, raw)["data"] == HEAD
+
+
+# A segment of 1448 bytes with timestamps, as a back end's worker rewrites it. The alternative
+# takes 100 of them in plain Python, checksum by difference too.
+PACKET = bytes.fromhex(
+    "450005dc0001400040060000c0a80124c0a80132"
+    "0050c3500000000100000002801001f50000000001"
+    "01080a0000000100000002") + b"x" * 1448
+TIMES = 100
+
+
+@pytest.mark.benchmark(group="rewrite, 100 packets")
+def test_rewrite_ours(benchmark: Any) -> None:
+    benchmark(translate_many, PACKET, TIMES)
+
+
+@pytest.mark.benchmark(group="rewrite, 100 packets")
+def test_rewrite_python(benchmark: Any) -> None:
+    packet = bytearray(PACKET)
+
+    def rewrite() -> None:
+        for _ in range(TIMES):
+            total = 0
+            for offset, add in ((24, 12345), (28, 12345), (44, 77)):
+                old = int.from_bytes(packet[offset:offset + 4], "big")
+                new = (old + add) & 0xFFFFFFFF
+                packet[offset:offset + 4] = new.to_bytes(4, "big")
+                total += (~old >> 16 & 0xFFFF) + (~old & 0xFFFF) + (new >> 16) + (new & 0xFFFF)
+            check = (~int.from_bytes(packet[36:38], "big") & 0xFFFF) + total
+            while check >> 16:
+                check = (check & 0xFFFF) + (check >> 16)
+            packet[36:38] = (~check & 0xFFFF).to_bytes(2, "big")
+    benchmark(rewrite)

@@ -281,7 +281,10 @@ def test_many_short_connections(cluster: Cluster) -> None:
         done = cluster.client.run("ab", "-q", "-n", "30000", "-c", "64", f"http://{cluster.VIP}/1k")
         assert "Complete requests:      30000" in done.stdout
         assert "Failed requests:        0" in done.stdout, done.stdout
-        assert cluster.client.nft_counter("resets") == 0
+        # At its end ab closes connections on which it has said nothing, and the front end does the
+        # same. Where their last packets overtake each other between CPUs, a RST is TCP's answer.
+        silent = cluster.fe.ctl("status")["counters"]["lost"] - before["lost"]
+        assert silent <= 64 and cluster.client.nft_counter("resets") <= silent
         settle(cluster)
         after = cluster.fe.ctl("status")["counters"]
         assert after["handed"] - before["handed"] == 30000

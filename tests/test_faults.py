@@ -332,19 +332,19 @@ def test_new_connection_on_a_half_dead_tuple(pair: Cluster) -> None:
         s.bind((pair.client.address, port))
         s.connect((pair.VIP, 80))
         return s
-    s = pair.client.inside(lambda: dial(45678))
+    s = pair.client.inside(lambda: dial(20678))
     s.sendall(REQUEST.replace(b"close", b"keep-alive"))
     s.recv(65536)
     # vanish: nothing of the close leaves the client
     pair.client.nft("""table ip lab {
         chain out { type filter hook output priority 0;
-            tcp sport 45678 drop
+            tcp sport 20678 drop
         }
     }""")
     s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     s.close()
     pair.client.nft("")
-    s = pair.client.inside(lambda: dial(45678))
+    s = pair.client.inside(lambda: dial(20678))
     s.sendall(REQUEST)
     assert read_all(s).startswith(b"HTTP/1.1 200 ")
     s.close()

@@ -8,7 +8,7 @@ scale the same.
 """
 import socket
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memset
 
@@ -45,6 +45,7 @@ cdef enum:
     TCP_ECE = 0x40
     TCP_CWR = 0x80
     MAX_FRONTENDS = 256
+    LEAP = 1 << 24         # how far 'high' may be behind, if the queue was full
     SWEEP = 512            # entries looked at by one call of sweep()
     LAYOUT = 1             # version of struct be_flow
 
@@ -73,6 +74,8 @@ cdef struct be_flow:
     translation inward
     translation outward
     uint64_t ended_ns      # 0: alive
+    uint32_t high          # behind the highest sequence number that the local socket has used
+    uint64_t volume        # how far that has come
     uint64_t sent          # packets from the local socket
 
 
@@ -92,7 +95,7 @@ cdef struct be_nfqueue:
     uint32_t nfrontends
     uint32_t cursor        # of sweep()
     uint64_t killed
-    uint64_t unknown       # packets of our VIP's sockets whose flow is not known: dropped
+    uint64_t unknown       # packets from the VIP that are of no flow that is known: dropped
     tcpha_counters n
 
 
@@ -158,6 +161,20 @@ cdef void _tell(be_nfqueue *d) noexcept nogil:
     pthread_mutex_unlock(&d.wait_lock)
 
 
+cdef bint _is_of(be_flow *f, const tcp_view *v) noexcept nogil:
+    """Whether a packet fits the socket's numbers. If not, it comes from an older socket with the
+    same name, whose last words (a RST, when it was destroyed) were still in the queue."""
+    cdef uint32_t seq = get32(v.tcp + 4)
+    cdef int64_t ahead = <int>(seq - f.high)
+    if ahead > LEAP or -ahead > <int64_t>min(f.volume, <uint64_t>1 << 30) + 1:  # 1: keep-alive
+        return False
+    seq += v.data_len + (1 if v.flags & TCP_FIN else 0)
+    if <int>(seq - f.high) > 0:
+        f.volume += seq - f.high
+        f.high = seq
+    return True
+
+
 cdef int _outward(be_nfqueue *d, packet *p) noexcept nogil:
     """From the local server."""
     cdef tcpha_flow local
@@ -181,6 +198,9 @@ cdef int _outward(be_nfqueue *d, packet *p) noexcept nogil:
         if v.flags & TCP_RST and f.state == B_SYN:
             f.state = B_REFUSED
             _tell(d)
+        return V_DROP
+    if not _is_of(f, &v):
+        add64(&d.unknown, 1)
         return V_DROP
     f.sent += 1
     translate(&v, &f.outward, SUM_LEAVE if p.skb_info & SKB_GSO else
@@ -433,6 +453,7 @@ cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
     pthread_rwlock_wrlock(&d.lock)
     f = <be_flow *>table_find(&d.flows, &local)
     _plan(d, f, s)
+    f.high = f.isn + 1
     f.state = B_LIVE       # before the request: it may be answered at once
     pthread_rwlock_unlock(&d.lock)
     _segment(&g, s, &local, &copy)
@@ -551,10 +572,10 @@ cdef bint _evict(be_nfqueue *d) noexcept nogil:
     """Make room at the cost of a TIME_WAIT socket's last words. The lock is held for writing."""
     cdef uint32_t i
     cdef flow_cell *c
-    for i in range(d.flows.capacity):
-        c = table_cell(&d.flows, (d.cursor + i) % d.flows.capacity)
+    for i in range(d.flows.head.fresh):
+        c = table_cell(&d.flows, (d.cursor + i) % d.flows.head.fresh)
         if c.used and (<be_flow *>(c + 1)).ended_ns:
-            d.cursor = (d.cursor + i) % d.flows.capacity
+            d.cursor = (d.cursor + i) % d.flows.head.fresh
             return table_remove(&d.flows, &c.key)
     return False
 
@@ -567,7 +588,7 @@ cdef void _sweep(void *self, uint64_t now) noexcept nogil:
     pthread_rwlock_wrlock(&d.lock)
     if d.flows.head.used:
         for _i in range(SWEEP):
-            d.cursor = (d.cursor + 1) % d.flows.capacity
+            d.cursor = (d.cursor + 1) % d.flows.head.fresh
             c = table_cell(&d.flows, d.cursor)
             f = <be_flow *>(c + 1)
             if c.used and f.ended_ns and now > f.ended_ns + RETAIN_NS:
@@ -635,7 +656,7 @@ cdef class BeNfqueue(BeDatapath):
         cdef flow_cell *c
         cdef be_flow *f
         cdef diag_answer a
-        for i in range(self.d.flows.capacity):
+        for i in range(self.d.flows.head.fresh):
             c = table_cell(&self.d.flows, i)
             f = <be_flow *>(c + 1)
             if not c.used:
@@ -649,7 +670,7 @@ cdef class BeNfqueue(BeDatapath):
         cdef uint32_t i
         cdef flow_cell *c
         with nogil:
-            for i in range(self.d.flows.capacity):
+            for i in range(self.d.flows.head.fresh):
                 c = table_cell(&self.d.flows, i)
                 if c.used and not (<be_flow *>(c + 1)).ended_ns:
                     diag_destroy(&self.d.sockets, &c.key)

@@ -548,9 +548,9 @@ cdef class FeNfqueue(FeDatapath):
         if rows == NULL:
             raise MemoryError
         try:
-            while at < self.d.flows.capacity:
+            while at < self.d.flows.head.fresh:
                 n = 0
-                end = min(at + ROWS, self.d.flows.capacity)
+                end = min(at + ROWS, self.d.flows.head.fresh)
                 with nogil:
                     pthread_rwlock_rdlock(&self.d.lock)
                     while at < end:

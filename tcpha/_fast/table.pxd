@@ -11,7 +11,8 @@ cdef struct table_head:
     uint32_t capacity
     uint32_t value_size
     uint32_t used
-    uint32_t free          # index of the first free cell, plus one
+    uint32_t fresh         # cells from this one on were never used
+    uint32_t free          # index of the first free cell before it, plus one
 
 
 # A hash table of values of one size, keyed by flow. Indexes instead of pointers, so that its memory

@@ -65,7 +65,7 @@ cdef int table_open(flow_table *t, uint32_t capacity, uint32_t value_size, uint3
             h.value_size == value_size:
         kept = 1
     elif h.magic != 0:
-        memset(memory, 0, t.size)
+        memset(memory, 0, t.size)  # of an earlier layout
     h.magic = MAGIC
     h.version = version
     h.capacity = capacity
@@ -75,19 +75,20 @@ cdef int table_open(flow_table *t, uint32_t capacity, uint32_t value_size, uint3
 
 
 cdef void _chain(flow_table *t) noexcept:
-    """Make the chains from the cells, which alone are to be trusted after a crash. Lower cells are
-    given out first, so that a large table touches no more memory than it needs."""
+    """Make the chains from the cells, which alone are to be trusted after a crash. Cells that were
+    never used are not touched, so that a large table takes no more memory than it needs."""
     cdef uint32_t i
     cdef uint32_t *head
     cdef flow_cell *c
+    t.head.fresh = min(t.head.fresh, t.capacity)
     t.head.used = 0
     t.head.free = 0
-    for i in range(t.capacity, 0, -1):
-        c = table_cell(t, i - 1)
+    for i in range(t.head.fresh):
+        c = table_cell(t, i)
         head = _bucket(t, &c.key) if c.used else &t.head.free
         t.head.used += 1 if c.used else 0
         c.next = head[0]
-        head[0] = i
+        head[0] = i + 1
 
 
 cdef void table_close(flow_table *t) noexcept:
@@ -132,10 +133,15 @@ cdef void *table_add(flow_table *t, const tcpha_flow *key) noexcept nogil:
     cdef uint32_t *head = _bucket(t, key)
     cdef uint32_t at = t.head.free
     cdef flow_cell *c
-    if at == 0:
+    if at:
+        c = table_cell(t, at - 1)
+        t.head.free = c.next
+    elif t.head.fresh < t.capacity:
+        t.head.fresh += 1
+        at = t.head.fresh
+        c = table_cell(t, at - 1)
+    else:
         return NULL
-    c = table_cell(t, at - 1)
-    t.head.free = c.next
     memset(c + 1, 0, t.head.value_size)
     c.key = key[0]
     c.next = head[0]

@@ -118,6 +118,7 @@ SHARED = {
     "headtimeout": Key(integer(1, 3600), 15),
     "idletimeout": Key(integer(1, 10 ** 6), 900),
     "maxflows": Key(integer(64, 16 * 2 ** 20), 262144),
+    "queuelen": Key(integer(16, 2 ** 20), 8192),
     "interface": Key(text, repeated=True),
 }
 

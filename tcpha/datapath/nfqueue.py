@@ -52,11 +52,11 @@ class _Nfqueue:
     name = "nfqueue"
     table: Any
 
-    def __init__(self, host: Host, role: str):
+    def __init__(self, config: Config, host: Host, role: str):
         self.host = host
         self.rules = f"tcpha{role}_{host.handle:04x}_{os.getpid()}"
         try:
-            self.queues = open_queues(_count(), FIRST_QUEUE)
+            self.queues = open_queues(_count(), FIRST_QUEUE, config.queuelen)
         except OSError as error:
             raise DatapathError(f"datapath nfqueue: {error.strerror}; the kernel needs "
                                 "NETFILTER_NETLINK_QUEUE, and the daemon CAP_NET_ADMIN") from None
@@ -71,13 +71,13 @@ class _Nfqueue:
     def _span(self) -> tuple[int, int]:
         return self.queues[0].num, len(self.queues)
 
-    def counters(self) -> dict[str, int]:
+    def counters(self) -> dict[str, Any]:
         total: dict[str, int] = {}
         for queue in self.queues:
             for key, value in queue.counters().items():
                 total[key] = total.get(key, 0) + value
-        return {**total, **_kernel_counters([q.num for q in self.queues]),
-                **self.table.counters()}
+        return {**total, "by_queue": [q.counters()["packets"] for q in self.queues],
+                **_kernel_counters([q.num for q in self.queues]), **self.table.counters()}
 
     def close(self) -> None:
         rules.remove(self.rules)
@@ -88,7 +88,7 @@ class _Nfqueue:
 
 class NfqueueFrontend(_Nfqueue):
     def __init__(self, config: Config, host: Host):
-        super().__init__(host, "fe")
+        super().__init__(config, host, "fe")
         self.table = FeNfqueue(config.vaddr, config.port, config.maxclients, config.maxflows,
                                config.forward == "tunnel", self.queues)
         self.paths: dict[int, tuple[Path, tuple[Any, ...] | None]] = {}
@@ -162,7 +162,7 @@ class _Handshakes:
 
 class NfqueueBackend(_Nfqueue):
     def __init__(self, config: Config, host: Host):
-        super().__init__(host, "be")
+        super().__init__(config, host, "be")
         listen = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
         guard = []
         if listen.startswith("127."):

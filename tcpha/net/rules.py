@@ -55,12 +55,13 @@ class Rule:
     flags: int | None = None  # of SYN and ACK
 
 
-def install(host: Host, name: str, rules: list[Rule]) -> str:
+def install(host: Host, name: str, rules: list[Rule],
+            ways: tuple[str, ...] = (NATIVE, COMPAT, IPTABLES)) -> str:
     """Put rules in force, in an nft table (or in chains) of that name. Returns the way that worked.
     Raises HostError if none does."""
     host.will_undo(what="rules", name=name)
     tried = []
-    for way in (NATIVE, COMPAT, IPTABLES):
+    for way in ways:
         try:
             if way == IPTABLES:
                 _iptables(name, rules)

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What can go wrong where packets pass through user space and are rewritten."""
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tcpha.lab.bed import Bed, Cluster, Host, wait_for
+from test_serve import LOSS, REQUEST, body, digest, read_all, settle, upload_many
+
+TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_TIMESTAMP = 19, 20, 21, 24
+RECV_QUEUE, SEND_QUEUE = 1, 2
+OFF_NO_PROBE = -1
+
+
+def option(s: socket.socket, name: int, value: int | None = None) -> int:
+    if value is not None:
+        s.setsockopt(socket.IPPROTO_TCP, name, value - 2**32 if value >= 2**31 else value)
+    return s.getsockopt(socket.IPPROTO_TCP, name) & 0xFFFFFFFF
+
+
+def numbers(s: socket.socket) -> tuple[int, int]:
+    """(rcv_nxt, snd_nxt) of a connection that has said nothing yet."""
+    out = []
+    s.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+    for queue in (RECV_QUEUE, SEND_QUEUE):
+        s.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, queue)
+        out.append(option(s, TCP_QUEUE_SEQ))
+    s.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, OFF_NO_PROBE)
+    return out[0], out[1]
+
+
+def near_the_wrap(c: Cluster, which: int, size: int) -> socket.socket:
+    """A connection whose sequence numbers wrap within 'size' bytes, found by trying."""
+    for _ in range(20000):
+        s = c.client.connect(c.VIP)
+        if 2**32 - size < numbers(s)[which] < 2**32 - 1000:
+            return s
+        s.close()
+    raise AssertionError("no such connection in 20,000")
+
+
+def fetch(s: socket.socket) -> bytes:
+    return body(read_all(s))
+
+
+def test_sequence_numbers_wrap_in_a_download(cluster: Cluster) -> None:
+    s = near_the_wrap(cluster, 0, 60 << 20)
+    s.sendall(REQUEST.replace(b"1k", b"big"))
+    assert fetch(s) == (cluster.nginx[0].root / "big").read_bytes()
+    s.close()
+    settle(cluster)
+
+
+def test_sequence_numbers_wrap_in_an_upload(cluster: Cluster) -> None:
+    size = 24 << 20
+    s = near_the_wrap(cluster, 1, size - (4 << 20))
+    data = (cluster.nginx[0].root / "big").read_bytes()[:size]
+    s.sendall(b"PUT /up/wrap HTTP/1.1\r\nHost: lab\r\nConnection: close\r\n"
+              b"Content-Length: %d\r\n\r\n" % size + data)
+    assert read_all(s).split()[1] in (b"201", b"204")
+    s.close()
+    assert (cluster.nginx[0].root / "up" / "wrap").read_bytes() == data
+
+
+def test_timestamps_wrap(cluster: Cluster) -> None:
+    """The client's clock passes 2^32 during the handoff, and between two requests."""
+    s = cluster.client.connect(cluster.VIP)
+
+    def set_clock(value: int) -> None:
+        s.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+        option(s, TCP_TIMESTAMP, value)
+        s.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, OFF_NO_PROBE)
+
+    s.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+    clock = option(s, TCP_TIMESTAMP)
+    s.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, OFF_NO_PROBE)
+    keep = REQUEST.replace(b"close", b"keep-alive")
+    sent = 0
+    while (2**32 - 2 - clock) % 2**32 > 2**30:  # steps that PAWS takes for a clock going forward
+        clock = (clock + 2**30) % 2**32
+        set_clock(clock)
+        s.sendall(keep[sent:sent + 1])
+        sent += 1
+    set_clock(2**32 - 2)  # 2 ms later it is 0
+    s.sendall(keep[sent:])
+    want = (cluster.nginx[0].root / "1k").read_bytes()
+    for clock in (5, 2**30, 2**31 - 1, 2**31 + 2**29, 2**32 - 2, 50):
+        data = b""
+        while not data.endswith(want):
+            data += s.recv(65536)
+        set_clock(clock)
+        s.sendall(keep)
+    s.recv(65536)
+    s.close()
+    settle(cluster)
+
+
+def test_sacks_are_understood_under_loss(cluster: Cluster) -> None:
+    """SACK blocks that do not fit the sender's numbers are discarded, and it waits for timeouts."""
+    names = ("TcpExtTCPSACKDiscard", "TcpExtTCPSackRecovery", "TcpExtPAWSEstab")
+
+    def read() -> list[int]:
+        out = cluster.be_hosts[0].run("nstat", "-asz", *names).stdout.split("\n")
+        values = dict(line.split()[:2] for line in out if line.startswith(names))
+        return [int(values[n]) for n in names]
+    before = read()
+    cluster.client.nft(LOSS)
+    try:
+        out = cluster.bed.dir / "down"
+        cluster.get("/big", "-o", str(out))
+    finally:
+        cluster.client.nft("")
+    assert digest(out) == digest(cluster.nginx[0].root / "big")
+    discarded, recoveries, paws = (a - b for a, b in zip(read(), before, strict=True))
+    assert discarded == 0 and recoveries > 0 and paws == 0
+
+
+@pytest.fixture(scope="module")
+def one(mode: dict[str, Any]) -> Iterator[Cluster]:
+    """One back end, jumbo frames, little room in the queues."""
+    c = Cluster(1, **mode, rules=[(0, ".*")], mtu=9000, fe_conf="queuelen = 16",
+                be_conf="queuelen = 16")
+    try:
+        c.nginx[0].file("1k", size=1024)
+        c.nginx[0].file("big", size=32 << 20)
+        yield c
+    finally:
+        c.close()
+
+
+def down(c: Cluster, count: int = 1) -> None:
+    """Downloads at the same time, each right to the last byte."""
+    want = digest(c.nginx[0].root / "big")
+
+    def one_of_them(n: int) -> str:
+        out = c.bed.dir / f"down{n}"
+        c.get("/big", "-o", str(out))
+        return digest(out)
+    with ThreadPoolExecutor(count) as pool:
+        assert set(pool.map(one_of_them, range(count))) == {want}
+
+
+OFFLOADS = ("tso", "gso", "gro", "tx", "rx", "sg")
+
+
+@pytest.mark.parametrize("where", ["nowhere", "be", "fe", "client", "everywhere"])
+def test_offloads(one: Cluster, where: str) -> None:
+    hosts: dict[str, Host] = {"be": one.be_hosts[0], "fe": one.fe_host, "client": one.client}
+    off = [h for n, h in hosts.items() if where in (n, "everywhere")]
+    try:
+        for h in off:
+            h.run("ethtool", "-K", "eth0", *[x for o in OFFLOADS for x in (o, "off")])
+        down(one, 2)
+        upload_many(one, 4, 3 << 20)
+    finally:
+        for h in off:
+            h.run("ethtool", "-K", "eth0", *[x for o in OFFLOADS for x in (o, "on")])
+
+
+def kernel_queues(h: Host) -> list[list[int]]:
+    text = h.run("cat", "/proc/net/netfilter/nfnetlink_queue").stdout
+    return [[int(x) for x in line.split()] for line in text.splitlines()]
+
+
+def test_a_full_queue_loses_nothing_silently(one: Cluster) -> None:
+    """The daemon stops in mid-transfer; packets of 64 KB overrun its queue. They are counted, and
+    every download ends as if nothing had happened."""
+    if one.datapath[1] != "nfqueue":
+        pytest.skip("the back end's packets pass no queue")
+    be = one.be[0]
+    with ThreadPoolExecutor(1) as pool:
+        downloads = pool.submit(down, one, 6)
+        wait_for(lambda: be.ctl("status")["live"] == 6, "downloads")
+        be.process.send_signal(signal.SIGSTOP)
+        try:
+            wait_for(lambda: any(q[5] for q in kernel_queues(be.host)), "a full queue", 20)
+        finally:
+            be.process.send_signal(signal.SIGCONT)
+        downloads.result()
+    packets = be.ctl("status")["packets"]
+    assert packets["queue_dropped"] > 0 and packets["failed"] == 0
+    settle(one)
+
+
+def test_queues_share_the_clients(one: Cluster) -> None:
+    if one.datapath[0] != "nfqueue":
+        pytest.skip("the front end's packets pass no queue")
+    assert one.fe
+    extra = [f"192.168.1.{n}" for n in range(60, 76)]
+    for address in extra:
+        one.client.ip("addr", "add", f"{address}/24", "dev", "eth0")
+    try:
+        for address in extra:
+            one.get("/1k", "-o", "/dev/null", "--interface", address)
+    finally:
+        for address in extra:
+            one.client.ip("addr", "del", f"{address}/24", "dev", "eth0")
+    shares = one.fe.ctl("status")["packets"]["by_queue"]
+    assert len(shares) >= 1 and all(shares)
+
+
+FIREWALL = """table ip lab {
+    counter invalid { }
+    chain in { type filter hook input priority 0; policy drop;
+        ct state invalid counter name invalid drop
+        ct state established,related accept
+        ip protocol icmp accept
+        tcp dport { 80, 666 } ct state new accept
+    }
+    chain out { type filter hook output priority 0; policy drop;
+        ct state invalid counter name invalid drop
+        ct state new,established,related accept
+    }
+}"""
+
+
+def test_beside_a_stateful_firewall(one: Cluster) -> None:
+    if one.datapath[1] != "nfqueue":
+        pytest.skip("conntrack sees what the network sees, and no handshake")
+    be = one.be_hosts[0]
+    be.nft(FIREWALL)
+    try:
+        down(one, 2)
+        upload_many(one, 4, 3 << 20)
+        one.client.nft(LOSS)
+        down(one)
+        s = one.client.connect(one.VIP)
+        s.sendall(REQUEST)
+        s.shutdown(socket.SHUT_WR)
+        assert len(fetch(s)) == 1024
+        s.close()
+        one.client.nft("")
+        assert be.nft_counter("invalid") == 0
+    finally:
+        one.client.nft("")
+        be.nft("")
+
+
+def test_without_the_front_end_clients_are_refused_at_once(one: Cluster) -> None:
+    assert one.fe
+    with one.client.connect(one.VIP) as s:
+        s.sendall(REQUEST.replace(b"close", b"keep-alive"))
+        assert s.recv(65536)
+        one.fe.kill()
+        try:
+            with pytest.raises(ConnectionRefusedError):
+                one.client.connect(one.VIP)
+        finally:
+            one.fe.start()
+            one.connected()
+    one.get("/1k", "-o", "/dev/null")
+
+
+RULES = """
+from tcpha.net import rules
+from tcpha.net.rules import Rule
+class Journal:
+    def will_undo(self, **change): pass
+vip = {"hook": "prerouting", "destination": "192.168.1.36", "dport": 80}
+print(rules.install(Journal(), "tcphafe_test", [
+    Rule("prerouting", mark=7), Rule(**vip, queue=(7, 2), flags=rules.SYN, bypass=True),
+    Rule(**vip, queue=(7, 2)), Rule("prerouting", drop=True, protocol=None,
+                                    destination=rules.LOOPBACK),
+    Rule("postrouting", source="192.168.1.36", sport=80, queue=(9, 1), flags=rules.SYN_ACK)],
+    (rules.%s,)))
+"""
+
+
+@pytest.mark.parametrize("way", ["COMPAT", "IPTABLES"])
+def test_rules_by_every_way(idle_host: Host, way: str) -> None:
+    def seen() -> list[str]:
+        return [idle_host.run("nft", "list", "ruleset").stdout,
+                *(idle_host.run("iptables", "-t", t, "-S").stdout for t in ("raw", "mangle"))]
+    before = seen()
+    idle_host.run(sys.executable, "-c", RULES % way)
+    inside = "".join(seen())
+    assert inside.count("tcphafe_test") >= 1 and "192.168.1.36" in inside
+    if way == "IPTABLES":
+        assert "--queue-balance 7:8 --queue-bypass" in inside and "--queue-num 9" in inside
+    idle_host.run(sys.executable, "-c",
+                  "from tcpha.net import rules; rules.remove('tcphafe_test')")
+    assert [x for text in seen() for x in text.splitlines() if "tcpha" in x] == []
+    if way == "COMPAT":  # iptables leaves its own empty tables behind
+        assert seen() == before
+
+
+@pytest.fixture
+def idle_host() -> Iterator[Host]:
+    bed = Bed()
+    try:
+        yield bed.host("one", "192.168.1.23")
+    finally:
+        bed.close()
+
+
+def test_the_queue_numbers_of_others_are_left_to_them(idle_host: Host) -> None:
+    text = ("from tcpha._fast.nfqueue import open_queues\n"
+            "a = open_queues(2, 100); b = open_queues(2, 99)\n"
+            "print([q.num for q in a + b])\n"
+            "for q in a + b: q.close()\n")
+    assert idle_host.run(sys.executable, "-c", text).stdout == "[100, 101, 102, 103]\n"
+
+
+def test_flow_file_of_another_layout_is_not_read(one: Cluster) -> None:
+    if one.datapath[1] != "nfqueue":
+        pytest.skip("the back end keeps no table of its own")
+    be = one.be[0]
+    file = Path(be.run_dir / "tcphabe.flows")
+    assert file.exists()
+    be.kill()
+    data = bytearray(file.read_bytes())
+    data[8:12] = b"\xff\xff\xff\xff"  # the version
+    file.write_bytes(data)
+    be.start()
+    one.connected()
+    one.get("/1k", "-o", "/dev/null")
