@@ -19,17 +19,27 @@ from pathlib import Path
 
 from tcpha.lab.bed import Cluster, listening, wait_for
 
-# Passes the answers of port 8082 through the netfilterqueue package, and changes nothing.
+# The answers of three ports pass through queues that give back each packet as it came: the
+# netfilterqueue package, and our own code with and without packets larger than the MTU.
 PASS = """
 from netfilterqueue import NetfilterQueue
+from tcpha._fast.nfqueue import Queue
 from tcpha.net import rules
 class Journal:
     def will_undo(self, **change): pass
-rules.install(Journal(), "bench", [rules.Rule("postrouting", sport=8082, queue=(1, 1))])
-queue = NetfilterQueue()
-queue.bind(1, lambda packet: packet.accept())
+rules.install(Journal(), "bench", [rules.Rule("postrouting", sport=8081 + n, queue=(n, 1))
+                                   for n in (1, 2, 3)])
+for n in (2, 3):
+    queue = Queue(n, gso=n == 3)
+    queue.pass_all()
+    queue.start()
+def give_back(packet):
+    packet.set_payload(packet.get_payload())
+    packet.accept()
+package = NetfilterQueue()
+package.bind(1, give_back)
 print("ready", flush=True)
-queue.run()
+package.run()
 """
 
 HAPROXY = """
@@ -69,7 +79,7 @@ class Bench:
         self.seconds = seconds
         self.cluster = c = Cluster(2, forward, fe_conf="maxclients = 4096",
                                    be_conf="maxclients = 20000",
-                                   nginx={"log": False, "ports": (80, 8082)},
+                                   nginx={"log": False, "ports": (80, 8082, 8083, 8084)},
                                    datapath=(datapath, datapath))
         try:
             self._prepare(c)
@@ -141,15 +151,15 @@ class Bench:
         return self.cluster.client.inside(work)
 
 
-SEGMENTED = "64 MB downloads, c=4, segmented"
+LARGE = "64 MB downloads, c=4"
 
 
 def workloads(b: Bench) -> dict[str, tuple[str, bool, Callable[[str], float]]]:
     """{name: (unit, more is better, measure)}"""
     close = ("-H", "Connection: close")
     return {
-        "64 MB downloads, c=4": ("MB/s", True, b.big),
-        SEGMENTED: ("MB/s", True, b.big_segmented),
+        LARGE: ("MB/s", True, b.big),
+        f"{LARGE}, segmented": ("MB/s", True, b.big_segmented),
         "1 MB keep-alive, c=8": ("req/s", True, lambda base: b.wrk(base, "/1m", 8)),
         "10 KB keep-alive, c=32": ("req/s", True, lambda base: b.wrk(base, "/10k", 32)),
         "1 KB, a connection each, c=32": ("req/s", True,
@@ -186,11 +196,12 @@ def measure(beds: dict[str, Bench], rounds: int) -> dict[str, dict[str, list[flo
         "haproxy http": (beds["ebpf direct"], "http://192.168.1.23:8080"),
         "haproxy tcp": (beds["ebpf direct"], "http://192.168.1.23:8081"),
     }
-    passed = {"netfilterqueue": (beds["ebpf direct"], "http://192.168.1.33:8082")}
+    queues = {"pass netfilterqueue": 8082, "pass ours, no GSO": 8083, "pass ours": 8084}
+    passed = {w: (beds["ebpf direct"], f"http://192.168.1.33:{p}") for w, p in queues.items()}
     samples: dict[str, dict[str, list[float]]] = {}
     for n in range(rounds):
         for name in workloads(beds["ebpf direct"]):
-            for way, (bench, base) in (ways | passed if name == SEGMENTED else ways).items():
+            for way, (bench, base) in (ways | passed if name == LARGE else ways).items():
                 value = workloads(bench)[name][2](base)
                 samples.setdefault(name, {}).setdefault(way, []).append(value)
         print(f"round {n + 1} of {rounds} done", file=sys.stderr)

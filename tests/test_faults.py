@@ -14,7 +14,7 @@ import pytest
 
 from tcpha._fast import message
 from tcpha.lab.bed import Cluster, sh, wait_for
-from test_serve import REQUEST, read_all, settle, upload_many
+from test_serve import REQUEST, body, read_all, settle, upload_many
 
 UNAVAILABLE = "Service Unavailable\n503"
 PAIR = [(0, "^/"), (1, "^/"), (1, ".*")]
@@ -209,6 +209,7 @@ def test_back_end_unreachable(pair: Cluster) -> None:
     finally:
         sh("ip", "-n", pair.bed.switch, "link", "set", port, "up")
     wait_for(lambda: names(pair, 4) == {"be1", "be2"}, "be1 in use again", 15)
+    settle(pair)  # offers that it got when the cable was back were void
 
 
 def test_silence_is_detected_without_traffic(pair: Cluster) -> None:
@@ -219,6 +220,27 @@ def test_silence_is_detected_without_traffic(pair: Cluster) -> None:
     finally:
         pair.be[0].process.send_signal(signal.SIGCONT)
     wait_for(lambda: servers(pair)[0]["state"] == "up", "be1 up again", 15)
+
+
+def test_an_offer_that_was_given_up_is_not_adopted_late(pair: Cluster) -> None:
+    """A back end is stopped with offers in its control connections, and goes on as soon as the
+    front end has given it up."""
+    before = pair.be[0].ctl("status")["counters"]["adopted"]
+    pair.be[0].process.send_signal(signal.SIGSTOP)
+    try:
+        clients = []
+        for _ in range(4):
+            clients.append(pair.client.connect(pair.VIP))
+            clients[-1].sendall(REQUEST)
+        wait_for(lambda: servers(pair)[0]["state"] == "down", "detection", 10)
+    finally:
+        pair.be[0].process.send_signal(signal.SIGCONT)
+    for s in clients:
+        assert len(body(read_all(s))) == 1024
+        s.close()
+    wait_for(lambda: servers(pair)[0]["state"] == "up", "be1 up again", 15)
+    assert pair.be[0].ctl("status")["counters"]["adopted"] == before
+    settle(pair)
 
 
 def until_closed(s: socket.socket) -> None:

@@ -12,8 +12,8 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
 from tcpha._fast.core cimport (
-    EV_NETLINK, LINK_UP, MAX_LINKS, SCRATCH, Core, core, link, link_put, say_flow, say_number,
-    watch, worker)
+    EV_NETLINK, LINK_UP, MAX_LINKS, SCRATCH, Core, core, half_closed, link,
+    link_put, say_flow, say_number, watch, worker)
 from tcpha._fast.datapath cimport (
     DP_ALIVE, DP_CLOSING, DP_MORE, DP_TIME_WAIT, BeDatapath)
 from tcpha._fast.defs cimport tcpha_flow
@@ -44,6 +44,7 @@ cdef extern from "<linux/netlink.h>" nogil:
         NLMSG_HDRLEN
 
 
+cdef int64_t DELAYED_NS = 50000000  # an offer this old may have been made to another one since
 cdef uint64_t REAP_NS = 1000000  # at most one look through the whole table in this time
 
 
@@ -226,12 +227,14 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
     cdef adopted *a
     cdef int rc
     cdef uint64_t now = now_ns()
+    cdef int64_t age
     if m.type == MSG_OWNED:
         _claim(b, w, l, m)
         return 0
     if m.type != MSG_HANDOFF:
         return -1
-    if <int64_t>(now - m.sent_ns) - min(l.delta_ns, l.delta_prev_ns) > <int64_t>b.stale_ns:
+    age = <int64_t>(now - m.sent_ns) - min(l.delta_ns, l.delta_prev_ns)
+    if age > <int64_t>b.stale_ns or (age > DELAYED_NS and half_closed(l.fd)):
         rc = REFUSE_STALE  # the front end has given up on it, or is about to
     else:
         # In the table before the socket exists: its end may be reported at any moment after.

@@ -34,6 +34,7 @@ cdef struct link:
     uint32_t gen
     uint32_t peer          # FE: index of the back end; BE: index of the front end
     uint32_t readers
+    bint gone              # when it is down: the peer had closed it
     pthread_mutex_t lock
     uint8_t *out
     uint32_t out_len
@@ -87,9 +88,10 @@ cdef void say(core *c, uint32_t level, const char *text) noexcept nogil
 cdef void say_flow(core *c, uint32_t level, const tcpha_flow *flow, const char *text) noexcept nogil
 cdef void say_number(core *c, uint32_t level, const char *fmt, long a, long b) noexcept nogil
 cdef void notice(core *c) noexcept nogil
+cdef bint half_closed(int fd) noexcept nogil
 cdef int link_put(core *c, worker *w, link *l, const uint8_t *a, uint32_t an, const uint8_t *b,
                   uint32_t bn) noexcept nogil
-cdef void link_break(core *c, worker *w, link *l) noexcept nogil
+cdef void link_break(core *c, worker *w, link *l, bint gone) noexcept nogil
 
 
 cdef class Core:

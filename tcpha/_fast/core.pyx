@@ -18,11 +18,15 @@ from tcpha._fast.message cimport (MSG_HANDOFF, MSG_PING, MSG_PONG, message, mess
                                   message_short)
 from tcpha._fast.packet cimport flow_text
 from tcpha._fast.sys cimport (
-    EAGAIN, EINTR, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT,
-    EPOLLRDHUP, MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RDWR, add32, add64, epoll_ctl, epoll_event,
-    epoll_wait, errno, load32, load64, now_ns, pthread_mutex_destroy, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_unlock, read, recv, send, shutdown, store32, store64, write,
-    xchg32)
+    EAGAIN, ECONNRESET, EINTR, EPIPE, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLERR, EPOLLET, EPOLLHUP,
+    EPOLLIN, EPOLLOUT, EPOLLRDHUP, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RDWR, add32,
+    add64, epoll_ctl, epoll_event, epoll_wait, errno, getsockopt, load32, load64, now_ns,
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, read,
+    recv, send, shutdown, socklen_t, store32, store64, write, xchg32)
+
+cdef extern from "<linux/tcp.h>" nogil:
+    struct tcp_info_head "tcp_info":
+        uint8_t tcpi_state
 
 cdef uint64_t DELTA_WINDOW = 30000000000  # ns
 cdef enum:
@@ -81,9 +85,19 @@ cdef void notice(core *c) noexcept nogil:
     write(c.notice_fd, &one, 8)
 
 
+cdef bint half_closed(int fd) noexcept nogil:
+    """True if the peer has sent a FIN, seen before what it stands behind is read."""
+    cdef tcp_info_head info
+    cdef socklen_t n = sizeof(info)
+    if getsockopt(fd, IPPROTO_TCP, 11, &info, &n) < 0:  # TCP_INFO
+        return True
+    return info.tcpi_state != 1  # TCP_ESTABLISHED
+
+
 cdef void _flush(core *c, worker *w, link *l) noexcept nogil:
     """Send what is queued, as far as the socket takes it; EPOLLOUT brings us back for the rest."""
     cdef ssize_t n
+    cdef int error = 0
     cdef bint broken = False
     pthread_mutex_lock(&l.lock)
     while l.state == LINK_UP and l.out_sent < l.out_len:
@@ -93,13 +107,14 @@ cdef void _flush(core *c, worker *w, link *l) noexcept nogil:
         elif errno == EINTR:
             continue
         else:
-            broken = errno != EAGAIN
+            error = errno
+            broken = error != EAGAIN
             break
     if l.out_sent == l.out_len:
         l.out_sent = l.out_len = 0
     pthread_mutex_unlock(&l.lock)
     if broken:
-        link_break(c, w, l)
+        link_break(c, w, l, error == EPIPE or error == ECONNRESET)
 
 
 cdef int link_put(core *c, worker *w, link *l, const uint8_t *a, uint32_t an, const uint8_t *b,
@@ -149,13 +164,15 @@ cdef void _flush_dirty(core *c, worker *w) noexcept nogil:
         _flush(c, w, w.dirty[w.ndirty])
 
 
-cdef void link_break(core *c, worker *w, link *l) noexcept nogil:
-    """Take a link out of use. Whoever comes first tells the role; Python closes the descriptor."""
+cdef void link_break(core *c, worker *w, link *l, bint gone) noexcept nogil:
+    """Take a link out of use. Whoever comes first tells the role; Python closes the descriptor.
+    gone: the peer has closed it, and will read nothing more from it."""
     cdef bint first
     pthread_mutex_lock(&l.lock)
     first = l.state == LINK_UP
     if first:
         l.state = LINK_DOWN
+        l.gone = gone
     pthread_mutex_unlock(&l.lock)
     if not first:
         return
@@ -189,10 +206,10 @@ cdef void _read_link(core *c, worker *w, link *l) noexcept nogil:
             if errno == EINTR:
                 continue
             if errno != EAGAIN:
-                link_break(c, w, l)
+                link_break(c, w, l, errno == ECONNRESET)
             return
         if got == 0:
-            link_break(c, w, l)
+            link_break(c, w, l, True)
             return
         l.buf_len += <uint32_t>got
         l.last_rx_ns = now_ns()
@@ -201,7 +218,7 @@ cdef void _read_link(core *c, worker *w, link *l) noexcept nogil:
             used = message_decode(l.buf + at, l.buf_len - at, &m)
             if used < 0:
                 say(c, 0, b"malformed message on a control connection: closing it")
-                link_break(c, w, l)
+                link_break(c, w, l, False)
                 return
             if used == 0:
                 break
@@ -213,7 +230,7 @@ cdef void _read_link(core *c, worker *w, link *l) noexcept nogil:
                 _learn_delta(l, l.last_rx_ns, m.sent_ns)
             if m.type != MSG_PING and m.type != MSG_PONG and c.on_message(c, w, l, &m) < 0:
                 say(c, 0, b"unexpected message on a control connection: closing it")
-                link_break(c, w, l)
+                link_break(c, w, l, False)
                 return
         if at:
             l.buf_len -= at
@@ -465,7 +482,7 @@ cdef class Core:
         """Close a link (its peer is dead or stalled). What it carried is offered elsewhere."""
         cdef worker *w = self.outsider()
         with nogil:
-            link_break(self.c, w, &self.c.links[index])
+            link_break(self.c, w, &self.c.links[index], False)
             self.flush_outsider()
 
     def reap_link(self, uint32_t index):

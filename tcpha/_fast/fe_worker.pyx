@@ -11,8 +11,8 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp, memcpy, memset, strlen, strstr
 
 from tcpha._fast.core cimport (
-    EV_CLIENT, EV_LISTENER, EV_TAP, LINK_UP, MAX_LINKS, SCRATCH, Core, core, link, link_put,
-    notice, say, say_flow, say_number, watch, worker)
+    EV_CLIENT, EV_LISTENER, EV_TAP, LINK_UP, MAX_LINKS, SCRATCH, Core, core, half_closed, link,
+    link_put, notice, say, say_flow, say_number, watch, worker)
 from tcpha._fast.datapath cimport DP_GONE, FeDatapath
 from tcpha._fast.defs cimport (
     TCPHA_F_CLOSED, TCPHA_F_FIN, TCPHA_HOLD, TCPHA_TARGET_MAX, tcpha_entry, tcpha_flow)
@@ -29,13 +29,9 @@ from tcpha._fast.sys cimport (
     EAGAIN, EINTR, EMFILE, ENFILE, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLET,
     EPOLLIN, EPOLLRDHUP, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, MSG_TRUNC, SHUT_WR,
     SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, add32, add64, close, errno, load32, loadp, now_ns,
-    getsockopt, htons, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    htons, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_trylock, pthread_mutex_unlock, recv, send, setsockopt, shutdown, sockaddr,
     sockaddr_in, socklen_t, store32, storep, xchg32)
-
-cdef extern from "<linux/tcp.h>" nogil:
-    struct tcp_info_head "tcp_info":
-        uint8_t tcpi_state
 
 cdef extern from * nogil:
     int _lowest "__builtin_ctzll"(uint64_t v)
@@ -372,7 +368,7 @@ cdef void _read_head(frontend *f, worker *w, conn *k) noexcept nogil:
         k.seen = <uint32_t>n
         rc = http_parse(&k.head, w.scratch, min(k.seen, f.headlimit))
         # a FIN may have come with the last bytes; if so, look once more for what came before it
-        if rc != HTTP_MORE or ended or not _half_closed(k.fd):
+        if rc != HTTP_MORE or ended or not half_closed(k.fd):
             break
         ended = True
     if rc == HTTP_BAD:
@@ -390,15 +386,6 @@ cdef void _read_head(frontend *f, worker *w, conn *k) noexcept nogil:
         _answer(f, k, ANSWER_400, &f.n.answered_400)
     else:
         _watch_client(f, k)
-
-
-cdef bint _half_closed(int fd) noexcept nogil:
-    """True if the peer has sent a FIN, seen before what it stands behind is read."""
-    cdef tcp_info_head info
-    cdef socklen_t n = sizeof(info)
-    if getsockopt(fd, IPPROTO_TCP, 11, &info, &n) < 0:  # TCP_INFO
-        return True
-    return info.tcpi_state != 1  # TCP_ESTABLISHED
 
 
 cdef void _accept(frontend *f, worker *w) noexcept nogil:
@@ -489,7 +476,8 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
 
 
 cdef void _on_link_down(core *c, worker *w, link *l) noexcept nogil:
-    """Offers on a broken link go to the next back end."""
+    """Offers on a link that the back end has closed go to the next one. If we have, it may still
+    find them there: they wait until it would refuse them as too old."""
     cdef frontend *f = <frontend *>c.role
     cdef backend *be = &f.backends[l.peer]
     cdef uint32_t i, index = <uint32_t>(l - c.links)
@@ -498,6 +486,8 @@ cdef void _on_link_down(core *c, worker *w, link *l) noexcept nogil:
         if be.link[i] == index:
             be.link[i] = MAX_LINKS
             add32(&be.links, -1)
+    if not l.gone:
+        return
     for i in range(f.nconns):
         k = &f.conns[i]
         if k.state != CONN_SENT or k.link != index:
@@ -531,9 +521,11 @@ cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
             elif k.state == CONN_LINGER:
                 _discard(k)
                 _close(f, k)
-            else:
+            elif c.links[k.link].gen == k.link_gen and c.links[k.link].state == LINK_UP:
                 _stalled(f, k)
                 _offer_again(f, w, k, REFUSE_TIMEOUT)
+            else:
+                _offer_again(f, w, k, REFUSE_LINK)
         pthread_mutex_unlock(&k.lock)
 
 

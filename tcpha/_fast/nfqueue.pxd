@@ -56,5 +56,6 @@ cdef class Queue:
     cdef object sock
     cdef object stop
     cdef object thread
+    cdef pthread_rwlock_t own_lock
     cdef void set_handler(self, packet_handler handle, void *state,
                           pthread_rwlock_t *lock) noexcept

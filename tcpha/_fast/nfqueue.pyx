@@ -14,10 +14,10 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
-from tcpha._fast.rewrite cimport get32
+from tcpha._fast.rewrite cimport checksum_full, get32, tcp_parse, tcp_view
 from tcpha._fast.sys cimport (
     EINTR, ENOBUFS, MSG_DONTWAIT, POLLIN, add64, errno, htonl, htons, iovec, msghdr, poll, pollfd,
-    pthread_rwlock_rdlock, pthread_rwlock_t, pthread_rwlock_unlock, recvmmsg, sendmsg)
+    pthread_rwlock_rdlock, pthread_rwlock_t, pthread_rwlock_unlock, recvmmsg, rwlock_init, sendmsg)
 
 cdef enum:
     NETLINK_NETFILTER = 12
@@ -194,15 +194,24 @@ def _attribute(int kind, bytes data):
     return struct.pack("=HH", 4 + len(data), kind) + data.ljust((len(data) + 3) & ~3, b"\0")
 
 
+cdef int _pass(void *self, queue *q, packet *p) noexcept nogil:
+    cdef tcp_view v
+    if p.skb_info & (SKB_CSUM_NOT_READY | SKB_GSO) == SKB_CSUM_NOT_READY and \
+            tcp_parse(p.data, p.len, &v) == 0:
+        checksum_full(&v)  # the device that was to do it does not, once the packet is replaced
+    return V_CHANGED
+
+
 cdef class Queue:
     """One queue and the thread that serves it.
 
-    num: the queue's number; packets: the most that wait in the kernel. Raises OSError; EBUSY, or
-    EPERM as some kernels say, if somebody else has the number.
+    num: the queue's number; maxlen: the most packets that wait in the kernel; gso: take packets
+    larger than the MTU as they are, instead of their segments. Raises OSError; EBUSY, or EPERM as
+    some kernels say, if somebody else has the number.
     """
 
-    def __cinit__(self, int num, int maxlen=MAXLEN):
-        cdef int i
+    def __cinit__(self, int num, int maxlen=MAXLEN, bint gso=True):
+        cdef int i, flags = CFG_F_GSO if gso else 0
         self.q = <queue *>calloc(1, sizeof(queue))
         if self.q == NULL:
             raise MemoryError
@@ -224,7 +233,7 @@ cdef class Queue:
             self.sock.setsockopt(socket.SOL_SOCKET, 32, BUFFER)  # SO_SNDBUFFORCE
             self._configure(_attribute(CFG_CMD, struct.pack("!BBH", CMD_BIND, 0, 0)))
             self._configure(_attribute(CFG_PARAMS, struct.pack("!IB", 0xffff, COPY_PACKET))
-                            + _attribute(CFG_FLAGS, struct.pack("!I", CFG_F_GSO))
+                            + _attribute(CFG_FLAGS, struct.pack("!I", flags))
                             + _attribute(CFG_MASK, struct.pack("!I", CFG_F_GSO))
                             + _attribute(CFG_QUEUE_MAXLEN, struct.pack("!I", maxlen)))
         except BaseException:
@@ -261,6 +270,11 @@ cdef class Queue:
     @property
     def num(self):
         return self.q.num
+
+    def pass_all(self):
+        """Give back each packet whole, as it came; for benchmarks."""
+        rwlock_init(&self.own_lock)
+        self.set_handler(_pass, NULL, &self.own_lock)
 
     def start(self):
         """Serve the queue in a thread of its own."""

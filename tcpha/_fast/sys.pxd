@@ -34,7 +34,9 @@ cdef extern from "<errno.h>" nogil:
     int errno
     enum:
         EAGAIN
+        ECONNRESET
         EINTR
+        EPIPE
         ENOBUFS
         ENOENT
         ENOSPC
