@@ -144,6 +144,7 @@ class Service:
         try:
             self.host.recover()
             self.open()
+            self.host.forget_rules()
         except BaseException:
             self.host.restore()
             raise

@@ -322,3 +322,24 @@ def test_flow_file_of_another_layout_is_not_read(one: Cluster) -> None:
     be.start()
     one.connected()
     one.get("/1k", "-o", "/dev/null")
+
+
+def test_rules_of_a_killed_run_go_with_another_datapath(one: Cluster) -> None:
+    if one.datapath[1] != "nfqueue":
+        pytest.skip("the back end has no rules")
+    be = one.be[0]
+    be.kill()
+    # until there are others, or packets would pass as they are
+    assert "tcphabe_" in be.host.run("nft", "list", "ruleset").stdout
+    be.options = ("--datapath", "ebpf")
+    try:
+        be.start()
+        one.connected()
+        assert "tcphabe_" not in be.host.run("nft", "list", "ruleset").stdout
+        one.get("/1k", "-o", "/dev/null")
+    finally:
+        be.stop()
+        be.options = ()
+        be.start()
+    one.connected()
+    one.get("/1k", "-o", "/dev/null")

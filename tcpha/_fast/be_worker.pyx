@@ -7,7 +7,7 @@ already; so it only makes us look whether a socket owns the tuple.
 """
 import socket
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
@@ -17,6 +17,7 @@ from tcpha._fast.core cimport (
 from tcpha._fast.datapath cimport (
     DP_ALIVE, DP_CLOSING, DP_MORE, DP_TIME_WAIT, BeDatapath)
 from tcpha._fast.defs cimport tcpha_flow
+from tcpha._fast.diag cimport inet_diag_msg
 from tcpha._fast.message cimport (
     END_GONE, END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED_SIZE, MSG_HANDOFF, MSG_OWNED,
     MSG_REFUSED_SIZE, REFUSE_FULL, REFUSE_STALE, message, message_closed, message_refused,
@@ -27,16 +28,6 @@ from tcpha._fast.sys cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock,
     pthread_mutex_unlock, recv)
 
-cdef extern from "<linux/inet_diag.h>" nogil:
-    struct inet_diag_sockid:
-        uint16_t idiag_sport
-        uint16_t idiag_dport
-        uint32_t idiag_src[4]
-        uint32_t idiag_dst[4]
-    struct inet_diag_msg:
-        uint8_t idiag_family
-        inet_diag_sockid id
-
 cdef extern from "<linux/netlink.h>" nogil:
     struct nlmsghdr:
         uint32_t nlmsg_len
@@ -45,7 +36,7 @@ cdef extern from "<linux/netlink.h>" nogil:
 
 
 cdef int64_t DELAYED_NS = 50000000  # an offer this old may have been made to another one since
-cdef uint64_t REAP_NS = 1000000  # at most one look through the whole table in this time
+cdef uint64_t REAP_NS = 1000000     # at most one look through the whole table in this time
 
 
 # The table of adopted connections; b.lock is held.

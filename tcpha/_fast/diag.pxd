@@ -1,8 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from tcpha._fast.defs cimport tcpha_flow
 from tcpha._fast.sys cimport pthread_mutex_t
+
+cdef extern from "<linux/inet_diag.h>" nogil:
+    struct inet_diag_sockid:
+        uint16_t idiag_sport
+        uint16_t idiag_dport
+        uint32_t idiag_src[4]
+        uint32_t idiag_dst[4]
+        uint32_t idiag_if
+        uint32_t idiag_cookie[2]
+    struct inet_diag_msg:
+        uint8_t idiag_family
+        uint8_t idiag_state
+        inet_diag_sockid id
 
 cdef enum tcp_state:       # as in include/net/tcp_states.h
     TCP_ESTABLISHED = 1

@@ -12,21 +12,11 @@ cdef extern from "<linux/tcp.h>" nogil:
         uint64_t tcpi_bytes_received
 
 cdef extern from "<linux/inet_diag.h>" nogil:
-    struct inet_diag_sockid:
-        uint16_t idiag_sport
-        uint16_t idiag_dport
-        uint32_t idiag_src[4]
-        uint32_t idiag_dst[4]
-        uint32_t idiag_if
-        uint32_t idiag_cookie[2]
     struct inet_diag_req_v2:
         uint8_t sdiag_family
         uint8_t sdiag_protocol
         uint8_t idiag_ext
         uint32_t idiag_states
-        inet_diag_sockid id
-    struct inet_diag_msg:
-        uint8_t idiag_state
         inet_diag_sockid id
     enum:
         INET_DIAG_INFO

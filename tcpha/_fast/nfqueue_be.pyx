@@ -105,6 +105,17 @@ cdef void _local(const be_nfqueue *d, const tcpha_flow *outside, tcpha_flow *loc
     local.vport = d.listen_port
 
 
+cdef void _key(const be_nfqueue *d, const uint8_t *client, const uint8_t *port,
+               tcpha_flow *local) noexcept nogil:
+    """The key of a client's flow, by its address and port as they stand in a packet."""
+    memset(local, 0, sizeof(tcpha_flow))
+    local.caddr[10] = local.caddr[11] = 0xff
+    memcpy(local.caddr + 12, client, 4)
+    memcpy(&local.cport, port, 2)
+    memcpy(local.vaddr, d.listen_addr, 16)
+    local.vport = d.listen_port
+
+
 # Packets
 
 cdef int _inward(be_nfqueue *d, packet *p) noexcept nogil:
@@ -112,7 +123,7 @@ cdef int _inward(be_nfqueue *d, packet *p) noexcept nogil:
     cdef uint8_t *inner = p.data
     cdef uint32_t length = p.len, ihl, outer_src, i
     cdef bint tunnelled = False
-    cdef tcpha_flow flow, local
+    cdef tcpha_flow local
     cdef be_flow *f
     cdef tcp_view v
     if length >= IP_SIZE and inner[9] == 4:  # IPIP
@@ -133,15 +144,9 @@ cdef int _inward(be_nfqueue *d, packet *p) noexcept nogil:
             add64(<uint64_t *>&d.n.foreign, 1)
             return V_DROP
         add64(<uint64_t *>&d.n.decapsulated, 1)
-    memset(&flow, 0, sizeof(flow))
-    flow.caddr[10] = flow.caddr[11] = 0xff
-    memcpy(flow.caddr + 12, v.ip + 12, 4)
-    memcpy(flow.vaddr, d.vaddr, 16)
-    memcpy(&flow.cport, v.tcp, 2)
-    memcpy(&flow.vport, v.tcp + 2, 2)
-    _local(d, &flow, &local)
+    _key(d, v.ip + 12, v.tcp, &local)
     f = <be_flow *>table_find(&d.flows, &local)
-    if f == NULL or f.state != B_LIVE or f.outside.vport != flow.vport or \
+    if f == NULL or f.state != B_LIVE or memcmp(&f.outside.vport, v.tcp + 2, 2) != 0 or \
             (v.flags & TCP_SYN and f.ended_ns):
         add64(<uint64_t *>&d.n.guarded, 1)
         return V_DROP
@@ -182,12 +187,7 @@ cdef int _outward(be_nfqueue *d, packet *p) noexcept nogil:
     cdef tcp_view v
     if tcp_parse(p.data, p.len, &v) < 0:
         return V_ACCEPT if d.shared else V_DROP
-    memset(&local, 0, sizeof(local))
-    local.caddr[10] = local.caddr[11] = 0xff
-    memcpy(local.caddr + 12, v.ip + 16, 4)
-    memcpy(local.vaddr, d.listen_addr, 16)
-    memcpy(&local.cport, v.tcp + 2, 2)
-    local.vport = d.listen_port
+    _key(d, v.ip + 16, v.tcp + 2, &local)
     f = <be_flow *>table_find(&d.flows, &local)
     if f == NULL:
         if d.shared:
@@ -217,12 +217,7 @@ cdef bint _on_syn_ack(be_nfqueue *d, tcp_view *v) noexcept nogil:
     """The local server's answer to a forged SYN; it must not leave the host. False: another's."""
     cdef tcpha_flow local
     cdef be_flow *f
-    memset(&local, 0, sizeof(local))
-    local.caddr[10] = local.caddr[11] = 0xff
-    memcpy(local.caddr + 12, v.ip + 16, 4)
-    memcpy(local.vaddr, d.listen_addr, 16)
-    memcpy(&local.cport, v.tcp + 2, 2)
-    local.vport = d.listen_port
+    _key(d, v.ip + 16, v.tcp + 2, &local)
     pthread_rwlock_wrlock(&d.lock)
     f = <be_flow *>table_find(&d.flows, &local)
     if f != NULL and f.state == B_SYN:

@@ -7,6 +7,7 @@ them; a SYN to the front end passes, and is refused by its kernel, as nobody lis
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import threading
@@ -24,6 +25,7 @@ from tcpha.net import rules
 from tcpha.net.host import Host
 from tcpha.net.rules import Rule
 
+log = logging.getLogger("tcpha")
 FIRST_QUEUE = 26000       # the first number that is tried
 MAX_QUEUES = 4
 MARK = 0x7C9A0001         # of packets that a back end injects into its own stack
@@ -64,8 +66,7 @@ class _Nfqueue:
     def _begin(self, table: list[Rule]) -> None:
         for queue in self.queues:
             queue.start()
-        self.way = rules.install(self.host, self.rules, table)
-        self.host.forget_rules()
+        log.info("packets reach their queues by %s", rules.install(self.host, self.rules, table))
 
     @property
     def _span(self) -> tuple[int, int]:
@@ -102,20 +103,28 @@ class NfqueueFrontend(_Nfqueue):
             self.table.set_backend(index, None)
         else:
             self.paths[index] = path, None
-            self._resolve(index)
+            self._resolve([index])
 
-    def _resolve(self, index: int) -> None:
-        path, known = self.paths[index]
-        mac = self.host.neighbour(path.nexthop, path.ifindex)
-        way = mac and (path.ifindex, path.tunnel, mac, self.host.mac(path.ifindex), path.address,
-                       path.source, self.host.mtu(path.ifindex))
-        if way and way != known:
-            self.paths[index] = path, way
-            self.table.set_backend(index, way)
+    def _resolve(self, indexes: list[int]) -> None:
+        neighbours = self.host.neighbours()
+        links: dict[int, tuple[bytes, int]] = {}
+        for index in indexes:
+            path, known = self.paths[index]
+            device = path.ifindex
+            mac = neighbours.get((device, path.nexthop))
+            if mac is None:
+                continue
+            if device not in links:
+                links[device] = self.host.mac(device), self.host.mtu(device)
+            ours, mtu = links[device]
+            way = device, path.tunnel, mac, ours, path.address, path.source, mtu
+            if way != known:
+                self.paths[index] = path, way
+                self.table.set_backend(index, way)
 
     def refresh(self) -> None:
-        for index in self.paths:
-            self._resolve(index)
+        if self.paths:
+            self._resolve(list(self.paths))
 
     def flows(self) -> list[dict[str, Any]]:
         return list(self.table.flows())

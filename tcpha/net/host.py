@@ -234,12 +234,12 @@ class Host:
             s.bind((self.interface(index), ETH_P_ARP))
             s.send(frame)
 
-    def neighbour(self, address: str, index: int) -> bytes | None:
-        """The MAC address of a neighbour, if the kernel knows it."""
-        for entry in self.ipr.get_neighbours(family=socket.AF_INET, ifindex=index):
-            if entry.get_attr("NDA_DST") == address and entry.get_attr("NDA_LLADDR"):
-                return bytes.fromhex(entry.get_attr("NDA_LLADDR").replace(":", ""))
-        return None
+    def neighbours(self) -> dict[tuple[int, str], bytes]:
+        """{(interface, address): MAC address} of all neighbours that the kernel knows."""
+        return {(int(e["ifindex"]), str(e.get_attr("NDA_DST"))):
+                bytes.fromhex(e.get_attr("NDA_LLADDR").replace(":", ""))
+                for e in self.ipr.get_neighbours(family=socket.AF_INET)
+                if e.get_attr("NDA_LLADDR")}
 
     def mac(self, index: int) -> bytes:
         return bytes.fromhex(
