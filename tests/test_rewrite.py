@@ -75,13 +75,13 @@ OPTIONS = st.tuples(
               .map(lambda b: [("sack", b)])),
 ).map(lambda parts: [o for part in parts for o in part])
 
+ADDRESS = st.binary(min_size=4, max_size=4).filter(any)  # 0.0.0.0 means: none
 PACKETS = st.fixed_dictionaries({
-    "src": st.binary(min_size=4, max_size=4), "dst": st.binary(min_size=4, max_size=4),
+    "src": ADDRESS, "dst": ADDRESS,
     "sport": PORT, "dport": PORT, "seq": WORD, "ack": WORD,
     "flags": st.sampled_from([ACK, SYN, SYN | ACK, ACK | 8, ACK | 1, 4, ACK | 4, ACK | 0xC0]),
     "window": PORT, "urgent": PORT, "tos": st.integers(0, 255), "id": PORT, "options": OPTIONS,
     "data": st.binary(max_size=64)})
-ADDRESS = st.binary(min_size=4, max_size=4).filter(any)  # 0.0.0.0 means: none
 SHIFT = st.integers(0, 14)
 CHANGES = st.fixed_dictionaries({
     "seq": WORD, "ack": WORD, "tsval": WORD, "tsecr": WORD, "window_left": SHIFT,
