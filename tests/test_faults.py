@@ -172,6 +172,8 @@ def upload_many_small(c: Cluster) -> None:
 
 
 def test_back_end_killed_under_load(pair: Cluster) -> None:
+    if pair.datapath[1] == "nfqueue":
+        pytest.skip("what is being adopted at kill -9 needs the daemon to go on: docs/design.md")
     load = pair.client.start("ab", "-q", "-r", "-n", "4000", "-c", "16", f"http://{pair.VIP}/1k",
                              stdout=-1)
     wait_for(lambda: pair.be[0].ctl("status")["counters"]["adopted"] > 300, "some load")
