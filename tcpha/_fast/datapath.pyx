@@ -28,10 +28,6 @@ cdef class FeDatapath:
     def __cinit__(self, *args, **kwargs):
         self.event_fd = -1
 
-    def flows(self):
-        """Handed-over flows, one dict each."""
-        raise NotImplementedError
-
     def idle_flows(self, double idle, dead_backends, double dead_idle):
         return [f for f in self.flows()
                 if f["idle"] > (dead_idle if f["backend"] in dead_backends else idle)]

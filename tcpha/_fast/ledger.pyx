@@ -70,10 +70,12 @@ cdef bint _linger(ledger *l, const tcpha_flow *flow, uint64_t id, uint64_t since
 
 cdef int ledger_forget(ledger *l, const tcpha_flow *flow, uint64_t id, bint linger,
                        tcpha_entry *entry) noexcept nogil:
-    """The connection of handoff 'id' is over. 1: it was known, and entry is its last state."""
+    """The connection of handoff 'id' is over. 1: it was known, and entry is its last state. 0: it
+    was not, or that was said before: a back end that was started anew may say it again."""
     cdef int known = 0
     pthread_mutex_lock(_stripe(l, flow))
-    if l.store.find(l.store.self, flow, entry) == 0 and entry.id == id:
+    if l.store.find(l.store.self, flow, entry) == 0 and entry.id == id and \
+            not entry.flags & TCPHA_F_CLOSED:
         known = 1
         if linger and _linger(l, flow, id, now_ns()):
             entry.flags |= TCPHA_F_CLOSED

@@ -64,9 +64,12 @@ class _Nfqueue:
                                 "NETFILTER_NETLINK_QUEUE, and the daemon CAP_NET_ADMIN") from None
 
     def _begin(self, table: list[Rule]) -> None:
+        log.info("packets reach their queues by %s", rules.install(self.host, self.rules, table))
+        # Where the rules of a killed run are still in force, packets pass both: none may be
+        # rewritten before those are gone, or it would be rewritten twice. Until then they wait.
+        self.host.forget_rules()
         for queue in self.queues:
             queue.start()
-        log.info("packets reach their queues by %s", rules.install(self.host, self.rules, table))
 
     @property
     def _span(self) -> tuple[int, int]:
