@@ -194,17 +194,65 @@ def test_queues_share_the_clients(one: Cluster) -> None:
     if one.datapath[0] != "nfqueue":
         pytest.skip("the front end's packets pass no queue")
     assert one.fe
-    extra = [f"192.168.1.{n}" for n in range(60, 76)]
-    for address in extra:
-        one.client.ip("addr", "add", f"{address}/24", "dev", "eth0")
-    try:
-        for address in extra:
-            one.get("/1k", "-o", "/dev/null", "--interface", address)
-    finally:
-        for address in extra:
-            one.client.ip("addr", "del", f"{address}/24", "dev", "eth0")
+    for _ in range(40):  # all from one address
+        one.get("/1k", "-o", "/dev/null")
     shares = one.fe.ctl("status")["packets"]["by_queue"]
     assert len(shares) >= 1 and all(shares)
+
+
+MARKED = """table ip lab {
+    chain out {
+        type filter hook output priority 0;
+        tcp sport 80 meta mark set 5 meta priority set 1:1
+    }
+}"""
+
+
+@pytest.mark.parametrize("why", ["nothing", "marks", "scale"])
+def test_what_rules_cannot_store_is_rewritten_whole(one: Cluster, why: str) -> None:
+    """The head of a packet suffices, unless its mark is taken or its window needs another scale."""
+    if one.datapath[1] != "nfqueue":
+        pytest.skip("the back end's packets pass no queue")
+    host, be = one.be_hosts[0], one.be[0]
+    memory = host.sysctl("net.ipv4.tcp_rmem")
+    before = be.ctl("status")["packets"]
+    try:
+        if why == "marks":
+            host.nft(MARKED)
+        elif why == "scale":
+            host.sysctl("net.ipv4.tcp_rmem", "4096 65536 100000000")
+        down(one, 2)
+        upload_many(one, 4, 3 << 20)
+    finally:
+        host.nft("")
+        host.sysctl("net.ipv4.tcp_rmem", memory)
+    after = be.ctl("status")["packets"]
+    assert after["packets"] > before["packets"] and after["failed"] == before["failed"]
+    assert (after["left"] > before["left"]) == (why != "nothing")
+
+
+def thinned_by_a_pause(c: Cluster) -> bool:
+    """Whether ACKs of two downloads that met a stopped front end were left out."""
+    assert c.fe
+    fe = c.fe
+    before = fe.ctl("status")["packets"]["thinned"]
+    with ThreadPoolExecutor(1) as pool:
+        downloads = pool.submit(down, c, 2)
+        wait_for(lambda: fe.ctl("status")["live"] == 2 or downloads.done(), "downloads")
+        fe.process.send_signal(signal.SIGSTOP)
+        try:
+            wait_for(lambda: any(q[2] > 4 for q in kernel_queues(fe.host)) or downloads.done(),
+                     "ACKs that wait")
+        finally:
+            fe.process.send_signal(signal.SIGCONT)
+        downloads.result()
+    return bool(fe.ctl("status")["packets"]["thinned"] > before)
+
+
+def test_acks_that_waited_together_become_one(one: Cluster) -> None:
+    if one.datapath[0] != "nfqueue":
+        pytest.skip("the front end's packets pass no queue")
+    assert any(thinned_by_a_pause(one) for _ in range(8))  # a download may be over too soon
 
 
 FIREWALL = """table ip lab {

@@ -154,3 +154,11 @@ def test_options_of_a_syn() -> None:
     assert found["mss"] == 1460 and found["sack_ok"] and found["ts"] == (7, 0)
     assert found["wscale"] == 14  # RFC 7323 section 2.3: what is above counts as 14
     assert socket.inet_ntoa(packet[12:16]) == "10.0.0.1"
+
+
+@given(PACKETS, st.integers(0, 63))
+def test_the_head_of_a_packet_is_enough(packet: dict[str, Any], more: int) -> None:
+    data = assemble(packet)
+    head = len(data) - len(packet["data"])
+    assert parse_packet(data, min(head + more, len(data))) == parse_packet(data)
+    assert parse_packet(data, head - 1 - more % head) is None

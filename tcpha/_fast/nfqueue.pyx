@@ -17,7 +17,8 @@ from libc.string cimport memcpy, memset
 from tcpha._fast.rewrite cimport checksum_full, get32, tcp_parse, tcp_view
 from tcpha._fast.sys cimport (
     EINTR, ENOBUFS, MSG_DONTWAIT, POLLIN, add64, errno, htonl, htons, iovec, msghdr, poll, pollfd,
-    pthread_rwlock_rdlock, pthread_rwlock_t, pthread_rwlock_unlock, recvmmsg, rwlock_init, sendmsg)
+    pthread_rwlock_rdlock, pthread_rwlock_t, pthread_rwlock_unlock, recvmmsg, rwlock_init,
+    sched_yield, sendmsg)
 
 cdef enum:
     NETLINK_NETFILTER = 12
@@ -35,26 +36,45 @@ cdef enum:
     COPY_PACKET = 2
     ATTR_PACKET_HDR = 1    # NFQA_*
     ATTR_VERDICT_HDR = 2
+    ATTR_MARK = 3
     ATTR_PAYLOAD = 10
+    ATTR_CAP_LEN = 13
     ATTR_SKB_INFO = 14
+    ATTR_PRIORITY = 21     # read since Linux 5.18; unknown attributes are ignored
+    NF_QUEUE = 3
     NLMSG_ERROR = 2
     NLM_F_REQUEST = 1
     NLM_F_ACK = 4
-    VERDICT_SIZE = 36      # headers of a verdict message; those of the payload follow
+    VERDICT_SIZE = 48      # of a verdict message without the payload, at most
+    ROOM_FOR_HEAD = 1024   # of a message without the payload, and QUEUE_HEAD bytes of that
+    A_MARK = 0x10203040    # any numbers, to try whether they reach rules
+    A_PRIORITY = 0x50607080
+    YIELDS = 4             # chances for others to run before we sleep: waking us costs them more
     FLUSH_BYTES = 1 << 18  # verdicts sent in one go
     BUFFER = 16 << 20      # of the socket
     MAXLEN = 8192          # packets that may wait in the kernel
 
 
-cdef uint32_t _verdict(uint8_t *to, uint16_t num, uint32_t id, uint32_t what,
-                       uint32_t payload) noexcept nogil:
+PROBE_MARK, PROBE_PRIORITY = A_MARK, A_PRIORITY
+
+
+cdef uint32_t _attr32(uint8_t *to, uint16_t kind, uint32_t value) noexcept nogil:
+    """An attribute of one number, in network byte order."""
+    cdef uint16_t size = 8
+    value = htonl(value)
+    memcpy(to, &size, 2)
+    memcpy(to + 2, &kind, 2)
+    memcpy(to + 4, &value, 4)
+    return 8
+
+
+cdef uint32_t _verdict(uint8_t *to, uint16_t num, const packet *p, int what,
+                       uint16_t whole) noexcept nogil:
     """Write a verdict message, up to where the payload begins. Returns the size of what was
-    written; the payload and its padding follow."""
-    cdef uint32_t v
+    written; the payload and its padding follow, if 'what' is V_CHANGED."""
+    cdef uint32_t v, n = 32
     cdef uint16_t w
-    cdef uint32_t total = 32 + (4 + payload if payload else 0)
     memset(to, 0, VERDICT_SIZE)
-    memcpy(to, &total, 4)
     w = (SUBSYS_QUEUE << 8) | MSG_VERDICT
     memcpy(to + 4, &w, 2)
     w = NLM_F_REQUEST
@@ -65,17 +85,26 @@ cdef uint32_t _verdict(uint8_t *to, uint16_t num, uint32_t id, uint32_t what,
     memcpy(to + 20, &w, 2)
     w = ATTR_VERDICT_HDR
     memcpy(to + 22, &w, 2)
-    v = htonl(what)
+    v = htonl(V_DROP if what == V_DROP else
+              NF_QUEUE | (<uint32_t>whole << 16) if what == V_WHOLE else V_ACCEPT)
     memcpy(to + 24, &v, 4)
-    v = htonl(id)
+    v = htonl(p.id)
     memcpy(to + 28, &v, 4)
-    if payload:
-        w = <uint16_t>(4 + payload)
-        memcpy(to + 32, &w, 2)
+    if what == V_NUMBERS:
+        n += _attr32(to + n, ATTR_MARK, p.mark)
+        n += _attr32(to + n, ATTR_PRIORITY, p.priority)
+    elif what != V_DROP and p.mark and p.hook == HOOK_POSTROUTING:
+        n += _attr32(to + n, ATTR_MARK, 0)  # or rules would take it for a number of ours
+    v = n
+    if what == V_CHANGED:
+        v = n + 4 + p.len
+        w = <uint16_t>(4 + p.len)
+        memcpy(to + n, &w, 2)
         w = ATTR_PAYLOAD
-        memcpy(to + 34, &w, 2)
-        return VERDICT_SIZE
-    return 32
+        memcpy(to + n + 2, &w, 2)
+        n += 4
+    memcpy(to, &v, 4)
+    return n
 
 
 cdef void _send(queue *q, const iovec *iov, uint32_t n) noexcept nogil:
@@ -90,11 +119,14 @@ cdef void _send(queue *q, const iovec *iov, uint32_t n) noexcept nogil:
 
 
 cdef int queue_verdict(queue *q, uint32_t id, uint32_t what) noexcept nogil:
-    """The verdict on a packet that was kept. From any thread."""
+    """The verdict on a packet that was kept, V_DROP or V_ACCEPT. From any thread."""
     cdef uint8_t buf[VERDICT_SIZE]
     cdef iovec iov
+    cdef packet p
+    memset(&p, 0, sizeof(p))
+    p.id = id
     iov.iov_base = buf
-    iov.iov_len = _verdict(buf, q.num, id, what, 0)
+    iov.iov_len = _verdict(buf, q.num, &p, what, 0)
     _send(q, &iov, 1)
     return 0
 
@@ -122,10 +154,17 @@ cdef bint _decode(uint8_t *p, uint32_t length, packet *out) noexcept nogil:
             out.hook = p[at + 10]
         elif kind == ATTR_SKB_INFO and size >= 8:
             out.skb_info = get32(p + at + 4)
+        elif kind == ATTR_MARK and size >= 8:
+            out.mark = get32(p + at + 4)
+        elif kind == ATTR_PRIORITY and size >= 8:
+            out.priority = get32(p + at + 4)
+        elif kind == ATTR_CAP_LEN and size >= 8:
+            out.len = get32(p + at + 4)
         elif kind == ATTR_PAYLOAD:
             out.data = p + at + 4
-            out.len = size - 4
+            out.have = size - 4
         at += (size + 3) & ~3u
+    out.len = max(out.len, out.have)  # CAP_LEN is there only if the packet was cut short
     return out.data != NULL
 
 
@@ -138,7 +177,7 @@ cdef void _handle(queue *q, int count) noexcept nogil:
     memset(zero, 0, 4)
     pthread_rwlock_rdlock(q.lock)
     for i in range(count):
-        if not _decode(q.buffers + <size_t>i * QUEUE_PACKET, q.msgs[i].msg_len, &p):
+        if not _decode(q.buffers + <size_t>i * q.room, q.msgs[i].msg_len, &p):
             add64(&q.failed, 1)  # the kernel's complaint about a verdict
             continue
         q.packets += 1
@@ -147,10 +186,11 @@ cdef void _handle(queue *q, int count) noexcept nogil:
         what = q.handle(q.self, q, &p)
         if what == V_KEEP:
             continue
+        q.left += 1 if what == V_WHOLE else 0
         head = q.verdicts + i * VERDICT_SIZE
         size = p.len if what == V_CHANGED else 0
         q.out[n].iov_base = head
-        q.out[n].iov_len = _verdict(head, q.num, p.id, V_DROP if what == V_DROP else V_ACCEPT, size)
+        q.out[n].iov_len = _verdict(head, q.num, &p, what, q.whole)
         n += 1
         if size:
             q.out[n].iov_base = p.data
@@ -167,12 +207,14 @@ cdef void _handle(queue *q, int count) noexcept nogil:
             n = total = 0
     if n:
         _send(q, q.out, n)
+    if q.done != NULL:
+        q.done(q.self, q)
     pthread_rwlock_unlock(q.lock)
 
 
 cdef void _loop(queue *q) noexcept nogil:
     cdef pollfd fds[2]
-    cdef int n
+    cdef int n, idle = 0
     fds[0].fd = q.fd
     fds[1].fd = q.stop_fd
     fds[0].events = fds[1].events = POLLIN
@@ -180,9 +222,14 @@ cdef void _loop(queue *q) noexcept nogil:
         n = recvmmsg(q.fd, q.msgs, QUEUE_BATCH, MSG_DONTWAIT, NULL)
         if n > 0:
             _handle(q, n)
+            idle = 0
             continue
         if errno == ENOBUFS:
             add64(&q.overruns, 1)
+            continue
+        idle += 1
+        if idle <= YIELDS:
+            sched_yield()
             continue
         fds[0].revents = fds[1].revents = 0
         poll(fds, 2, -1)
@@ -202,27 +249,36 @@ cdef int _pass(void *self, queue *q, packet *p) noexcept nogil:
     return V_CHANGED
 
 
+cdef int _number(void *self, queue *q, packet *p) noexcept nogil:
+    p.mark = A_MARK
+    p.priority = A_PRIORITY
+    return V_NUMBERS
+
+
 cdef class Queue:
     """One queue and the thread that serves it.
 
     num: the queue's number; maxlen: the most packets that wait in the kernel; gso: take packets
-    larger than the MTU as they are, instead of their segments. Raises OSError; EBUSY, or EPERM as
-    some kernels say, if somebody else has the number.
+    larger than the MTU as they are, instead of their segments; whole: read heads only, and leave
+    what needs more to the queue of that number. Raises OSError; EBUSY, or EPERM as some kernels
+    say, if somebody else has the number.
     """
 
-    def __cinit__(self, int num, int maxlen=MAXLEN, bint gso=True):
+    def __cinit__(self, int num, int maxlen=MAXLEN, bint gso=True, int whole=0):
         cdef int i, flags = CFG_F_GSO if gso else 0
         self.q = <queue *>calloc(1, sizeof(queue))
         if self.q == NULL:
             raise MemoryError
         self.q.num = num
-        self.q.buffers = <uint8_t *>malloc(QUEUE_BATCH * QUEUE_PACKET)
+        self.q.whole = whole
+        self.q.room = ROOM_FOR_HEAD if whole else QUEUE_PACKET
+        self.q.buffers = <uint8_t *>malloc(QUEUE_BATCH * <size_t>self.q.room)
         self.q.verdicts = <uint8_t *>malloc(QUEUE_BATCH * VERDICT_SIZE)
         if self.q.buffers == NULL or self.q.verdicts == NULL:
             raise MemoryError
         for i in range(QUEUE_BATCH):
-            self.q.iov[i].iov_base = self.q.buffers + <size_t>i * QUEUE_PACKET
-            self.q.iov[i].iov_len = QUEUE_PACKET
+            self.q.iov[i].iov_base = self.q.buffers + <size_t>i * self.q.room
+            self.q.iov[i].iov_len = self.q.room
             self.q.msgs[i].msg_hdr.msg_iov = &self.q.iov[i]
             self.q.msgs[i].msg_hdr.msg_iovlen = 1
         self.sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC,
@@ -232,7 +288,8 @@ cdef class Queue:
             self.sock.setsockopt(socket.SOL_SOCKET, 33, BUFFER)  # SO_RCVBUFFORCE
             self.sock.setsockopt(socket.SOL_SOCKET, 32, BUFFER)  # SO_SNDBUFFORCE
             self._configure(_attribute(CFG_CMD, struct.pack("!BBH", CMD_BIND, 0, 0)))
-            self._configure(_attribute(CFG_PARAMS, struct.pack("!IB", 0xffff, COPY_PACKET))
+            self._configure(_attribute(CFG_PARAMS, struct.pack(
+                "!IB", QUEUE_HEAD if whole else 0xffff, COPY_PACKET))
                             + _attribute(CFG_FLAGS, struct.pack("!I", flags))
                             + _attribute(CFG_MASK, struct.pack("!I", CFG_F_GSO))
                             + _attribute(CFG_QUEUE_MAXLEN, struct.pack("!I", maxlen)))
@@ -261,9 +318,10 @@ cdef class Queue:
         if error:
             raise OSError(error, f"netfilter queue {self.q.num}: {os.strerror(error)}")
 
-    cdef void set_handler(self, packet_handler handle, void *state,
+    cdef void set_handler(self, packet_handler handle, batch_handler done, void *state,
                           pthread_rwlock_t *lock) noexcept:
         self.q.handle = handle
+        self.q.done = done
         self.q.self = state
         self.q.lock = lock
 
@@ -274,7 +332,12 @@ cdef class Queue:
     def pass_all(self):
         """Give back each packet whole, as it came; for benchmarks."""
         rwlock_init(&self.own_lock)
-        self.set_handler(_pass, NULL, &self.own_lock)
+        self.set_handler(_pass, NULL, NULL, &self.own_lock)
+
+    def pass_numbers(self):
+        """Give each packet PROBE_MARK and PROBE_PRIORITY."""
+        rwlock_init(&self.own_lock)
+        self.set_handler(_number, NULL, NULL, &self.own_lock)
 
     def start(self):
         """Serve the queue in a thread of its own."""
@@ -295,18 +358,19 @@ cdef class Queue:
 
     def counters(self):
         return {"packets": self.q.packets, "bytes": self.q.bytes, "gso": self.q.gso,
-                "overruns": self.q.overruns, "failed": self.q.failed}
+                "overruns": self.q.overruns, "failed": self.q.failed, "left": self.q.left}
 
 
-def open_queues(int count, int first=1, int maxlen=MAXLEN):
-    """'count' queues with consecutive numbers that nobody uses, from 'first' on. Raises OSError."""
+def open_queues(int count, int first=1, int maxlen=MAXLEN, bint heads=False):
+    """'count' queues with consecutive numbers that nobody uses, from 'first' on; heads: and as many
+    again that read heads only. Raises OSError."""
     cdef list queues = []
     num = first
-    while len(queues) < count:
+    while len(queues) < (2 * count if heads else count):
         if num > 65535:
             raise OSError(errors.EBUSY, "no free netfilter queues")
         try:
-            queues.append(Queue(num, maxlen))
+            queues.append(Queue(num, maxlen, True, num - count if len(queues) >= count else 0))
         except OSError as error:
             for q in queues:
                 q.close()

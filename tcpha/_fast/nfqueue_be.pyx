@@ -21,13 +21,14 @@ from tcpha._fast.diag cimport (
 from tcpha._fast.message cimport (
     REFUSE_BACKLOG, REFUSE_ERROR, REFUSE_FULL, REFUSE_LISTENER, REFUSE_UNSUPPORTED)
 from tcpha._fast.nfqueue cimport (
-    SKB_CSUM_NOT_READY, SKB_GSO, V_ACCEPT, V_CHANGED, V_DROP, Queue, packet, queue)
+    HOOK_PREROUTING, SKB_CSUM_NOT_READY, SKB_GSO, V_ACCEPT, V_CHANGED, V_DROP, V_NUMBERS, V_WHOLE,
+    Queue, packet, queue)
 from tcpha._fast.packet cimport (
     ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_FIN, TCP_PSH, TCP_RST, TCP_SIZE, TCP_SYN,
     VNET_SIZE, address_bytes, forge, segment, segment_from)
 from tcpha._fast.rewrite cimport (
-    SUM_FULL, SUM_LEAVE, SUM_UPDATE, checksum_full, get32, tcp_parse, tcp_view, translate,
-    translation)
+    SUM_FULL, SUM_LEAVE, SUM_UPDATE, checksum_full, get32, tcp_parse, tcp_parse_head, tcp_view,
+    translate, translation)
 from tcpha._fast.snapshot cimport (
     SNAP_ECN, SNAP_FIN, SNAP_SACK, SNAP_TIMESTAMP, SNAP_USEC_TS, SNAP_WSCALE, snapshot)
 from tcpha._fast.sys cimport (
@@ -180,12 +181,28 @@ cdef bint _is_of(be_flow *f, const tcp_view *v) noexcept nogil:
     return True
 
 
-cdef int _outward(be_nfqueue *d, packet *p) noexcept nogil:
+cdef bint _number(const be_flow *f, const tcp_view *v, packet *p) noexcept nogil:
+    """Rewrite without the packet: the new sequence number (as mark) and TSval (as priority), as
+    they stand in memory, for rules to store; zero stores nothing. False: more must change, or the
+    packet's own mark or priority would be lost."""
+    cdef uint32_t seq
+    if p.mark or p.priority or f.outward.addr or f.outward.window_left != f.outward.window_right:
+        return False
+    seq = get32(v.tcp + 4) + f.outward.seq
+    p.mark = htonl(seq)
+    if v.ts != NULL and f.outward.tsval:
+        p.priority = htonl(get32(v.ts) + f.outward.tsval)
+        if p.priority == 0:
+            return False
+    return seq != 0
+
+
+cdef int _outward(be_nfqueue *d, queue *q, packet *p) noexcept nogil:
     """From the local server."""
     cdef tcpha_flow local
     cdef be_flow *f
     cdef tcp_view v
-    if tcp_parse(p.data, p.len, &v) < 0:
+    if tcp_parse_head(p.data, p.have, p.len, &v) < 0:
         return V_ACCEPT if d.shared else V_DROP
     _key(d, v.ip + 16, v.tcp + 2, &local)
     f = <be_flow *>table_find(&d.flows, &local)
@@ -203,6 +220,8 @@ cdef int _outward(be_nfqueue *d, packet *p) noexcept nogil:
         add64(&d.unknown, 1)
         return V_DROP
     f.sent += 1
+    if q.whole:
+        return V_NUMBERS if _number(f, &v, p) else V_WHOLE
     translate(&v, &f.outward, SUM_LEAVE if p.skb_info & SKB_GSO else
               SUM_FULL if p.skb_info & SKB_CSUM_NOT_READY else SUM_UPDATE)
     return V_CHANGED
@@ -210,7 +229,9 @@ cdef int _outward(be_nfqueue *d, packet *p) noexcept nogil:
 
 cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
     cdef be_nfqueue *d = <be_nfqueue *>self
-    return _inward(d, p) if p.hook == 0 else _outward(d, p)  # NF_INET_PRE_ROUTING
+    if p.hook != HOOK_PREROUTING:
+        return _outward(d, q, p)
+    return V_WHOLE if q.whole else _inward(d, p)
 
 
 cdef bint _on_syn_ack(be_nfqueue *d, tcp_view *v) noexcept nogil:
@@ -627,7 +648,7 @@ cdef class BeNfqueue(BeDatapath):
             self._take_over()
         self.queues = queues
         for q in queues:
-            q.set_handler(_on_packet, self.d, &self.d.lock)
+            q.set_handler(_on_packet, NULL, self.d, &self.d.lock)
         self.table.self = self.d
         self.table.adopt = _adopt
         self.table.feed = _feed

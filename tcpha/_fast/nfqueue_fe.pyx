@@ -23,7 +23,7 @@ from tcpha._fast.ledger cimport (
 from tcpha._fast.nfqueue cimport (
     SKB_CSUM_NOT_READY, SKB_GSO, V_ACCEPT, V_DROP, V_KEEP, Queue, packet, queue, queue_verdict)
 from tcpha._fast.packet cimport (
-    ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_FIN, TCP_PSH, TCP_RST, TCP_SYN, VNET_SIZE,
+    ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_FIN, TCP_PSH, TCP_RST, TCP_SIZE, TCP_SYN, VNET_SIZE,
     address_bytes, forge, ip_checksum, segment, segment_from)
 from tcpha._fast.repair cimport repair_freeze, saved_syn_mss
 from tcpha._fast.rewrite cimport get32, pseudo_sum, sum_bytes, tcp_parse, tcp_view
@@ -47,6 +47,9 @@ cdef enum:
     TCP_CWR = 0x80
     TCP_MSS_LOW = 536
     ROWS = 4096            # entries copied under one lock
+    MAX_QUEUES = 16
+    ACKS = 32              # of a batch that may wait for a later one, each of another flow
+    STRETCH = 8            # ACKs that become one
 
 
 # A packet that waits in the kernel while its flow is handed over, and its copy.
@@ -80,6 +83,14 @@ cdef struct recent:
     uint32_t tsval
 
 
+# A pure ACK of the batch at hand, not sent yet: a later one may make it superfluous.
+cdef struct waiting_ack:
+    tcpha_entry *e         # NULL: none
+    tcp_view v
+    uint32_t skb_info
+    uint32_t stands_for    # so many ACKs
+
+
 cdef struct fe_nfqueue:
     pthread_rwlock_t lock
     pthread_mutex_t hold_lock  # the holders, while 'lock' is held for reading
@@ -89,6 +100,9 @@ cdef struct fe_nfqueue:
     holder *holders
     path paths[TCPHA_MAX_BACKENDS]
     recent *seen
+    waiting_ack waiting[MAX_QUEUES][ACKS]
+    uint64_t thinned
+    uint16_t first_queue
     int packet_fd
     bint tunnel
     uint8_t vaddr[16]
@@ -311,6 +325,53 @@ cdef bint _keep(fe_nfqueue *d, uint32_t slot, queue *q, const packet *p) noexcep
     return True
 
 
+cdef inline bint _is_plain_ack(const tcp_view *v) noexcept nogil:
+    """Nothing but an ACK, with no option but timestamps."""
+    return v.flags == TCP_ACK and v.data_len == 0 and \
+        v.data - v.tcp == (TCP_SIZE + 12 if v.ts != NULL else TCP_SIZE)
+
+
+cdef inline bint _supersedes(const tcp_view *new, const waiting_ack *w) noexcept nogil:
+    """A later plain ACK acknowledges more, and says all else that this one says. Duplicates, which
+    have a meaning of their own (RFC 5681), and window updates are kept."""
+    return w.stands_for < STRETCH and <int>(get32(new.tcp + 8) - get32(w.v.tcp + 8)) > 0 and \
+        memcmp(new.tcp + 4, w.v.tcp + 4, 4) == 0 and new.ip[1] == w.v.ip[1] and \
+        (new.ts == NULL) == (w.v.ts == NULL)
+
+
+cdef inline void _send_waiting(fe_nfqueue *d, waiting_ack *w) noexcept nogil:
+    if w.e != NULL:
+        _to_backend(d, w.e, &w.v, w.skb_info)
+        w.e = NULL
+
+
+cdef void _forward_packet(fe_nfqueue *d, queue *q, const tcpha_flow *flow, tcpha_entry *e,
+                          tcp_view *v, uint32_t skb_info) noexcept nogil:
+    """Send a packet on. Of the ACKs in one batch those that a later one contains are left out: each
+    would cost a pass through another host's queue, and say nothing."""
+    cdef waiting_ack *w = &d.waiting[q.num - d.first_queue][_place(flow) & (ACKS - 1)]
+    cdef bint plain = _is_plain_ack(v)
+    if plain and w.e is e and _supersedes(v, w):
+        w.stands_for += 1
+        add64(&d.thinned, 1)
+    else:
+        _send_waiting(d, w)
+        w.stands_for = 1
+    if not plain:
+        _to_backend(d, e, v, skb_info)
+        return
+    w.e = e
+    w.v = v[0]
+    w.skb_info = skb_info
+
+
+cdef void _on_batch(void *self, queue *q) noexcept nogil:
+    cdef fe_nfqueue *d = <fe_nfqueue *>self
+    cdef int i
+    for i in range(ACKS):
+        _send_waiting(d, &d.waiting[q.num - d.first_queue][i])
+
+
 cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
     cdef fe_nfqueue *d = <fe_nfqueue *>self
     cdef tcpha_flow flow
@@ -333,7 +394,7 @@ cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
             r.tsval = get32(v.ts)
         return V_ACCEPT
     if e.state == TCPHA_FORWARD:
-        _to_backend(d, e, &v, p.skb_info)
+        _forward_packet(d, q, &flow, e, &v, p.skb_info)
         return V_DROP
     add64(<uint64_t *>&d.n.held, 1)
     return V_KEEP if _keep(d, e.slot, q, p) else V_DROP  # out of memory: the client sends it again
@@ -488,8 +549,11 @@ cdef class FeNfqueue(FeDatapath):
         self.packet_socket.setsockopt(socket.SOL_SOCKET, 32, 16 << 20)  # SO_SNDBUFFORCE
         self.d.packet_fd = self.packet_socket.fileno()
         self.queues = queues
+        if len(queues) > MAX_QUEUES:
+            raise ValueError("too many queues")
+        self.d.first_queue = queues[0].num
         for q in queues:
-            q.set_handler(_on_packet, self.d, &self.d.lock)
+            q.set_handler(_on_packet, _on_batch, self.d, &self.d.lock)
         self.table.self = self.d
         self.table.divert = _divert
         self.table.freeze = _freeze
@@ -537,7 +601,8 @@ cdef class FeNfqueue(FeDatapath):
     def counters(self):
         cdef tcpha_counters *n = &self.d.n
         return {"forwarded": n.forwarded, "forwarded_bytes": n.forwarded_bytes, "held": n.held,
-                "live_syn": n.live_syn, "unreachable": n.unreachable}
+                "live_syn": n.live_syn, "unreachable": n.unreachable,
+                "thinned": self.d.thinned}
 
     def flows(self):
         cdef flow_cell *rows = <flow_cell *>malloc(<size_t>ROWS * self.d.flows.stride)

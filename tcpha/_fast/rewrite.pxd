@@ -40,6 +40,7 @@ cdef struct translation:
 
 
 cdef int tcp_parse(uint8_t *p, uint32_t length, tcp_view *v) noexcept nogil
+cdef int tcp_parse_head(uint8_t *p, uint32_t have, uint32_t length, tcp_view *v) noexcept nogil
 cdef void translate(tcp_view *v, const translation *t, int mode) noexcept nogil
 cdef void checksum_full(tcp_view *v) noexcept nogil
 cdef uint16_t pseudo_sum(const uint8_t *ip, uint32_t tcp_len) noexcept nogil

@@ -22,21 +22,26 @@ cdef enum:
 cdef int tcp_parse(uint8_t *p, uint32_t length, tcp_view *v) noexcept nogil:
     """Find everything in a packet of 'length' bytes that begins with an IPv4 header. 0, or -1: no
     whole TCP header, or malformed options."""
+    return tcp_parse_head(p, length, length, v)
+
+
+cdef int tcp_parse_head(uint8_t *p, uint32_t have, uint32_t length, tcp_view *v) noexcept nogil:
+    """The same where only the first 'have' bytes can be read."""
     cdef uint32_t ihl, doff, at, end, size
     cdef uint8_t *o
     memset(v, 0, sizeof(tcp_view))
     v.wscale = -1
-    if length < 20 or p[0] >> 4 != 4 or p[9] != 6:
+    if have < 20 or p[0] >> 4 != 4 or p[9] != 6:
         return -1
     ihl = (p[0] & 15) * 4u
-    if ihl < 20 or length < ihl + TCP_SIZE or (get16(p + 6) & 0x3fff) != 0:  # or a fragment
+    if ihl < 20 or have < ihl + TCP_SIZE or (get16(p + 6) & 0x3fff) != 0:  # or a fragment
         return -1
     v.ip = p
     v.tcp = p + ihl
     v.len = length
     v.flags = v.tcp[13]
     doff = (v.tcp[12] >> 4) * 4u
-    if doff < TCP_SIZE or ihl + doff > length:
+    if doff < TCP_SIZE or ihl + doff > have or have > length:
         return -1
     v.data = v.tcp + doff
     v.data_len = length - ihl - doff
@@ -180,11 +185,13 @@ cdef void translate(tcp_view *v, const translation *t, int mode) noexcept nogil:
         _apply(v.tcp + 16, diff)
 
 
-def parse_packet(bytes packet):
-    """What tcp_parse() finds, as a dict, or None; for tests."""
+def parse_packet(bytes packet, have=None):
+    """What tcp_parse() finds, or tcp_parse_head() in 'have' bytes, as a dict, or None; for
+    tests."""
     cdef bytearray copy = bytearray(packet)
     cdef tcp_view v
-    if tcp_parse(copy, <uint32_t>len(copy), &v) < 0:
+    del copy[len(packet) if have is None else have:]
+    if tcp_parse_head(copy, <uint32_t>len(copy), <uint32_t>len(packet), &v) < 0:
         return None
     return {"flags": v.flags, "data": packet[len(packet) - v.data_len:],
             "ts": (get32(v.ts), get32(v.ts + 4)) if v.ts != NULL else None,

@@ -195,6 +195,10 @@ cdef extern from * nogil:
     int cond_wait_ms(pthread_cond_t *c, pthread_mutex_t *m, long ms)
 
 
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+
 cdef extern from "<poll.h>" nogil:
     struct pollfd:
         int fd

@@ -10,19 +10,20 @@ import contextlib
 import logging
 import os
 import select
+import socket
 import threading
 from pathlib import Path as FilePath
 from typing import Any
 
 from netfilterqueue import NetfilterQueue
 
-from tcpha._fast.nfqueue import open_queues
+from tcpha._fast.nfqueue import PROBE_MARK, PROBE_PRIORITY, Queue, open_queues
 from tcpha._fast.nfqueue_be import BeNfqueue
 from tcpha._fast.nfqueue_fe import FeNfqueue
 from tcpha.config import ANY, Config
 from tcpha.datapath import DatapathError, Path
 from tcpha.net import rules
-from tcpha.net.host import Host
+from tcpha.net.host import Host, HostError
 from tcpha.net.rules import Rule
 
 log = logging.getLogger("tcpha")
@@ -33,7 +34,8 @@ TIME_WAIT_FLOWS = 1 << 17  # room for connections that are over
 
 
 def _count() -> int:
-    return min(len(os.sched_getaffinity(0)), MAX_QUEUES)
+    """One for each core, down to a power of two."""
+    return min(1 << len(os.sched_getaffinity(0)).bit_length() - 1, MAX_QUEUES)
 
 
 def _kernel_counters(numbers: list[int]) -> dict[str, int]:
@@ -50,21 +52,54 @@ def _kernel_counters(numbers: list[int]) -> dict[str, int]:
     return total
 
 
+def _heads_suffice(host: Host, name: str) -> bool:
+    """Whether the numbers of a verdict reach nft's rules, and those can store them: tried with a
+    datagram to ourselves."""
+    queue: Queue | None = None
+    with (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver,
+          socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender):
+        receiver.bind(("127.0.0.1", 0))
+        receiver.settimeout(1)
+        port = receiver.getsockname()[1]
+        datagram: dict[str, Any] = {"protocol": socket.IPPROTO_UDP, "dport": port, "lo": True}
+        try:
+            queue, = open_queues(1, FIRST_QUEUE)
+            queue.pass_numbers()
+            queue.start()
+            rules.install(host, name, [
+                Rule("postrouting", **datagram, queue=(queue.num, 1)),
+                Rule("numbers", sport=port, lo=True, store=True),
+                Rule("numbers", mark=PROBE_MARK, priority=PROBE_PRIORITY),
+                Rule("numbers", **datagram, drop=True)], rules.NFT)
+            sender.sendto(b"?", receiver.getsockname())
+            return receiver.recv(1) == b"?"
+        except (OSError, HostError) as error:
+            log.debug("whole packets are read: %s", error)
+            return False
+        finally:
+            rules.remove(name)
+            if queue:
+                queue.close()
+
+
 class _Nfqueue:
     name = "nfqueue"
     table: Any
 
-    def __init__(self, config: Config, host: Host, role: str):
+    def __init__(self, config: Config, host: Host, role: str, heads: bool = False):
         self.host = host
         self.rules = f"tcpha{role}_{host.handle:04x}_{os.getpid()}"
+        self.heads = heads and _heads_suffice(host, self.rules)
         try:
-            self.queues = open_queues(_count(), FIRST_QUEUE, config.queuelen)
+            self.queues = open_queues(_count(), FIRST_QUEUE, config.queuelen, self.heads)
         except OSError as error:
             raise DatapathError(f"datapath nfqueue: {error.strerror}; the kernel needs "
                                 "NETFILTER_NETLINK_QUEUE, and the daemon CAP_NET_ADMIN") from None
 
     def _begin(self, table: list[Rule]) -> None:
-        log.info("packets reach their queues by %s", rules.install(self.host, self.rules, table))
+        way = rules.install(self.host, self.rules, table, rules.NFT if self.heads else rules.WAYS)
+        log.info("packets reach their queues by %s%s", way,
+                 "; of what leaves, heads only" if self.heads else "")
         # Where the rules of a killed run are still in force, packets pass both: none may be
         # rewritten before those are gone, or it would be rewritten twice. Until then they wait.
         self.host.forget_rules()
@@ -73,7 +108,8 @@ class _Nfqueue:
 
     @property
     def _span(self) -> tuple[int, int]:
-        return self.queues[0].num, len(self.queues)
+        """The queues that read whole packets."""
+        return self.queues[0].num, _count()
 
     def counters(self) -> dict[str, Any]:
         total: dict[str, int] = {}
@@ -154,6 +190,8 @@ class _Handshakes:
 
     def _on_packet(self, packet: Any) -> None:
         if self.table.handshake(packet.get_payload()):
+            if packet.get_mark():
+                packet.set_mark(0)  # or rules would take it for a number of ours
             packet.accept()
         else:
             packet.drop()
@@ -174,7 +212,7 @@ class _Handshakes:
 
 class NfqueueBackend(_Nfqueue):
     def __init__(self, config: Config, host: Host):
-        super().__init__(config, host, "be")
+        super().__init__(config, host, "be", heads=True)
         listen = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
         guard = []
         if listen.startswith("127."):
@@ -186,7 +224,9 @@ class NfqueueBackend(_Nfqueue):
                                config.maxclients * 2 + TIME_WAIT_FLOWS, MARK, self.queues,
                                str(self.file))
         first, total = self._span
-        self.handshakes = _Handshakes(self.table, first + total)
+        self.handshakes = _Handshakes(self.table, first + len(self.queues))
+        outward = [Rule("numbers", source=listen, sport=config.redirectport, store=True)] \
+            if self.heads else []
         local = {"hook": "postrouting", "source": listen, "sport": config.redirectport}
         self._begin([
             *guard,
@@ -194,7 +234,8 @@ class NfqueueBackend(_Nfqueue):
             Rule("prerouting", queue=self._span, protocol=rules.IPIP, destination=config.raddr),
             Rule("prerouting", queue=self._span, destination=config.vaddr),
             Rule(**local, flags=rules.SYN_ACK, queue=(self.handshakes.num, 1)),
-            Rule(**local, queue=self._span)])
+            Rule(**local, queue=(first + total, total) if self.heads else self._span),
+            *outward])
         if guard:
             host.sysctl("net/ipv4/conf/all/route_localnet", "1")
 

@@ -3,6 +3,9 @@
 
 Three ways, tried in this order: nft's own 'queue' expression; nft with the NFQUEUE target of
 xtables (nft_compat), over the same netlink socket; the iptables command, in chains of our own.
+
+With nft, a queue need not carry the packets: a verdict brings the new sequence number as the
+packet's mark and the new TSval as its priority, and rules of the hook 'numbers' store them.
 """
 from __future__ import annotations
 
@@ -25,22 +28,26 @@ from tcpha.net.host import Host, HostError
 
 T = TypeVar("T")
 NATIVE, COMPAT, IPTABLES = "nft queue", "nft with the NFQUEUE target", "iptables"
+NFT, WAYS = (NATIVE, COMPAT), (NATIVE, COMPAT, IPTABLES)
 IPIP = 4
 NF_DROP, NF_ACCEPT = 0, 1
 LOOPBACK = "127.0.0.0/8"
-PRIORITY = {"prerouting": -300, "postrouting": -150}  # raw, before conntrack; mangle, after it
+# netfilter's name of each hook, and the priority: raw, before conntrack; mangle, after it
+HOOKS = {"prerouting": ("prerouting", -300), "postrouting": ("postrouting", -150),
+         "numbers": ("postrouting", -149)}
 IPTABLES_CHAIN = {"prerouting": ("raw", "PREROUTING", "-i"),
                   "postrouting": ("mangle", "POSTROUTING", "-o")}
 SYN, SYN_ACK = 0x02, 0x12
-META_MARK, META_IIFNAME, META_OIFNAME = 3, 6, 7
+META_PRIORITY, META_MARK, META_IIFNAME, META_OIFNAME = 2, 3, 6, 7
 NETWORK, TRANSPORT = 1, 2
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule. Packets of lo are left alone. queue: number of the first and how many share the
-    load by the hash of the addresses; None: accept, or drop. bypass: accept if nobody serves the
-    queue. destination: an address, or LOOPBACK for all that begin with 127."""
+    """One rule. Packets of lo are left alone, or alone concerned. queue: number of the first and
+    how many (a power of two) share the load by the client's port; None: accept, or drop. bypass:
+    accept if nobody serves the queue. destination: an address, or LOOPBACK for all that begin with
+    127."""
 
     hook: str
     queue: tuple[int, int] | None = None
@@ -53,10 +60,13 @@ class Rule:
     sport: int | None = None
     dport: int | None = None
     flags: int | None = None  # of SYN and ACK
+    priority: int | None = None  # with 'mark'
+    lo: bool = False
+    store: bool = False       # mark and priority where they belong, if they are not zero
 
 
 def install(host: Host, name: str, rules: list[Rule],
-            ways: tuple[str, ...] = (NATIVE, COMPAT, IPTABLES)) -> str:
+            ways: tuple[str, ...] = WAYS) -> str:
     """Put rules in force, in an nft table (or in chains) of that name. Returns the way that worked.
     Raises HostError if none does."""
     host.will_undo(what="rules", name=name)
@@ -125,13 +135,16 @@ def _meta(key: int) -> dict[str, Any]:
     return dict(genex("meta", {"dreg": 1, "key": key}))
 
 
-def _expressions(rule: Rule, native: bool) -> list[list[dict[str, Any]]]:
+def _expressions(rule: Rule, native: bool) -> list[list[list[dict[str, Any]]]]:
+    """The rule as nft knows it; or several, if queues share the load."""
     device = META_IIFNAME if rule.hook == "prerouting" else META_OIFNAME
-    steps = [_compare(_meta(device), b"lo".ljust(16, b"\0"), equal=False)]
+    steps = [_compare(_meta(device), b"lo".ljust(16, b"\0"), equal=rule.lo)]
     if rule.protocol is not None:
         steps.append(_compare(_payload(NETWORK, 9, 1), bytes([rule.protocol])))
     if rule.mark is not None:
         steps = [_compare(_meta(META_MARK), struct.pack("=I", rule.mark))]
+    if rule.priority is not None:
+        steps.append(_compare(_meta(META_PRIORITY), struct.pack("=I", rule.priority)))
     for address, offset in ((rule.source, 12), (rule.destination, 16)):
         if address == LOOPBACK:
             steps.append(_compare(_payload(NETWORK, offset, 1), b"\x7f"))
@@ -143,25 +156,59 @@ def _expressions(rule: Rule, native: bool) -> list[list[dict[str, Any]]]:
     if rule.flags is not None:
         steps.append(_compare(_payload(TRANSPORT, 13, 1), bytes([rule.flags]),
                               mask=bytes([SYN_ACK])))
+    if rule.store:
+        return [[*steps, *parts] for parts in _store()]
     if rule.queue is None:
-        return [*steps, verdict(NF_DROP if rule.drop else NF_ACCEPT)]
+        return [[*steps, verdict(NF_DROP if rule.drop else NF_ACCEPT)]]
     first, total = rule.queue
-    if native:
-        action = genex("queue", {"num": first, "total": total,
-                                 "flags": {"value": int(rule.bypass)}})  # NFT_QUEUE_FLAG_BYPASS
-    else:  # struct xt_NFQ_info_v3
-        action = genex("target", {"name": "NFQUEUE", "rev": 3,
-                                  "info": struct.pack("=4H", first, total, int(rule.bypass), 0)})
-    return [*steps, [action]]
+    return [[*steps, *_share(rule, n, total), [_queue(first + n, rule.bypass, native)]]
+            for n in reversed(range(total))]
+
+
+def _share(rule: Rule, n: int, total: int) -> list[list[dict[str, Any]]]:
+    """Whether a client's port falls to the n-th queue; number 0, which comes last, takes the rest.
+    The kernel's own ways to share go by addresses, and many users behind one proxy would meet in
+    one queue; or by CPU, which reorders. The lowest bit is left out, since connect() takes ports of
+    one parity first."""
+    if n == 0:
+        return []
+    if rule.protocol == IPIP:
+        port = _payload(NETWORK, 40, 2)  # behind two IP headers
+    else:
+        port = _payload(TRANSPORT, 0 if rule.hook == "prerouting" else 2, 2)
+    return [_compare(port, struct.pack("!H", n << 1), mask=struct.pack("!H", (total - 1) << 1))]
+
+
+def _store() -> list[list[list[dict[str, Any]]]]:
+    none = b"\0" * 4
+    marked = _compare(_meta(META_MARK), none, equal=False)
+    seq = genex("payload", {"sreg": 1, "base": TRANSPORT, "offset": 4, "len": 4,
+                            "csum_type": 1, "csum_offset": 16})  # NFT_PAYLOAD_CSUM_INET
+    tsval = genex("exthdr", {"sreg": 1, "op": 1, "type": 8, "offset": 2, "len": 4})  # TCPOPT
+    clear = [genex("immediate", {"dreg": 1, "data": _data(none)}),
+             genex("meta", {"sreg": 1, "key": META_MARK}),
+             genex("meta", {"sreg": 1, "key": META_PRIORITY})]
+    return [[marked, [seq]],
+            [marked, _compare(_meta(META_PRIORITY), none, equal=False), [tsval]],
+            [marked, clear]]
+
+
+def _queue(num: int, bypass: bool, native: bool) -> dict[str, Any]:
+    if native:  # NFT_QUEUE_FLAG_BYPASS
+        return dict(genex("queue", {"num": num, "total": 1, "flags": {"value": int(bypass)}}))
+    return dict(genex("target", {"name": "NFQUEUE", "rev": 3,  # struct xt_NFQ_info_v3
+                                 "info": struct.pack("=4H", num, 1, int(bypass), 0)}))
 
 
 def _nft(name: str, rules: list[Rule], native: bool, nft: Any) -> None:
     nft.table("add", name=name)
     for hook in dict.fromkeys(r.hook for r in rules):
-        nft.chain("add", table=name, name=hook, hook=hook, type="filter", policy=NF_ACCEPT,
-                  priority=PRIORITY[hook])
+        netfilter, priority = HOOKS[hook]
+        nft.chain("add", table=name, name=hook, hook=netfilter, type="filter", policy=NF_ACCEPT,
+                  priority=priority)
     for rule in rules:
-        nft.rule("add", table=name, chain=rule.hook, expressions=_expressions(rule, native))
+        for expressions in _expressions(rule, native):
+            nft.rule("add", table=name, chain=rule.hook, expressions=expressions)
 
 
 # iptables
@@ -194,7 +241,7 @@ def _arguments(rule: Rule, device: str) -> list[str]:
         args += ["--tcp-flags", "SYN,ACK", "SYN,ACK" if rule.flags == SYN_ACK else "SYN"]
     if rule.queue is None:
         return [*args, "-j", "DROP" if rule.drop else "ACCEPT"]
-    first, total = rule.queue
+    first, total = rule.queue  # shared by addresses: few kernels have a match for bits of a port
     args += ["-j", "NFQUEUE"]
     args += ["--queue-balance", f"{first}:{first + total - 1}"] if total > 1 else \
         ["--queue-num", str(first)]
