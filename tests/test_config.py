@@ -6,8 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import toml
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tcpha.config import Config, ConfigError, Rule, Server, load
+from tcpha.config import Config, ConfigError, Rule, Server, load, to_toml
 from tcpha.lab.bed import BIN
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -169,3 +172,42 @@ def test_command_checks_a_file(tmp_path: Path) -> None:
     done = subprocess.run([BIN / "tcphafe", "-t", "-c", bad], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith(f"{bad}:4: prot: unknown key; did you mean 'port'?")
+
+
+@given(st.lists(st.text(st.characters(min_codepoint=32, exclude_categories=["Cs", "Cc"]),
+                        min_size=1), max_size=4))
+def test_patterns_survive_toml(patterns: list[str]) -> None:
+    rules = [Rule("10.0.0.1", p) for p in patterns]
+    document = toml.loads(to_toml(Config("fe", "x", {"rule": rules}, {"rule": 1})))
+    assert [Rule(r["server"], r["pattern"]) for r in document["rule"]] == rules
+
+
+LEGACY = FE + r"""raddr = 10.0.0.5
+port = 8000
+datapath = nfqueue
+interface = eth0
+interface = eth1
+server = 10.0.0.2
+rule = 10.0.0.2 ^/a\.b\\c"d'#e\x41[^/]+\d$
+rule = 10.0.0.2 ä€
+logfile = /var/log/x y.log
+"""
+
+
+@pytest.mark.parametrize("role, text", [
+    ("fe", LEGACY), ("fe", (CONF / "tcphafe.conf").read_text()),
+    ("fe", (CONF / "tcphafe.conf.detail").read_text()),
+    ("be", (CONF / "tcphabe.conf").read_text()), ("be", (CONF / "tcphabe.conf.detail").read_text()),
+    ("be", BE + "redirectport = 8080\nrule = jpg$\nrule = 10.0.0.1 .*\n")])
+def test_legacy_becomes_toml(tmp_path: Path, role: str, text: str) -> None:
+    old, new = tmp_path / "x.conf", tmp_path / "x.toml"
+    old.write_text(text)
+    done = subprocess.run([BIN / f"tcpha{role}", "-t", "--print-toml", "-c", old],
+                          capture_output=True, text=True, check=True)
+    new.write_text(done.stdout)
+    before, after = load(role, str(old)), load(role, str(new))
+    assert after.values == before.values and set(after.lines) == set(before.lines)
+    old.write_text(text + "prot = 1\n")
+    done = subprocess.run([BIN / f"tcpha{role}", "--print-toml", "-c", old],
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")

@@ -14,7 +14,7 @@ from pathlib import Path
 from tcpha import __version__
 from tcpha.admin import logs
 from tcpha.admin.rundir import DEFAULT, RunDir, RunDirError, daemonise
-from tcpha.config import Config, ConfigError, load
+from tcpha.config import Config, ConfigError, load, to_toml
 from tcpha.service import Service
 
 ROLES = {"tcphafe": "fe", "tcphabe": "be"}
@@ -31,6 +31,8 @@ def parse(name: str, argv: list[str] | None) -> argparse.Namespace:
                    help="stay in the foreground and log to stderr")
     p.add_argument("-t", action="store_true", dest="test",
                    help="check the configuration and exit: 0 good, 2 bad")
+    p.add_argument("--print-toml", action="store_true",
+                   help="check the configuration, print what it sets as TOML, and exit as -t")
     p.add_argument("--run-dir", metavar="DIR", type=Path, default=DEFAULT,
                    help="pid file, control socket and control files (default: %(default)s)")
     p.add_argument("--datapath", choices=("auto", "ebpf", "nfqueue"),
@@ -58,6 +60,9 @@ def main(name: str, argv: list[str] | None = None) -> int:
         return 2
     for warning in config.warnings:
         print(warning, file=sys.stderr)
+    if args.print_toml:
+        print(to_toml(config), end="")
+        return 0
     if args.test:
         print(f"{args.config}: good")
         return 0

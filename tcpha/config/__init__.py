@@ -9,8 +9,9 @@ from tcpha._fast.match import Matcher, PatternError, check_patterns
 from tcpha.config.keys import KEYS, MEANINGLESS
 from tcpha.config.model import ANY, Config, ConfigError, Fault, Rule, Server
 from tcpha.config.readers import read
+from tcpha.config.writers import to_toml
 
-__all__ = ["ANY", "Config", "ConfigError", "Fault", "Rule", "Server", "load"]
+__all__ = ["ANY", "Config", "ConfigError", "Fault", "Rule", "Server", "load", "to_toml"]
 
 
 def load(role: str, file: str) -> Config:
