@@ -61,7 +61,11 @@ def main(name: str, argv: list[str] | None = None) -> int:
     for warning in config.warnings:
         print(warning, file=sys.stderr)
     if args.print_toml:
-        print(to_toml(config), end="")
+        try:
+            print(to_toml(config), end="")
+        except ValueError as error:
+            print(f"{args.config}: {error}", file=sys.stderr)
+            return 2
         return 0
     if args.test:
         print(f"{args.config}: good")
@@ -73,8 +77,6 @@ def main(name: str, argv: list[str] | None = None) -> int:
         return 1
     args.run_dir = args.run_dir.absolute()
     config.file = os.path.abspath(config.file)
-    if config.logfile:
-        config.values["logfile"] = os.path.abspath(config.logfile)
     report: Callable[[str], None] = (lambda _: None) if args.foreground else daemonise()
     try:
         logs.set_up(name, args.foreground, config.logfile)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import os
 from typing import Any
 
 from tcpha._fast.match import Matcher, PatternError, check_patterns
-from tcpha.config.keys import KEYS, MEANINGLESS
+from tcpha.config.keys import KEYS, MEANINGLESS, PATHS
 from tcpha.config.model import ANY, Config, ConfigError, Fault, Rule, Server
 from tcpha.config.readers import read
 from tcpha.config.writers import to_toml
@@ -14,8 +15,10 @@ from tcpha.config.writers import to_toml
 __all__ = ["ANY", "Config", "ConfigError", "Fault", "Rule", "Server", "load", "to_toml"]
 
 
-def load(role: str, file: str) -> Config:
-    """Read and check a file for a role ('fe' or 'be'). Raises ConfigError with all faults."""
+def load(role: str, file: str, directory: str | None = None) -> Config:
+    """Read and check a file for a role ('fe' or 'be'). Paths in it are taken as relative to
+    'directory', or else to the current one. Raises ConfigError with all faults."""
+    directory = directory or os.getcwd()
     items, faults = read(file)
     keys = KEYS[role]
     values: dict[str, Any] = {name: [] if key.repeated else key.default
@@ -64,7 +67,10 @@ def load(role: str, file: str) -> Config:
     _check(role, file, values, lines, places, faults, warnings)
     if faults:
         raise ConfigError(sorted(faults + warnings, key=lambda f: f.line))
-    return Config(role, file, values, lines, warnings)
+    for name in PATHS:
+        if values[name]:
+            values[name] = os.path.normpath(os.path.join(directory, values[name]))
+    return Config(role, file, values, lines, warnings, directory)
 
 
 def _check(role: str, file: str, v: dict[str, Any], lines: dict[str, int],

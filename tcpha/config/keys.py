@@ -114,6 +114,7 @@ SHARED = {
               "network of your own")),
     "dbglevel": Key(integer(0, 6, "level"), 0),
     "logfile": Key(text),
+    "accesslog": Key(text),
     "headlimit": Key(integer(256, 65536), 16384),
     "headtimeout": Key(integer(1, 3600), 15),
     "idletimeout": Key(integer(1, 10 ** 6), 900),
@@ -121,6 +122,8 @@ SHARED = {
     "queuelen": Key(integer(16, 2 ** 20), 8192),
     "interface": Key(text, repeated=True),
 }
+
+PATHS = ("logfile", "accesslog")  # relative to where the daemon was started
 
 KEYS: dict[str, dict[str, Key]] = {
     "fe": SHARED | {
@@ -152,6 +155,6 @@ KEYS: dict[str, dict[str, Key]] = {
 # Keys that one role accepts but has no use for.
 MEANINGLESS = {
     "fe": set[str](),
-    "be": {"forward", "fastpath", "headlimit", "headtimeout", "idletimeout", "maxflows",
-           "dtcinterval"},
+    "be": {"accesslog", "forward", "fastpath", "headlimit", "headtimeout", "idletimeout",
+           "maxflows", "dtcinterval"},
 }

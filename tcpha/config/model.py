@@ -71,6 +71,7 @@ class Config:
     values: dict[str, Any]
     lines: dict[str, int] = field(default_factory=dict)
     warnings: list[Fault] = field(default_factory=list)
+    directory: str = ""  # to which paths are relative
 
     def __getattr__(self, name: str) -> Any:
         try:

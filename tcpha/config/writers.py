@@ -12,7 +12,8 @@ from tcpha.config.model import ANY, Config, Rule, Server
 
 
 def to_toml(config: Config) -> str:
-    """What the file sets, as TOML; loading it gives the same values."""
+    """What the file sets, as TOML; loading it gives the same values. Raises ValueError if a text
+    cannot be written so that the toml package reads it."""
     document: dict[str, Any] = {}
     for name in config.lines:
         value = config.values[name]
@@ -23,7 +24,7 @@ def to_toml(config: Config) -> str:
 
 
 class _Encoder(toml.TomlEncoder):  # type: ignore[misc]
-    """The library's own way with strings spoils a backslash before an x."""
+    """The package's own way with strings spoils a backslash before an x."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,9 +32,16 @@ class _Encoder(toml.TomlEncoder):  # type: ignore[misc]
 
 
 def _string(text: str) -> str:
-    """A literal string where it can be one: patterns are full of backslashes."""
-    return f"'{text}'" if "\\" in text and "'" not in text else json.dumps(text,
-                                                                          ensure_ascii=False)
+    """The first of TOML's kinds of strings that the package, which stumbles over some mixtures of
+    quotes and backslashes, reads as it was meant."""
+    plain = json.dumps(text, ensure_ascii=False)
+    for form in (plain, f"'{text}'", f"'''{text}'''", f'""{plain}""'):
+        try:
+            if toml.loads(f"x = {form}\n") == {"x": text}:
+                return form
+        except (toml.TomlDecodeError, IndexError, ValueError):
+            continue
+    raise ValueError(f"no way to write {plain}")
 
 
 def _table(item: Server | Rule) -> dict[str, Any]:
