@@ -19,7 +19,7 @@ from tcpha.admin.files import ControlFiles
 from tcpha.admin.rundir import RunDir
 from tcpha.admin.server import Command, Refused, serve
 from tcpha.config import Config, ConfigError, load
-from tcpha.net.host import Host
+from tcpha.net.host import Host, HostError
 from tcpha.supervisor import Supervisor
 
 log = logging.getLogger("tcpha")
@@ -83,6 +83,11 @@ class Service:
     def apply(self, config: Config) -> None:
         """Take a new configuration over, as far as it can change at run time."""
 
+    def reopen(self) -> None:
+        """Open log files anew."""
+        logs.reopen()
+        log.info("log files opened anew")
+
     def commands(self) -> dict[str, Command]:
         return {"set": self.set, "unload": self.unload}
 
@@ -120,7 +125,7 @@ class Service:
     async def reload(self) -> dict[str, Any]:
         """Read the configuration file again; a bad one changes nothing."""
         try:
-            fresh = load(self.role, self.config.file)
+            fresh = load(self.role, self.config.file, self.config.directory)
         except ConfigError as error:
             log.error("reload refused, nothing was changed: %s", error)
             raise Refused(str(error)) from None
@@ -128,7 +133,11 @@ class Service:
                  if k not in self.reloadable and fresh.values[k] != self.config.values[k]]
         for warning in fresh.warnings:
             log.warning("%s", warning)
-        self.apply(fresh)
+        try:
+            self.apply(fresh)
+        except HostError as error:
+            log.error("reload refused, nothing was changed: %s", error)
+            raise Refused(str(error)) from None
         if fixed:
             log.warning("changed but not taken over before a restart: %s", ", ".join(fixed))
         log.info("configuration reloaded")
@@ -161,6 +170,7 @@ class Service:
         for number_ in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number_, self.stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._hup)
+        loop.add_signal_handler(signal.SIGUSR1, self.reopen)
         try:
             await self.begin()
             self.spawn(self._tick())
@@ -215,6 +225,7 @@ class Service:
         while True:
             await asyncio.sleep(TICK)
             self.workers.tick()
+            self.every_tick()
             if loop.time() >= next_ping:
                 next_ping = loop.time() + PING_EVERY
                 for index, _, up, _ in self.core.links():
@@ -223,6 +234,9 @@ class Service:
                 self.every_second()
             if self.unloading and self.live() == 0:
                 self.stopping.set()
+
+    def every_tick(self) -> None:
+        """What cannot wait for a second."""
 
     def every_second(self) -> None:
         """Periodic work of the roles."""

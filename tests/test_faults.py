@@ -93,7 +93,7 @@ def test_nobody_listening_is_503(pair: Cluster) -> None:
     finally:
         for n in pair.nginx:
             n.start()
-    assert names(pair, 4) == {"be1", "be2"}
+    wait_for(lambda: names(pair, 4) == {"be1", "be2"}, "both in use again")
 
 
 def test_full_accept_queue(pair: Cluster) -> None:
@@ -189,6 +189,7 @@ def test_back_end_killed_under_load(pair: Cluster) -> None:
 def test_connections_outlive_their_daemon(pair: Cluster) -> None:
     """The kernel has them; tcphabe was needed to begin them only. Where packets pass through it,
     they go on when it is back."""
+    wait_for(lambda: pair.fe and not pair.fe.ctl("conns"), "the end of earlier connections")
     with pair.client.connect(pair.VIP) as s:
         s.sendall(REQUEST.replace(b"close", b"keep-alive"))
         s.recv(65536)
@@ -258,18 +259,21 @@ def test_garbage_on_the_control_port(pair: Cluster) -> None:
     be = pair.be_hosts[0].address
     hello = struct.pack("!HBBIQ", 0x5443, message.VERSION, message.HELLO, 16 + 40, 1)
     for data in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(500), b"\xff" * 64, hello + b"{" * 40,
-                 struct.pack("!HBBIQ", 0x5443, 1, message.HELLO, 0xffffffff, 1),
-                 message.encode_hello(b'{"role": "fe", "vaddr": "10.0.0.1", "version": 1}'),
+                 struct.pack("!HBBIQ", 0x5443, message.VERSION, message.HELLO, 0xffffffff, 1),
+                 message.encode_hello(b'{"role": "fe", "vaddr": "10.0.0.1", "version": %d}'
+                                      % message.VERSION),
                  message.encode_hello(b'{"role": "be", "vaddr": "192.168.1.36", "clock": "x"}')):
         s = pair.client.connect(be, 666)
         s.sendall(data)
         until_closed(s)
     # a peer that introduced itself well and then talks nonsense is cut off, and nobody else
     for nonsense in (os.urandom(400), message.encode(message.ADOPTED, 1),
-                     struct.pack("!HBBIQ", 0x5443, 1, message.HANDOFF, 100, 1) + b"x" * 84):
+                     struct.pack("!HBBIQ", 0x5443, message.VERSION, message.HANDOFF, 100, 1)
+                     + b"x" * 84):
         s = pair.client.connect(be, 666)
         s.sendall(message.encode_hello(
-            b'{"role": "fe", "vaddr": "192.168.1.36", "version": 1, "instance": "x", "clock": 1}'))
+            b'{"role": "fe", "vaddr": "192.168.1.36", "version": %d, "instance": "x", "clock": 1}'
+            % message.VERSION))
         assert len(s.recv(4096)) > 16
         s.sendall(nonsense)
         until_closed(s)

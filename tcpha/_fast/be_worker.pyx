@@ -13,15 +13,15 @@ from libc.string cimport memcmp, memcpy, memset
 
 from tcpha._fast.core cimport (
     EV_NETLINK, LINK_UP, MAX_LINKS, SCRATCH, Core, core, half_closed, link,
-    link_put, say_flow, say_number, watch, worker)
+    link_put, say_flow, say_more, say_number, watch, worker)
 from tcpha._fast.datapath cimport (
     DP_ALIVE, DP_CLOSING, DP_MORE, DP_TIME_WAIT, BeDatapath)
 from tcpha._fast.defs cimport tcpha_flow
 from tcpha._fast.diag cimport inet_diag_msg
 from tcpha._fast.message cimport (
     END_GONE, END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED_SIZE, MSG_HANDOFF, MSG_OWNED,
-    MSG_REFUSED_SIZE, REFUSE_FULL, REFUSE_STALE, message, message_closed, message_refused,
-    message_short)
+    MSG_REFUSED_SIZE, MSG_SERVER, REFUSE_FULL, REFUSE_STALE, message, message_closed, message_refused,
+    message_short, refusal_text)
 from tcpha._fast.packet cimport address_text
 from tcpha._fast.sys cimport (
     EINTR, ENOBUFS, EPOLL_CTL_ADD, EPOLLET, EPOLLIN, MSG_DONTWAIT, add64, errno, now_ns, ntohs,
@@ -224,6 +224,7 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
         return 0
     if m.type != MSG_HANDOFF:
         return -1
+    say_number(c, 4, &m.snap.flow, b"HANDOFF of %ld bytes", m.data_len)
     age = <int64_t>(now - m.sent_ns) - min(l.delta_ns, l.delta_prev_ns)
     if age > <int64_t>b.stale_ns or (age > DELAYED_NS and half_closed(l.fd)):
         rc = REFUSE_STALE  # the front end has given up on it, or is about to
@@ -265,8 +266,7 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
         _adopted(b, w, m)  # behind ADOPTED: CLOSED must not overtake it
     else:
         add64(&b.n.refused[rc & 15], 1)
-        say_flow(c, 1, &m.snap.flow, b"refused")
-        say_number(c, 1, b"refused handoff %ld, reason %ld", <long>m.id, rc)
+        say_more(c, 1, &m.snap.flow, b"refused: %s", refusal_text(rc), 0)
         link_put(c, w, l, buf, message_refused(buf, m.id, rc), NULL, 0)
     return 0
 
@@ -433,6 +433,18 @@ cdef class BackEnd(Core):
         nl.setblocking(False)
         self.fds["netlink"] = self.b.netlink_fd = nl.detach()
         watch(self.c, EPOLL_CTL_ADD, self.b.netlink_fd, EPOLLIN | EPOLLET, EV_NETLINK, 0, 0)
+
+    def tell_server(self, uint64_t said):
+        """SERVER to all front ends: see message.pxd."""
+        cdef worker *w = self.outsider()
+        cdef uint8_t buf[16]
+        cdef int i
+        with nogil:
+            for i in range(MAX_LINKS):
+                if self.c.links[i].state == LINK_UP:
+                    link_put(self.c, w, &self.c.links[i], buf,
+                             message_short(buf, MSG_SERVER, said), NULL, 0)
+            self.flush_outsider()
 
     def refuse_all(self):
         """Adopt nothing more (FULL is the answer); what lives goes on."""

@@ -86,7 +86,10 @@ cdef int watch(core *c, int op, int fd, uint32_t events, int kind, uint32_t inde
                uint32_t gen) noexcept nogil
 cdef void say(core *c, uint32_t level, const char *text) noexcept nogil
 cdef void say_flow(core *c, uint32_t level, const tcpha_flow *flow, const char *text) noexcept nogil
-cdef void say_number(core *c, uint32_t level, const char *fmt, long a, long b) noexcept nogil
+cdef void say_more(core *c, uint32_t level, const tcpha_flow *flow, const char *fmt, const char *a,
+                   long b) noexcept nogil
+cdef void say_number(core *c, uint32_t level, const tcpha_flow *flow, const char *fmt,
+                     long a) noexcept nogil
 cdef void notice(core *c) noexcept nogil
 cdef bint half_closed(int fd) noexcept nogil
 cdef int link_put(core *c, worker *w, link *l, const uint8_t *a, uint32_t an, const uint8_t *b,

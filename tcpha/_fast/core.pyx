@@ -27,6 +27,7 @@ from tcpha._fast.sys cimport (
 cdef extern from "<linux/tcp.h>" nogil:
     struct tcp_info_head "tcp_info":
         uint8_t tcpi_state
+        uint32_t tcpi_unacked
 
 cdef uint64_t DELTA_WINDOW = 30000000000  # ns
 cdef enum:
@@ -61,7 +62,7 @@ cdef void say(core *c, uint32_t level, const char *text) noexcept nogil:
 
 cdef void say_flow(core *c, uint32_t level, const tcpha_flow *flow,
                    const char *text) noexcept nogil:
-    cdef char line[256]
+    cdef char line[320]
     cdef int n
     if level > c.dbglevel:
         return
@@ -70,13 +71,24 @@ cdef void say_flow(core *c, uint32_t level, const tcpha_flow *flow,
     say(c, level, line)
 
 
-cdef void say_number(core *c, uint32_t level, const char *fmt, long a, long b) noexcept nogil:
-    """fmt takes two longs (%ld)."""
+cdef void say_more(core *c, uint32_t level, const tcpha_flow *flow, const char *fmt, const char *a,
+                   long b) noexcept nogil:
+    """As say_flow(). fmt takes a text (%s), or a text and a long (%ld)."""
     cdef char line[256]
     if level > c.dbglevel:
         return
     snprintf(line, sizeof(line), fmt, a, b)
-    say(c, level, line)
+    say_flow(c, level, flow, line)
+
+
+cdef void say_number(core *c, uint32_t level, const tcpha_flow *flow, const char *fmt,
+                     long a) noexcept nogil:
+    """As say_flow(). fmt takes a long (%ld)."""
+    cdef char line[160]
+    if level > c.dbglevel:
+        return
+    snprintf(line, sizeof(line), fmt, a)
+    say_flow(c, level, flow, line)
 
 
 cdef void notice(core *c) noexcept nogil:
@@ -477,6 +489,15 @@ cdef class Core:
         _flush_dirty(self.c, &self.c.outside)
         if self.c.outside.role != NULL:
             self.c.on_retire(self.c, &self.c.outside)
+
+    def link_unacked(self, uint32_t index):
+        """Segments on a link that the peer's kernel has not acknowledged."""
+        cdef tcp_info_head info
+        cdef socklen_t n = sizeof(info)
+        if self.c.links[index].state != LINK_UP or \
+                getsockopt(self.c.links[index].fd, IPPROTO_TCP, 11, &info, &n) < 0:  # TCP_INFO
+            return 0
+        return info.tcpi_unacked
 
     def break_link(self, uint32_t index):
         """Close a link (its peer is dead or stalled). What it carried is offered elsewhere."""

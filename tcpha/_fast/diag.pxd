@@ -39,7 +39,13 @@ cdef struct diag_answer:
     bint full              # a whole socket, no mini-socket (TIME_WAIT, FIN-WAIT-2 after close())
     uint32_t cookie[2]     # names this very socket
     uint64_t received      # tcpi_bytes_received, a FIN included
+    bint listener          # state 0, and a SYN would find somebody who listens
 
 
 cdef int diag_query(diag *d, const tcpha_flow *flow, diag_answer *a) noexcept nogil
 cdef bint diag_destroy(diag *d, const tcpha_flow *flow) noexcept nogil
+
+
+cdef class Listeners:
+    cdef diag d
+    cdef object netlink

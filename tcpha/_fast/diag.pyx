@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Looking up and destroying single sockets by their 4-tuple (NETLINK_SOCK_DIAG)."""
+import socket
+
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from tcpha._fast.defs cimport tcpha_flow
+from tcpha._fast.packet cimport address_bytes
 from tcpha._fast.sys cimport (
-    EINTR, ENOENT, errno, pthread_mutex_lock, pthread_mutex_unlock, recv, send)
+    EINTR, ENOENT, errno, htons, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_unlock, recv, send)
 
 cdef extern from "<linux/tcp.h>" nogil:
     struct tcp_info:
@@ -104,6 +108,7 @@ cdef int diag_query(diag *d, const tcpha_flow *flow, diag_answer *a) noexcept no
     memcpy(a.cookie, answer.id.idiag_cookie, sizeof(a.cookie))
     if a.state == TCP_LISTEN:
         a.state = 0
+        a.listener = True
     while at + 4 <= <uint32_t>n:
         memcpy(&size, buf + at, 2)
         memcpy(&kind, buf + at + 2, 2)
@@ -129,3 +134,30 @@ cdef bint diag_destroy(diag *d, const tcpha_flow *flow) noexcept nogil:
     _ask(d, SOCK_DESTROY, flow, a.cookie, buf, sizeof(buf))
     pthread_mutex_unlock(&d.lock)
     return True
+
+
+cdef class Listeners:
+    """For Python: whether somebody listens."""
+
+    def __cinit__(self):
+        pthread_mutex_init(&self.d.lock, NULL)
+        self.netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC,
+                                     4)  # NETLINK_SOCK_DIAG
+        self.netlink.bind((0, 0))
+        self.d.fd = self.netlink.fileno()
+
+    def __dealloc__(self):
+        pthread_mutex_destroy(&self.d.lock)
+
+    def has(self, str address, int port):
+        """Whether a SYN to an address of this host and a port would find a listener. If the kernel
+        does not say: yes."""
+        cdef tcpha_flow flow
+        cdef diag_answer a
+        memset(&flow, 0, sizeof(flow))
+        address_bytes(address, flow.vaddr)
+        flow.vport = htons(port)
+        return diag_query(&self.d, &flow, &a) < 0 or a.listener
+
+    def close(self):
+        self.netlink.close()

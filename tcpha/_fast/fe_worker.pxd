@@ -48,6 +48,9 @@ cdef struct backend:
     uint32_t links         # control connections that are up
     uint32_t draining
     uint32_t dead          # by detection
+    uint32_t app_down      # nothing listens there
+    uint64_t server_said   # the newest SERVER
+    char name[48]          # its address, for messages
     uint32_t next_link
     uint32_t link[LINKS_MAX]      # indexes into core.links
     uint64_t full_until_ns  # it said FULL: not asked again before, unless it has fewer connections
@@ -96,6 +99,7 @@ cdef struct frontend:
     uint32_t starved       # accepting waits for a free slot
     uint32_t accept_failed  # out of descriptors
     uint32_t unloading
+    int access_fd          # of the access log; -1: none
     uint64_t next_id
     ruleset *rules
     backend backends[TCPHA_MAX_BACKENDS]

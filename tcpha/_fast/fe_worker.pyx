@@ -4,15 +4,17 @@
 A connection belongs to one slot, whose lock makes one worker at a time handle it: events of the
 client, answers of back ends and deadlines may come to different workers at once.
 """
+import os
 import time
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp, memcpy, memset, strlen, strstr
 
 from tcpha._fast.core cimport (
     EV_CLIENT, EV_LISTENER, EV_TAP, LINK_UP, MAX_LINKS, SCRATCH, Core, core, half_closed, link,
-    link_put, notice, say, say_flow, say_number, watch, worker)
+    link_put, notice, say, say_flow, say_more, say_number, watch, worker)
 from tcpha._fast.datapath cimport DP_GONE, FeDatapath
 from tcpha._fast.defs cimport (
     TCPHA_F_CLOSED, TCPHA_F_FIN, TCPHA_HOLD, TCPHA_TARGET_MAX, tcpha_entry, tcpha_flow)
@@ -22,16 +24,24 @@ from tcpha._fast.match cimport (
     ruleset_free, ruleset_new)
 from tcpha._fast.message cimport (
     END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED, MSG_HANDOFF_FIXED, MSG_OWNED_SIZE, MSG_REFUSED,
-    REFUSE_FULL, REFUSE_LINK, REFUSE_TIMEOUT, message, message_handoff, message_owned)
-from tcpha._fast.packet cimport address_bytes
+    MSG_SERVER, REFUSE_FULL, REFUSE_LINK, REFUSE_TIMEOUT, message, message_handoff, message_owned,
+    refusal_text)
+from tcpha._fast.packet cimport address_bytes, flow_text
 from tcpha._fast.snapshot cimport SNAP_FIN, snapshot
 from tcpha._fast.sys cimport (
     EAGAIN, EINTR, EMFILE, ENFILE, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLET,
     EPOLLIN, EPOLLRDHUP, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, MSG_TRUNC, SHUT_WR,
     SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, add32, add64, close, errno, load32, loadp, now_ns,
     htons, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_trylock, pthread_mutex_unlock, recv, send, setsockopt, shutdown, sockaddr,
-    sockaddr_in, socklen_t, store32, storep, xchg32)
+    pthread_mutex_trylock, pthread_mutex_unlock, realtime_ns, recv, send, setsockopt, shutdown,
+    sockaddr, sockaddr_in, socklen_t, store32, storep, writev, xchg32, iovec)
+
+cdef extern from "<time.h>" nogil:
+    ctypedef long time_t
+    struct tm:
+        pass
+    tm *gmtime_r(const time_t *when, tm *result)
+    size_t strftime(char *to, size_t size, const char *format, const tm *when)
 
 cdef extern from * nogil:
     int _lowest "__builtin_ctzll"(uint64_t v)
@@ -145,7 +155,7 @@ cdef void _answer(frontend *f, conn *k, const char *text, uint64_t *counter) noe
 
 cdef bint _usable(frontend *f, conn *k, uint32_t b, uint64_t now) noexcept nogil:
     cdef backend *be = &f.backends[b]
-    return (be.used and be.links and not be.draining and not be.dead
+    return (be.used and be.links and not be.draining and not be.dead and not be.app_down
             and (now >= be.full_until_ns or load32(&be.live) < be.full_live)
             and not k.tried[b >> 6] >> (b & 63) & 1)
 
@@ -212,6 +222,7 @@ cdef void _count_closed(frontend *f, uint32_t b) noexcept nogil:
 cdef void _undo_offer(frontend *f, conn *k, uint32_t reason) noexcept nogil:
     """The current offer came to nothing."""
     cdef backend *be = &f.backends[k.entry.backend]
+    cdef char line[160]
     add32(&be.live, -1)
     add64(&be.refused, 1)
     add64(&f.n.refused, 1)
@@ -219,8 +230,10 @@ cdef void _undo_offer(frontend *f, conn *k, uint32_t reason) noexcept nogil:
         be.full_live = load32(&be.live)
         be.full_until_ns = now_ns() + FULL_NS
     k.tried[k.entry.backend >> 6] |= <uint64_t>1 << (k.entry.backend & 63)
-    say_number(f.c, 1, b"back end %ld refused or failed a handoff, reason %ld", k.entry.backend,
-               reason)
+    if f.c.dbglevel >= 1:
+        snprintf(line, sizeof(line), b"back end %s does not take it: %s", be.name,
+                 refusal_text(reason))
+        say_flow(f.c, 1, &k.snap.flow, line)
 
 
 cdef bint _send_offer(frontend *f, worker *w, conn *k, const uint8_t *data) noexcept nogil:
@@ -241,6 +254,8 @@ cdef bint _send_offer(frontend *f, worker *w, conn *k, const uint8_t *data) noex
         k.link_gen = l.gen
         n = message_handoff(head, k.entry.id, &k.snap)
         if link_put(f.c, w, l, head, n, data, k.snap.len) == 0:
+            say_more(f.c, 4, &k.snap.flow, b"HANDOFF to %s on control connection %ld", be.name,
+                     k.link)
             return True
     return False
 
@@ -254,6 +269,8 @@ cdef void _offer(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
     # a client on this very host: its packets and the answers would never meet
     while not k.local and _choose(f, w, k, buf):
         k.entry.id = (add64(&f.next_id, 1) << SLOT_BITS) | k.index
+        say_more(f.c, 5, &k.snap.flow, b"chosen: back end %s, rule %ld",
+                 f.backends[k.entry.backend].name, k.entry.rule)
         if not k.diverted:
             k.entry.state = TCPHA_HOLD
             k.entry.slot = k.index
@@ -294,7 +311,8 @@ cdef void _offer(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
         k.state = CONN_SENT
         k.deadline_ns = now_ns() + f.offer_ns
         if _send_offer(f, w, k, buf):
-            say_flow(f.c, 3, &k.snap.flow, b"offered")
+            say_more(f.c, 3, &k.snap.flow, b"offered to %s, %ld bytes",
+                     f.backends[k.entry.backend].name, k.snap.len)
             return
         _undo_offer(f, k, REFUSE_LINK)
     say_flow(f.c, 1, &k.snap.flow, b"no back end takes the request: 503")
@@ -313,6 +331,39 @@ cdef void _offer_again(frontend *f, worker *w, conn *k, uint32_t reason) noexcep
         _answer(f, k, ANSWER_503, &f.n.answered_503)
         return
     _offer(f, w, k, w.scratch)
+
+
+cdef void _log_access(frontend *f, worker *w, conn *k) noexcept nogil:
+    """One line: time, client, request-target, number of the rule, back end, microseconds in the
+    front end. Lines of workers do not mix, since each is one write (O_APPEND)."""
+    cdef char head[96]
+    cdef char tail[96]
+    cdef iovec iov[3]
+    cdef uint64_t now = realtime_ns()
+    cdef time_t seconds = <time_t>(now // 1000000000)
+    cdef tm at
+    cdef int n, one = TCP_RECV_QUEUE
+    setsockopt(k.fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, &one, sizeof(one))
+    if recv(k.fd, w.scratch, SCRATCH, MSG_PEEK | MSG_DONTWAIT) < \
+            <ssize_t>(k.head.target + k.head.target_len):
+        add32(&f.c.log_lost, 1)
+        return
+    gmtime_r(&seconds, &at)
+    n = <int>strftime(head, sizeof(head), b"%Y-%m-%dT%H:%M:%S", &at)
+    n += snprintf(head + n, sizeof(head) - n, b".%06uZ ",
+                  <unsigned int>(now // 1000 % 1000000))
+    n += flow_text(&k.snap.flow, head + n, <int>sizeof(head) - n)
+    head[n] = c" "
+    iov[0].iov_base = head
+    iov[0].iov_len = n + 1
+    iov[1].iov_base = w.scratch + k.head.target
+    iov[1].iov_len = k.head.target_len
+    iov[2].iov_base = tail
+    iov[2].iov_len = snprintf(tail, sizeof(tail), b" %u %s %lu\n", k.entry.rule,
+                              f.backends[k.entry.backend].name,
+                              <unsigned long>((now_ns() - k.accept_ns) // 1000))
+    if writev(f.access_fd, iov, 3) < 0:
+        add32(&f.c.log_lost, 1)
 
 
 cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
@@ -344,7 +395,10 @@ cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
     f.dp.forward(f.dp.self, &k.entry, &now, w.scratch + k.snap.len, late, fin)
     add64(&f.n.handed, 1)
     add64(&f.backends[k.entry.backend].handed, 1)
-    say_flow(f.c, 2, &k.snap.flow, b"handed over")
+    say_more(f.c, 2, &k.snap.flow, b"handed over to %s by rule %ld",
+             f.backends[k.entry.backend].name, k.entry.rule)
+    if f.access_fd >= 0:
+        _log_access(f, w, k)
     _close(f, k)
 
 
@@ -366,6 +420,7 @@ cdef void _read_head(frontend *f, worker *w, conn *k) noexcept nogil:
             _close(f, k)
             return
         k.seen = <uint32_t>n
+        say_number(f.c, 6, &k.snap.flow, b"%ld bytes are there", k.seen)
         rc = http_parse(&k.head, w.scratch, min(k.seen, f.headlimit))
         # a FIN may have come with the last bytes; if so, look once more for what came before it
         if rc != HTTP_MORE or ended or not half_closed(k.fd):
@@ -423,6 +478,7 @@ cdef void _accept(frontend *f, worker *w) noexcept nogil:
         k.snap.flow.cport = peer.sin_port
         k.snap.flow.vport = f.vport
         k.state = CONN_READ
+        say_flow(f.c, 6, &k.snap.flow, b"accepted")
         _read_head(f, w, k)
         pthread_mutex_unlock(&k.lock)
     # more may wait: let another worker have a share
@@ -454,7 +510,13 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
     cdef conn *k
     cdef uint32_t slot
     cdef tcpha_entry entry
+    if m.type == MSG_SERVER:
+        if m.id > f.backends[l.peer].server_said:  # several connections bring it
+            f.backends[l.peer].server_said = m.id
+            notice(c)
+        return 0
     if m.type == MSG_CLOSED:
+        say_more(c, 4, &m.snap.flow, b"CLOSED from %s", f.backends[l.peer].name, 0)
         if f.dp.forget(f.dp.self, &m.snap.flow, m.id, m.reason == END_TIME_WAIT, &entry) == 1:
             _count_closed(f, entry.backend)
             say_flow(c, 2, &m.snap.flow, b"closed")
@@ -467,6 +529,8 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
     k = &f.conns[slot]
     pthread_mutex_lock(&k.lock)
     if k.state == CONN_SENT and k.entry.id == m.id and k.entry.backend == l.peer:
+        say_more(c, 4, &k.snap.flow, b"ADOPTED from %s" if m.type == MSG_ADOPTED else
+                 b"REFUSED from %s", f.backends[l.peer].name, 0)
         if m.type == MSG_ADOPTED:
             _complete(f, w, k)
         else:
@@ -575,7 +639,7 @@ cdef class FrontEnd(Core):
             self.f.pool[i] = maxclients - 1 - i
         self.f.pool_len = maxclients
         self.f.c = self.c
-        self.f.listen_fd = -1
+        self.f.listen_fd = self.f.access_fd = -1
         self.f.headlimit = headlimit
         self.f.headtimeout_ns = <uint64_t>(headtimeout * 1e9)
         self.f.offer_ns = <uint64_t>(offer_timeout * 1e9)
@@ -624,6 +688,20 @@ cdef class FrontEnd(Core):
             self.quiesce()
             close(self.fds.pop("listener"))
 
+    def access_log(self, str path):
+        """Append a line for each handoff to a file from now on, opened anew; None: no longer.
+        Raises OSError and goes on as before."""
+        fd = -1
+        if path is not None:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        old = self.fds.pop("access", None)
+        if fd >= 0:
+            self.fds["access"] = fd
+        self.f.access_fd = fd
+        if old is not None:
+            self.quiesce()
+            os.close(old)
+
     def set_limits(self, uint32_t headlimit, double headtimeout):
         self.f.headlimit = headlimit
         self.f.headtimeout_ns = <uint64_t>(headtimeout * 1e9)
@@ -640,14 +718,16 @@ cdef class FrontEnd(Core):
 
     # Back ends, by index
 
-    def backend_open(self, uint32_t b):
-        """Take a place in the table of back ends into use."""
+    def backend_open(self, uint32_t b, str name):
+        """Take a place in the table of back ends into use. name: its address."""
         cdef backend *be = &self.f.backends[b]
+        cdef bytes text = name.encode()[:sizeof(be.name) - 1] + b"\0"
         cdef int i
+        memcpy(be.name, <const char *>text, len(text))
         for i in range(LINKS_MAX):
             be.link[i] = MAX_LINKS
         be.links = 0
-        be.dead = be.draining = 0
+        be.dead = be.draining = be.app_down = 0
         be.full_until_ns = 0
         store32(&be.used, 1)
 
@@ -668,15 +748,22 @@ cdef class FrontEnd(Core):
                 return
         raise RuntimeError("too many links to a back end")
 
-    def backend_flags(self, uint32_t b, draining=None, dead=None):
+    def backend_server(self, uint32_t b, uint64_t said):
+        """What HELLO told of the application, as SERVER does."""
+        self.f.backends[b].server_said = said
+
+    def backend_flags(self, uint32_t b, draining=None, dead=None, app_down=None):
         if draining is not None:
             store32(&self.f.backends[b].draining, draining)
         if dead is not None:
             store32(&self.f.backends[b].dead, dead)
+        if app_down is not None:
+            store32(&self.f.backends[b].app_down, app_down)
 
     def backend_stats(self, uint32_t b):
         cdef backend *be = &self.f.backends[b]
         return {"links": be.links, "draining": bool(be.draining), "dead": bool(be.dead),
+                "listens": bool(be.server_said & 1),
                 "live": be.live, "handed": be.handed, "refused": be.refused, "closed": be.closed}
 
     def send_owned(self, uint32_t b, uint32_t link_index):

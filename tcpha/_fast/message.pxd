@@ -6,7 +6,7 @@ from tcpha._fast.snapshot cimport snapshot
 
 cdef enum:
     MSG_MAGIC = 0x5443          # "TC"
-    MSG_VERSION = 1
+    MSG_VERSION = 2
     MSG_HEADER = 16
     MSG_HANDOFF_FIXED = MSG_HEADER + 8 + 36 + 7 * 4 + 2 + 2 + 2
     MSG_CLOSED_SIZE = MSG_HEADER + 36 + 4
@@ -24,6 +24,7 @@ cdef enum message_type:
     MSG_PING = 6       # both: id: sender's clock
     MSG_PONG = 7       # both: id: the ping's
     MSG_OWNED = 8      # FE, to a BE that was started anew: id: handoff id; body: flow
+    MSG_SERVER = 9     # BE: id: 2 * a growing number, + 1 if the application listens
 
 cdef enum refusal:
     REFUSE_FULL = 1         # maxclients reached
@@ -59,4 +60,5 @@ cdef uint32_t message_refused(uint8_t *to, uint64_t id, uint32_t reason) noexcep
 cdef uint32_t message_closed(uint8_t *to, uint64_t id, const tcpha_flow *flow,
                              uint32_t reason) noexcept nogil
 cdef uint32_t message_owned(uint8_t *to, uint64_t id, const tcpha_flow *flow) noexcept nogil
+cdef const char *refusal_text(uint32_t reason) noexcept nogil
 cdef int message_decode(const uint8_t *buf, uint32_t length, message *m) noexcept nogil

@@ -5,6 +5,7 @@ Header, 16 bytes: magic (16 bits), version (8), type (8), length of the whole me
 HANDOFF body: sent_ns (64), flow (36 bytes, as struct tcpha_flow), snd_nxt, rcv_nxt, snd_wnd,
 rcv_wnd, tsval, ts_recent, srtt_us (32 each), mss (16), snd_wscale, rcv_wscale (8 each), flags (16),
 then the request bytes. CLOSED body: flow, ending (32). OWNED body: flow. REFUSED body: reason (32).
+ADOPTED, PING, PONG and SERVER have none.
 HELLO body: JSON.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -114,7 +115,7 @@ cdef uint32_t message_handoff(uint8_t *to, uint64_t id, const snapshot *s) noexc
 
 
 cdef uint32_t message_short(uint8_t *to, uint8_t kind, uint64_t id) noexcept nogil:
-    """ADOPTED, PING or PONG."""
+    """ADOPTED, PING, PONG or SERVER."""
     _header(to, kind, MSG_HEADER, id)
     return MSG_HEADER
 
@@ -135,6 +136,24 @@ cdef uint32_t message_closed(uint8_t *to, uint64_t id, const tcpha_flow *flow,
 cdef uint32_t message_owned(uint8_t *to, uint64_t id, const tcpha_flow *flow) noexcept nogil:
     memcpy(_header(to, MSG_OWNED, MSG_OWNED_SIZE, id), flow, sizeof(tcpha_flow))
     return MSG_OWNED_SIZE
+
+
+cdef const char *refusal_text(uint32_t reason) noexcept nogil:
+    if reason == REFUSE_FULL:
+        return b"maxclients is reached"
+    if reason == REFUSE_BACKLOG:
+        return b"the application's accept queue is full"
+    if reason == REFUSE_LISTENER:
+        return b"nothing listens on redirectaddr:redirectport"
+    if reason == REFUSE_STALE:
+        return b"the offer came too late"
+    if reason == REFUSE_UNSUPPORTED:
+        return b"the kernel refuses the connection's options"
+    if reason == REFUSE_TIMEOUT:
+        return b"no answer in time"
+    if reason == REFUSE_LINK:
+        return b"the control connection broke"
+    return b"an error"
 
 
 cdef int message_decode(const uint8_t *buf, uint32_t length, message *m) noexcept nogil:
@@ -193,7 +212,8 @@ cdef int message_decode(const uint8_t *buf, uint32_t length, message *m) noexcep
             memcpy(&s.flow, p, sizeof(tcpha_flow))
         if m.type == MSG_CLOSED:
             m.reason = _get32(&c)
-    elif m.type != MSG_ADOPTED and m.type != MSG_PING and m.type != MSG_PONG:
+    elif m.type != MSG_ADOPTED and m.type != MSG_PING and m.type != MSG_PONG and \
+            m.type != MSG_SERVER:
         return -1
     if c.bad or (m.data == NULL and c.left):
         return -1

@@ -17,6 +17,13 @@ cdef extern from * nogil:
             clock_gettime(CLOCK_MONOTONIC, &t);
             return (uint64_t)t.tv_sec * 1000000000u + t.tv_nsec;
     }
+    static inline uint64_t realtime_ns(void)
+    {
+            struct timespec t;
+
+            clock_gettime(CLOCK_REALTIME, &t);
+            return (uint64_t)t.tv_sec * 1000000000u + t.tv_nsec;
+    }
     """
     uint32_t load32 "at_load"(uint32_t *p)
     void store32 "at_store"(uint32_t *p, uint32_t v)
@@ -28,6 +35,7 @@ cdef extern from * nogil:
     void *loadp "at_load"(void **p)
     void storep "at_store"(void **p, void *v)
     uint64_t now_ns()  # CLOCK_MONOTONIC
+    uint64_t realtime_ns()
 
 
 cdef extern from "<errno.h>" nogil:

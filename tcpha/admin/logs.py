@@ -38,6 +38,13 @@ def set_up(name: str, foreground: bool, logfile: str | None) -> None:
         log.addHandler(handler)
 
 
+def reopen() -> None:
+    """Open the log file anew, after it was rotated."""
+    for handler in log.handlers:
+        if isinstance(handler, logging.handlers.WatchedFileHandler):
+            handler.reopenIfNeeded()
+
+
 def forward(pipe: Any) -> None:
     """Log what the workers have written to their pipe: a digit for the level, then the text."""
     data = os.read(pipe.fileno(), 65536)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 from typing import Any
 
 from tcpha._fast.be_worker import BackEnd
+from tcpha._fast.diag import Listeners
 from tcpha.admin.rundir import RunDir
 from tcpha.admin.server import Command
-from tcpha.config import Config
+from tcpha.config import ANY, Config
 from tcpha.control.hello import PATIENCE, Hello, HelloError, check, new_instance, receive
 from tcpha.datapath import choose, open_backend
 from tcpha.net.host import HostError
@@ -27,6 +29,9 @@ class BackEndService(Service):
         self.core = BackEnd(config.maxclients)
         self.instance = new_instance()
         self.frontends: list[tuple[str, str]] = []  # (instance, address) by peer index
+        self.listeners = Listeners()
+        self.listens: bool | None = None  # the application, as last seen
+        self.said = 0
 
     def open(self) -> None:
         config, host = self.config, self.host
@@ -71,10 +76,35 @@ class BackEndService(Service):
         return listener
 
     async def begin(self) -> None:
+        self._look_at_application()
         self.spawn(self._accept())
 
     async def shut(self) -> None:
         self.listener.close()
+        self.listeners.close()
+
+    def every_second(self) -> None:
+        self._look_at_application()
+
+    def every_tick(self) -> None:
+        if not self.listens:  # its clients are being turned away
+            self._look_at_application()
+
+    def _look_at_application(self) -> None:
+        """Tell front ends when the application begins to listen or no longer does."""
+        config = self.config
+        address = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
+        listens = self.listeners.has(address, config.redirectport)
+        if listens == self.listens:
+            return
+        self.listens = listens
+        self.said = time.monotonic_ns() << 1 | listens
+        self.core.tell_server(self.said)
+        if listens:
+            log.info("the application listens on %s:%d", address, config.redirectport)
+        else:
+            log.warning("nothing listens on %s:%d; start the application, or mend redirectaddr "
+                        "and redirectport", address, config.redirectport)
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
@@ -84,7 +114,7 @@ class BackEndService(Service):
 
     async def _greet(self, sock: socket.socket, address: str) -> None:
         mine = Hello("be", self.config.vaddr, self.config.redirectport,
-                     datapath=self.datapath.name, instance=self.instance)
+                     datapath=self.datapath.name, instance=self.instance, server=self.said)
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -149,6 +179,7 @@ class BackEndService(Service):
             "minspareservers": config.minspareservers,
             "maxspareservers": config.maxspareservers, "maxclients": config.maxclients,
             "unloading": self.unloading, "workers": self.workers.stats(),
+            "application": "listening" if self.listens else "dead",
             "live": self.live(), "counters": self.core.counters(),
             "packets": self.datapath.counters(),
             "frontends": [{"address": a, "connections": sum(

@@ -6,9 +6,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from tcpha import __version__
+from tcpha.admin import render
 from tcpha.admin.rundir import DEFAULT
 from tcpha.admin.server import Refused, ask
 
@@ -51,37 +51,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         print(json.dumps(data))
     else:
-        print("\n".join(render(data)))
+        print("\n".join(render.document(data)))
 
 
 def _say(text: str) -> int:
     print(f"tcphactl: {text}", file=sys.stderr)
     return 1
-
-
-def render(data: Any, indent: str = "") -> list[str]:
-    """Text for people: 'key: value' lines, and tables for lists of objects."""
-    if isinstance(data, list):
-        return table(data, indent)
-    lines = []
-    for key, value in data.items():
-        if isinstance(value, dict | list) and value:
-            lines += [f"{indent}{key}:", *render(value, indent + "  ")]
-        else:
-            lines.append(f"{indent}{key}: {'none' if value in ({}, [], None) else value}")
-    return lines
-
-
-def table(rows: list[Any], indent: str = "") -> list[str]:
-    if not rows:
-        return [f"{indent}none"]
-    if not isinstance(rows[0], dict):
-        return [f"{indent}{row}" for row in rows]
-    columns = list(rows[0])
-    cells = [columns, *([str(row[c]) for c in columns] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    return [indent + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-            for row in cells]
 
 
 if __name__ == "__main__":

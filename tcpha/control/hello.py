@@ -3,7 +3,7 @@
 
 HELLO's body is JSON, so that versions that differ can still tell each other why they part:
 role, version (of the messages), instance (a random number for each start), vaddr, clock
-(CLOCK_MONOTONIC, nanoseconds), and on refusal error.
+(CLOCK_MONOTONIC, nanoseconds), server, and on refusal error.
 """
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class Hello:
     version: int = VERSION
     instance: str = ""
     clock: int = 0
+    server: int = 0  # of a back end: as in message SERVER
     error: str = ""
 
     def pack(self) -> bytes:

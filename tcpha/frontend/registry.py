@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +21,9 @@ MAX_BACKENDS = 256
 BACKOFF_FIRST = 0.05  # seconds before the second attempt to connect; doubles up to BACKOFF_MOST
 BACKOFF_MOST = 1.0
 MISSED = 2  # detection intervals without a sign of life
+HOST, PROCESS, UNUSABLE = "host dead", "process dead", "unusable"
+# errors that a host's network stack, not its daemon, is to blame for
+SILENT = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT, errno.EHOSTDOWN}
 
 
 class BackEndEntry:
@@ -28,8 +33,11 @@ class BackEndEntry:
         self.index = index
         self.server = server
         self.draining = False
-        self.connected = False  # for one log line per change
-        self.reason = ""
+        self.health = ""  # as last logged: "up", or what is dead
+        self.why = "not connected yet"
+        self.cause = PROCESS  # what is dead if there is no control connection
+        self.timeout = HOST  # and if an attempt to connect takes too long, at its present step
+        self.detail = ""  # how that showed
         self.instance = ""  # of its present run
         self.task: asyncio.Task[None] | None = None
         self.wake = asyncio.Event()
@@ -49,6 +57,7 @@ class Registry:
         self.entries: dict[str, BackEndEntry] = {}
         self.gone: list[BackEndEntry] = []
         self.started = False
+        self.interval = config.dtcinterval
 
     # Configuration
 
@@ -81,7 +90,7 @@ class Registry:
                 raise Refused(f"more than {MAX_BACKENDS} back ends")
             index = free[0]
         entry = BackEndEntry(index, server)
-        self.core.backend_open(index)
+        self.core.backend_open(index, server.address)
         if self.started:
             entry.task = self.spawn(self._keep_connected(entry))
         return entry
@@ -109,20 +118,15 @@ class Registry:
                 for _ in range(have, self.config.connperbe):
                     await self._connect(entry)
             except (TimeoutError, OSError, HelloError, HostError) as error:
-                reason = str(error) or "no answer"
-                if reason != entry.reason:
-                    entry.reason = reason
-                    log.warning("back end %s: %s; trying again", entry.server.address, reason)
+                self._failed(entry, error)
                 try:
                     await asyncio.wait_for(entry.wake.wait(), delay)
                 except TimeoutError:
                     delay = min(delay * 2, BACKOFF_MOST)
                 continue
             delay = BACKOFF_FIRST
-            entry.reason = ""
-            if not entry.connected:
-                entry.connected = True
-                log.info("back end %s: connected", entry.server.address)
+            entry.cause, entry.detail = PROCESS, "it closed its control connections"
+            self._judge(entry)
             await entry.wake.wait()
 
     async def _connect(self, entry: BackEndEntry) -> None:
@@ -134,7 +138,9 @@ class Registry:
                 sock.bind((self.config.raddr, 0))
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             async with asyncio.timeout(PATIENCE):
+                entry.timeout = HOST
                 await asyncio.get_running_loop().sock_connect(sock, address)
+                entry.timeout = PROCESS
                 mine = Hello("fe", self.config.vaddr, self.config.port, self.config.forward,
                              instance=self.instance)
                 await asyncio.get_running_loop().sock_sendall(sock, mine.pack())
@@ -145,6 +151,8 @@ class Registry:
             self.core.backend_add_link(entry.index, index)
             if entry.instance not in ("", hello.instance):
                 self.core.send_owned(entry.index, index)
+            if entry.instance != hello.instance:
+                self.core.backend_server(entry.index, hello.server)
             entry.instance = hello.instance
             self.core.backend_flags(entry.index, dead=False)
         except BaseException:
@@ -170,24 +178,61 @@ class Registry:
                 self._give_up(entry, "did not answer a handoff in time")
         reap()
         for entry in self.entries.values():
-            links = self.core.backend_stats(entry.index)["links"]
-            if links == 0 and entry.connected:
-                entry.connected = False
-                log.warning("back end %s: lost", entry.server.address)
-            if links < self.config.connperbe:
+            self._judge(entry)
+            if self.core.backend_stats(entry.index)["links"] < self.config.connperbe:
                 entry.wake.set()
+
+    # Detection
+
+    def _failed(self, entry: BackEndEntry, error: OSError | HelloError | HostError) -> None:
+        """No control connection came about."""
+        entry.detail = str(error) or "no answer"
+        if isinstance(error, HelloError | HostError):
+            entry.cause = UNUSABLE
+        elif isinstance(error, TimeoutError) and error.errno is None:
+            entry.cause = entry.timeout
+        else:
+            entry.cause = HOST if error.errno in SILENT else PROCESS
+            entry.detail = os.strerror(error.errno or 0)
+        self._judge(entry)
+
+    def _judge(self, entry: BackEndEntry) -> None:
+        """Log a change of health, and let the workers know whether the application is there."""
+        stats = self.core.backend_stats(entry.index)
+        app_down = self.interval > 0 and not stats["listens"]
+        self.core.backend_flags(entry.index, app_down=app_down)
+        if not stats["links"]:
+            health, why = entry.cause, entry.detail
+        elif app_down:
+            health, why = "application dead", "nothing listens on its redirectport"
+        else:
+            health = why = "up"
+        changed = health != entry.health
+        entry.health, entry.why = health, why
+        if changed:
+            say = log.info if health == "up" else log.warning
+            say("back end %s: %s%s", entry.server.address, health,
+                "" if health == "up" else f" ({why})")
 
     def _give_up(self, entry: BackEndEntry, why: str) -> None:
         """Break all links to a back end: what it may still find in them is void."""
         links = [i for i, peer, up, _ in self.core.links() if up and peer == entry.index]
         if links:
-            log.warning("back end %s: %s", entry.server.address, why)
+            entry.detail = why
+            # its kernel acknowledges what we send, or does not even do that
+            entry.cause = PROCESS if any(self.core.link_unacked(i) == 0 for i in links) else HOST
         self.core.backend_flags(entry.index, dead=True)
         for index in links:
             self.core.break_link(index)
 
     def detect(self, interval: int) -> None:
-        """Give up back ends that gave no sign of life for MISSED intervals. 0: never."""
+        """Give up back ends that gave no sign of life for MISSED intervals. 0: never, and whether
+        the application listens is not looked at."""
+        if bool(interval) != bool(self.interval):
+            self.interval = interval
+            for entry in self.entries.values():
+                self._judge(entry)
+        self.interval = interval
         if not interval:
             return
         for entry in self.entries.values():
@@ -214,9 +259,11 @@ class Registry:
         rows = []
         for entry in self.entries.values():
             stats = self.core.backend_stats(entry.index)
-            state = "draining" if stats["draining"] else "up" if stats["links"] else "down"
+            down = entry.health != "up"
+            state = "draining" if stats["draining"] else "down" if down else "up"
+            reason = f"{entry.health}: {entry.why}"
             rows.append({"server": entry.server.address, "port": entry.server.port, "state": state,
-                         "reason": entry.reason, "connperbe": stats["links"],
+                         "reason": reason if down else "", "connperbe": stats["links"],
                          "live": stats["live"], "handed": stats["handed"],
                          "refused": stats["refused"], "closed": stats["closed"]})
         return rows

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Iterable
 from typing import Any
 
 from tcpha._fast.fe_worker import FrontEnd
+from tcpha.admin import render
 from tcpha.admin.rundir import RunDir
 from tcpha.admin.server import Command, Refused
+from tcpha.admin.tablefile import TableFile
 from tcpha.config import ANY, Config
 from tcpha.datapath import choose, open_frontend
 from tcpha.frontend.registry import Registry
@@ -21,13 +24,15 @@ TCP_SAVE_SYN = 27
 TUNNEL_OVERHEAD = 20
 # What our stack acknowledges before a handoff must fit into the socket that adopts it.
 RECEIVE_BUFFER = 65536
+COLUMNS = ("client", "vaddr", "target", "rule", "server", "state", "age", "idle", "packets",
+           "bytes")
 DEAD_IDLE = 60.0  # seconds of silence after which a dead back end's flow is forgotten
 
 
 class FrontEndService(Service):
     role = "fe"
     reloadable = Service.reloadable | {"server", "rule", "headlimit", "headtimeout",
-                                       "idletimeout", "dtcinterval"}
+                                       "idletimeout", "dtcinterval", "accesslog"}
 
     def __init__(self, config: Config, run: RunDir, foreground: bool):
         super().__init__(config, run, foreground)
@@ -45,6 +50,7 @@ class FrontEndService(Service):
         try:
             self.datapath = open_frontend(datapath, config, host)
             host.announce(config.vaddr, device)
+            self._open_access_log(config.accesslog)
             self.core.start(self.datapath.table, listener, config.vaddr)
         except BaseException:
             listener.close()
@@ -92,10 +98,29 @@ class FrontEndService(Service):
         return listener
 
     async def begin(self) -> None:
+        self.table = TableFile(self.run_dir.path / "tcpha_fe_conn", self._table)
         self.registry.begin()
 
     async def shut(self) -> None:
+        self.table.close()
         self.core.stop_accepting()
+
+    def _table(self) -> Iterable[str]:
+        return render.table([self._row(f) for f in self.datapath.flows()], COLUMNS)
+
+    def reopen(self) -> None:
+        try:
+            self._open_access_log(self.config.accesslog)
+        except HostError as error:
+            log.error("%s", error)
+        super().reopen()
+
+    def _open_access_log(self, path: str | None) -> None:
+        """Raises HostError, and leaves the one in use."""
+        try:
+            self.core.access_log(path)
+        except OSError as error:
+            raise HostError(f"accesslog {path}: {error.strerror}; mend the path") from None
 
     def on_notice(self) -> None:
         self.registry.on_notice(self.reap_links)
@@ -125,12 +150,15 @@ class FrontEndService(Service):
         self.core.stop_accepting()
 
     def apply(self, config: Config) -> None:
+        if config.accesslog != self.config.accesslog:
+            self._open_access_log(config.accesslog)  # first: if it fails, nothing is changed
         self.config = config
         self.core.dbglevel = config.dbglevel
         self.core.set_limits(config.headlimit, float(config.headtimeout))
         self.dtcinterval = config.dtcinterval
         self.workers.limits(config.minspareservers, config.maxspareservers)
         self.registry.configure(config)
+        self.registry.detect(self.dtcinterval)
         self.files.refresh()
 
     # Commands
@@ -150,6 +178,7 @@ class FrontEndService(Service):
         if name == "dtcinterval":
             self.dtcinterval = number(value, 0, 3600, "interval")
             log.info("dtcinterval %d", self.dtcinterval)
+            self.registry.detect(self.dtcinterval)
             self.files.refresh()
             return {"dtcinterval": self.dtcinterval}
         if name != "dbglevel":

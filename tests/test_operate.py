@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What an operator sees and uses: detection, logs, the connection table."""
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tcpha.lab.bed import Cluster, Daemon, wait_for
+from test_serve import REQUEST, body, read_all, settle
+
+KEEP = REQUEST.replace(b"close", b"keep-alive")
+
+
+@pytest.fixture(scope="module")
+def watched(mode: dict[str, Any]) -> Iterator[Cluster]:
+    """Two back ends for every request; all logs on, and quick detection."""
+    c = Cluster(2, **mode, rules=[(0, ".*"), (1, ".*")], start=False, be_conf="dbglevel = 6")
+    c.fe_conf = (f"dtcinterval = 1\naccesslog = {c.fe_host.dir}/access.log\n"
+                 f"logfile = {c.fe_host.dir}/fe.log\ndbglevel = 6")
+    try:
+        for server in c.nginx:
+            server.file("1k", size=1024)
+            server.file("name", f"{server.host.name}\n".encode())
+        c.start()
+        yield c
+    finally:
+        c.close()
+
+
+def front(c: Cluster) -> Daemon:
+    assert c.fe
+    return c.fe
+
+
+def server(c: Cluster) -> dict[str, Any]:
+    """The first back end as the front end sees it."""
+    row: dict[str, Any] = front(c).ctl("servers")[0]
+    return row
+
+
+def process(c: Cluster) -> Callable[[], None]:
+    c.be[0].kill()
+    return c.be[0].start
+
+
+def hung_process(c: Cluster) -> Callable[[], None]:
+    c.be[0].process.send_signal(signal.SIGSTOP)
+    return lambda: c.be[0].process.send_signal(signal.SIGCONT)
+
+
+def host(c: Cluster) -> Callable[[], None]:
+    c.be_hosts[0].ip("link", "set", "eth0", "down")
+    return lambda: str(c.be_hosts[0].ip("link", "set", "eth0", "up")) and None
+
+
+def application(c: Cluster) -> Callable[[], None]:
+    c.nginx[0].stop()
+    return c.nginx[0].start
+
+
+@pytest.mark.parametrize("kill, dead", [
+    (process, "process dead"), (hung_process, "process dead"), (host, "host dead"),
+    (application, "application dead")])
+def test_what_is_dead_is_told_apart(watched: Cluster, kill: Callable[..., Any], dead: str) -> None:
+    def said() -> list[str]:
+        prefix = f"back end {watched.be_hosts[0].address}: "
+        return [line.split(prefix)[1] for line in front(watched).log.read_text().splitlines()
+                if prefix in line]
+    before = len(said())
+    mend = kill(watched)
+    try:
+        wait_for(lambda: server(watched)["state"] == "down", "detection", 10)
+        assert server(watched)["reason"].startswith(dead)
+        assert {watched.get("/name") for _ in range(4)} == {"be2\n"}
+    finally:
+        mend()
+    wait_for(lambda: server(watched)["state"] == "up", "recovery", 15)
+    wait_for(lambda: "be1\n" in {watched.get("/name") for _ in range(4)}, "be1 in use again")
+    assert [re.sub(r" \(.*", "", line) for line in said()[before:]] == [dead, "up"]
+    settle(watched)
+
+
+def test_without_detection_a_dead_application_is_found_by_refusals(watched: Cluster) -> None:
+    fe = front(watched)
+    fe.ctl("set", "dtcinterval", "0")
+    mend = application(watched)
+    try:
+        wait_for(lambda: watched.be[0].ctl("status")["application"] == "dead", "the back end")
+        refused = server(watched)["refused"]
+        assert server(watched)["state"] == "up"
+        assert {watched.get("/name") for _ in range(4)} == {"be2\n"}
+        assert server(watched)["refused"] > refused
+        fe.ctl("set", "dtcinterval", "1")
+        wait_for(lambda: server(watched)["state"] == "down", "detection")
+    finally:
+        fe.ctl("set", "dtcinterval", "1")
+        mend()
+    wait_for(lambda: server(watched)["state"] == "up", "recovery", 15)
+    settle(watched)
+
+
+def test_access_log(watched: Cluster) -> None:
+    path = Path(watched.fe_host.dir / "access.log")
+    before = len(path.read_text().splitlines()) if path.exists() else 0
+    long = "/1k?" + "x" * 5000
+    s = watched.client.connect(watched.VIP)
+    port = s.getsockname()[1]
+    s.sendall(REQUEST.replace(b"/1k", long.encode()))
+    assert len(body(read_all(s))) == 1024
+    s.close()
+    watched.get("/1k?none", "-o", "/dev/null")
+    wait_for(lambda: len(path.read_text().splitlines()) == before + 2, "two lines")
+    first, second = (line.split(" ") for line in path.read_text().splitlines()[before:])
+    assert first[1:3] == [f"{watched.client.address}:{port}", long] and second[2] == "/1k?none"
+    for when, _, _, rule, be, micros in (first, second):
+        assert datetime.now(UTC) - datetime.fromisoformat(when) < timedelta(minutes=1)
+        assert be == watched.be_hosts[int(rule)].address and 0 < int(micros) < 10**7
+    settle(watched)
+
+
+def test_logs_are_rotated(watched: Cluster) -> None:
+    fe, folder = front(watched), watched.fe_host.dir
+    for name in ("access.log", "fe.log"):
+        (folder / name).rename(folder / f"{name}.1")
+    watched.get("/1k", "-o", "/dev/null")  # goes to the old file still
+    assert not (folder / "access.log").exists()
+    fe.process.send_signal(signal.SIGUSR1)
+    wait_for(lambda: all((folder / n).exists() for n in ("access.log", "fe.log")), "new files")
+    watched.get("/1k?rotated", "-o", "/dev/null")
+    wait_for(lambda: "?rotated" in (folder / "access.log").read_text(), "the line")
+    assert "?rotated" not in (folder / "access.log.1").read_text()
+    assert "log files opened anew" in (folder / "fe.log").read_text()
+    settle(watched)
+
+
+def test_an_access_log_that_cannot_be_opened(watched: Cluster) -> None:
+    fe = front(watched)
+    text = fe.config.read_text()
+    try:
+        fe.config.write_text(text.replace("accesslog = ", "accesslog = /proc/none"))
+        with pytest.raises(Exception, match=r"accesslog /proc/none.*mend the path"):
+            fe.ctl("reload")
+        watched.get("/1k?still", "-o", "/dev/null")
+        wait_for(lambda: "?still" in (watched.fe_host.dir / "access.log").read_text(), "the line")
+    finally:
+        fe.config.write_text(text)
+        fe.ctl("reload")
+    settle(watched)
+
+
+LEVELS = {1: "does not take it", 2: "handed over to", 3: "offered to", 4: "ADOPTED from",
+          5: "chosen: ", 6: "accepted"}
+
+
+@pytest.mark.parametrize("level", range(7))
+def test_each_level_says_more_and_names_the_flow(watched: Cluster, level: int) -> None:
+    fe = front(watched)
+    fe.ctl("set", "dbglevel", str(level))
+    fe.ctl("set", "dtcinterval", "0")  # or the dead application would be offered nothing
+    mend = application(watched)
+    try:
+        wait_for(lambda: watched.be[0].ctl("status")["application"] == "dead", "the back end")
+        at = len(fe.log.read_text())
+        refused = server(watched)["refused"]
+        clients = []
+        while server(watched)["refused"] == refused:
+            s = watched.client.connect(watched.VIP)
+            clients.append(s)
+            s.sendall(REQUEST)
+            assert len(body(read_all(s))) == 1024
+        names = {f"{s.getsockname()[0]}:{s.getsockname()[1]}" for s in clients}
+        for s in clients:
+            s.close()
+        settle(watched)
+    finally:
+        fe.ctl("set", "dtcinterval", "1")
+        fe.ctl("set", "dbglevel", "6")
+        mend()
+    wait_for(lambda: server(watched)["state"] == "up", "recovery", 15)
+    said = [line for line in fe.log.read_text()[at:].splitlines() if "192.168.1.50" in line]
+    for number, words in LEVELS.items():
+        assert any(words in line for line in said) == (number <= level), words
+    assert all(any(f" {name}: " in line for name in names) for line in said)
+
+
+def test_the_connection_table_as_a_file(watched: Cluster) -> None:
+    fe = front(watched)
+    path = fe.run_dir / "tcpha_fe_conn"
+    head, *rows = path.read_text().splitlines()
+    assert head.split() == ["client", "vaddr", "target", "rule", "server", "state", "age", "idle",
+                            "packets", "bytes"] and not rows
+    clients = [watched.client.connect(watched.VIP) for _ in range(3)]
+    for n, s in enumerate(clients):
+        s.sendall(KEEP.replace(b"/1k", b"/1k?%d" % n))
+        assert s.recv(65536)
+    wait_for(lambda: len(fe.ctl("conns")) == 3, "three flows")
+    for _ in range(2):
+        rows = watched.fe_host.run("cat", str(path)).stdout.splitlines()[1:]
+        want = {f"{s.getsockname()[0]}:{s.getsockname()[1]}": f"/1k?{n}"
+                for n, s in enumerate(clients)}
+        assert {r.split()[0]: r.split()[2] for r in rows} == want
+    assert watched.fe_host.run("head", "-c1", str(path)).stdout == "c"  # a reader that goes early
+    for s in clients:
+        s.close()
+    settle(watched)
+    assert len(path.read_text().splitlines()) == 1
