@@ -20,8 +20,8 @@ from tcpha._fast.defs cimport tcpha_flow
 from tcpha._fast.diag cimport inet_diag_msg
 from tcpha._fast.message cimport (
     END_GONE, END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED_SIZE, MSG_HANDOFF, MSG_OWNED,
-    MSG_REFUSED_SIZE, MSG_SERVER, REFUSE_FULL, REFUSE_STALE, message, message_closed, message_refused,
-    message_short, refusal_text)
+    MSG_REFUSED_SIZE, MSG_SERVER, REFUSE_FULL, REFUSE_STALE, message, message_closed,
+    message_refused, message_short, refusal_text)
 from tcpha._fast.packet cimport address_text
 from tcpha._fast.sys cimport (
     EINTR, ENOBUFS, EPOLL_CTL_ADD, EPOLLET, EPOLLIN, MSG_DONTWAIT, add64, errno, now_ns, ntohs,
