@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -122,6 +125,85 @@ def test_back_ends_keep_the_vip_to_themselves(idle: Cluster) -> None:
     idle.fe.stop()
     out = idle.client.run("arping", "-c", "2", "-I", "eth0", idle.VIP, check=False).stdout
     assert not re.findall(MAC, out.upper())
+
+
+@contextmanager
+def arp_sent_by(host: Host) -> Iterator[list[tuple[int, str, str]]]:
+    """What a host puts on the wire meanwhile: (operation, sender, target) of each ARP packet."""
+    def listen() -> socket.socket:
+        s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))  # ETH_P_ALL
+        s.bind(("eth0", 3))
+        return s
+    seen: list[tuple[int, str, str]] = []
+    s = host.inside(listen)
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 20)
+    yield seen
+    s.setblocking(False)
+    while True:
+        try:
+            frame, where = s.recvfrom(128)
+        except BlockingIOError:
+            break
+        except OSError:
+            continue  # said once, after the interface was down
+        if where[1] == 0x0806 and where[2] == socket.PACKET_OUTGOING:
+            seen.append((frame[21], socket.inet_ntoa(frame[28:32]),
+                         socket.inet_ntoa(frame[38:42])))
+    s.close()
+
+
+def test_no_arp_of_a_back_end_tells_of_the_vip(idle: Cluster) -> None:
+    """Whatever is started and stopped in whatever order, and whoever asks in whatever way."""
+    be = idle.be_hosts[0]
+    be.sysctl("net.ipv4.conf.eth0.arp_notify", "1")
+    with arp_sent_by(be) as seen:
+        idle.start()
+        idle.get("/")
+        for probe in ((), ("-D",), ("-U",)):
+            idle.client.run("arping", *probe, "-c", "1", "-w", "1", "-I", "eth0", idle.VIP,
+                            check=False)
+        be.ip("link", "set", "eth0", "down")  # arp_notify: gratuitous ARP when it is up again
+        be.ip("link", "set", "eth0", "up")
+        idle.be[0].kill()
+        idle.be[0].start()
+        assert idle.fe
+        idle.fe.stop()
+        idle.client.run("arping", "-c", "1", "-w", "1", "-I", "eth0", idle.VIP, check=False)
+        idle.be[0].stop()
+        idle.be[0].start()
+        idle.fe.start()
+        idle.connected()
+        idle.get("/")
+        idle.be[0].stop()
+    assert seen and not [packet for packet in seen if packet[1] == idle.VIP]
+
+
+def test_uaddr_stands_where_the_vip_would_show(idle: Cluster) -> None:
+    """Also if somebody takes the sysctls back."""
+    idle.start()
+    be = idle.be_hosts[0]
+    for name in ("arp_ignore", "arp_announce"):
+        be.sysctl(f"net.ipv4.conf.all.{name}", "0")
+    with arp_sent_by(be) as seen:
+        with be.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as s:
+            s.bind((idle.VIP, 0))
+            s.sendto(b"?", ("192.168.1.77", 9))
+        idle.client.run("arping", "-c", "1", "-w", "1", "-I", "eth0", idle.VIP)
+    assert (1, "192.168.1.39", "192.168.1.77") in seen
+    assert not [packet for packet in seen if packet[1] == idle.VIP]
+
+
+@pytest.mark.parametrize("uaddr, words", [
+    ("192.168.1.50", r"uaddr 192\.168\.1\.50 is in use by ([0-9a-f]{2}:){5}[0-9a-f]{2} on eth0"),
+    ("192.168.1.34", r"uaddr 192\.168\.1\.34 is an address of this host")])
+def test_a_uaddr_in_use_is_refused(idle: Cluster, uaddr: str, words: str) -> None:
+    be = idle.be_hosts[0]
+    be.ip("addr", "add", "192.168.1.34/24", "dev", "eth0")
+    before = state(be)
+    idle.be_conf = f"uaddr = {uaddr}"
+    with pytest.raises(RuntimeError, match=words):
+        Daemon(be, "be", idle.be_text(be).replace("uaddr = 192.168.1.39\n", ""))
+    assert state(be) == before
 
 
 def test_nothing_reaches_the_vip_around_the_front_end(idle: Cluster) -> None:

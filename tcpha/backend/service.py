@@ -12,6 +12,7 @@ from tcpha._fast.be_worker import BackEnd
 from tcpha._fast.diag import Listeners
 from tcpha.admin.rundir import RunDir
 from tcpha.admin.server import Command
+from tcpha.backend import arp
 from tcpha.config import ANY, Config
 from tcpha.control.hello import PATIENCE, Hello, HelloError, check, new_instance, receive
 from tcpha.datapath import choose, open_backend
@@ -40,10 +41,7 @@ class BackEndService(Service):
         if host.holder(config.raddr) is None:
             raise HostError(f"raddr {config.raddr} is no address of this host; mend it or add the "
                             "address")
-        # A host that neither answers nor announces ARP for addresses of other interfaces: the VIP
-        # on lo is not seen (Documentation/networking/ip-sysctl, arp_ignore and arp_announce).
-        host.sysctl("net/ipv4/conf/all/arp_ignore", "1")
-        host.sysctl("net/ipv4/conf/all/arp_announce", "2")
+        arp.set_up(config, host)
         # What adoption needs of the kernel: connections whose options the FE negotiated
         if host.read_sysctl("net/ipv4/tcp_syncookies") == "0":
             host.sysctl("net/ipv4/tcp_syncookies", "1")

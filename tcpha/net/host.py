@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import struct
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ ETH_P_ALL = 0x0003
 ETH_P_ARP = 0x0806
 ARPHRD_ETHER = 1
 IFF_UP = 1
+PROBES, PROBE_WAIT = 2, 0.15  # seconds; neighbours answer within one
 TAP_PREFIXES = ("tcphafe", "tcphabe")
 
 
@@ -223,8 +225,7 @@ class Host:
 
     def announce(self, address: str, index: int) -> None:
         """Gratuitous ARP (RFC 5227 section 3): neighbours learn who holds an address now."""
-        link = self.ipr.get_links(index)[0]
-        if link["ifi_type"] != ARPHRD_ETHER:
+        if not self.is_ethernet(index):
             return
         mac = self.mac(index)
         ip = socket.inet_aton(address)
@@ -234,12 +235,36 @@ class Host:
             s.bind((self.interface(index), ETH_P_ARP))
             s.send(frame)
 
+    def holder_on_link(self, index: int, address: str) -> str | None:
+        """Who answers for an address on an interface's segment, as a MAC address; None: nobody.
+        Asked as RFC 5227 section 2.1.1 does, without claiming an address."""
+        mac, ip = self.mac(index), socket.inet_aton(address)
+        probe = b"\xff" * 6 + mac + struct.pack("!HHHBBH", ETH_P_ARP, 1, 0x0800, 6, 4, 1) \
+            + mac + b"\0" * 10 + ip
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ARP)) as s:
+            s.bind((self.interface(index), ETH_P_ARP))
+            for _ in range(PROBES):
+                s.send(probe)
+                end = time.monotonic() + PROBE_WAIT
+                while (left := end - time.monotonic()) > 0:
+                    s.settimeout(left)
+                    try:
+                        frame = s.recv(64)
+                    except TimeoutError:
+                        break
+                    if frame[20:22] == b"\0\2" and frame[28:32] == ip and frame[22:28] != mac:
+                        return frame[22:28].hex(":")
+        return None
+
     def neighbours(self) -> dict[tuple[int, str], bytes]:
         """{(interface, address): MAC address} of all neighbours that the kernel knows."""
         return {(int(e["ifindex"]), str(e.get_attr("NDA_DST"))):
                 bytes.fromhex(e.get_attr("NDA_LLADDR").replace(":", ""))
                 for e in self.ipr.get_neighbours(family=socket.AF_INET)
                 if e.get_attr("NDA_LLADDR")}
+
+    def is_ethernet(self, index: int) -> bool:
+        return bool(self.ipr.get_links(index)[0]["ifi_type"] == ARPHRD_ETHER)
 
     def mac(self, index: int) -> bytes:
         return bytes.fromhex(
@@ -250,6 +275,10 @@ class Host:
     def _undo_rules(self, change: dict[str, Any]) -> None:
         from tcpha.net.rules import remove
         remove(change["name"])
+
+    def _undo_arp(self, change: dict[str, Any]) -> None:
+        from tcpha.net.rules import show_in_arp
+        show_in_arp(change["name"])
 
     # Filters
 

@@ -40,6 +40,8 @@ IPTABLES_CHAIN = {"prerouting": ("raw", "PREROUTING", "-i"),
 SYN, SYN_ACK = 0x02, 0x12
 META_PRIORITY, META_MARK, META_IIFNAME, META_OIFNAME = 2, 3, 6, 7
 NETWORK, TRANSPORT = 1, 2
+NFPROTO_ARP = 3
+ARP_OPERATION, ARP_SENDER, ARP_TARGET = 6, 14, 24  # offsets, for Ethernet and IPv4
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,8 @@ def install(host: Host, name: str, rules: list[Rule],
 
 def remove(name: str) -> None:
     """Take everything of that name away, whichever way it was installed."""
-    def drop(nft: Any) -> None:
-        if any(t.get_attr("NFTA_TABLE_NAME") == name for t in nft.get_tables()):
-            nft.table("del", name=name)
     with contextlib.suppress(NetlinkError):  # a kernel without nf_tables
-        _in_thread(drop)
+        _in_thread(partial(_drop_table, name))
     for table, chain, _ in IPTABLES_CHAIN.values() if shutil.which("iptables") else ():
         if _ipt("-t", table, "-S", name, check=False).returncode == 0:
             _ipt("-t", table, "-D", chain, "-j", name, check=False)
@@ -99,10 +98,46 @@ def remove(name: str) -> None:
             _ipt("-t", table, "-X", name)
 
 
-def _in_thread(work: Callable[[Any], T]) -> T:
+def hide_in_arp(host: Host, name: str, address: str, instead: str) -> None:
+    """In ARP that this host sends: replies for an address, and announcements of it, are dropped;
+    requests by it (RFC 826: ar$spa) show another. Raises HostError if the kernel has no nft for
+    ARP."""
+    hidden, shown = socket.inet_aton(address), socket.inet_aton(instead)
+    sender = _compare(_payload(NETWORK, ARP_SENDER, 4), hidden)
+
+    def work(nft: Any) -> None:
+        nft.table("add", name=name)
+        nft.chain("add", table=name, name="output", hook="input",  # 1, which is NF_ARP_OUT
+                  type="filter", policy=NF_ACCEPT, priority=0)
+        for expressions in (
+                [sender, _compare(_payload(NETWORK, ARP_OPERATION, 2), b"\0\2"), verdict(NF_DROP)],
+                [sender, _compare(_payload(NETWORK, ARP_TARGET, 4), hidden), verdict(NF_DROP)],
+                [sender, [genex("immediate", {"dreg": 1, "data": _data(shown)}),
+                          genex("payload", {"sreg": 1, "base": NETWORK, "offset": ARP_SENDER,
+                                            "len": 4, "csum_type": 0, "csum_offset": 0})]]):
+            nft.rule("add", table=name, chain="output", expressions=expressions)
+    host.will_undo(what="arp", name=name)
+    try:
+        _in_thread(work, NFPROTO_ARP)
+    except NetlinkError as error:
+        raise HostError(f"the kernel cannot filter ARP by nft: {error}") from None
+
+
+def _drop_table(name: str, nft: Any) -> None:
+    if any(t.get_attr("NFTA_TABLE_NAME") == name for t in nft.get_tables()):
+        nft.table("del", name=name)
+
+
+def show_in_arp(name: str) -> None:
+    """Undo hide_in_arp()."""
+    with contextlib.suppress(NetlinkError):
+        _in_thread(partial(_drop_table, name), NFPROTO_ARP)
+
+
+def _in_thread(work: Callable[[Any], T], family: int = socket.AF_INET) -> T:
     """pyroute2 runs an event loop of its own, which must not meet the caller's."""
     def run() -> T:
-        nft = NFTables(nfgen_family=socket.AF_INET)
+        nft = NFTables(nfgen_family=family)
         try:
             return work(nft)
         finally:
