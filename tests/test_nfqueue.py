@@ -378,12 +378,12 @@ def test_rules_of_a_killed_run_go_with_another_datapath(one: Cluster) -> None:
     be = one.be[0]
     be.kill()
     # until there are others, or packets would pass as they are
-    assert "tcphabe_" in be.host.run("nft", "list", "ruleset").stdout
+    assert "table ip tcphabe_" in be.host.run("nft", "list", "ruleset").stdout
     be.options = ("--datapath", "ebpf")
     try:
         be.start()
         one.connected()
-        assert "tcphabe_" not in be.host.run("nft", "list", "ruleset").stdout
+        assert "table ip tcphabe_" not in be.host.run("nft", "list", "ruleset").stdout
         one.get("/1k", "-o", "/dev/null")
     finally:
         be.stop()

@@ -59,6 +59,7 @@ cdef struct queue:
     uint64_t overruns      # times that the socket had no room: packets were lost
     uint64_t failed        # verdicts that the kernel did not take
     uint64_t left          # packets whose head was not enough
+    uint64_t cut           # packets that did not fit into a message: dropped
 
 
 cdef int queue_verdict(queue *q, uint32_t id, uint32_t what) noexcept nogil
