@@ -39,6 +39,7 @@ class FrontEndService(Service):
         self.core = FrontEnd(config.maxclients, config.headlimit, config.headtimeout)
         self.dtcinterval = config.dtcinterval
         self.expiring = False
+        self.table: TableFile | None = None
 
     def open(self) -> None:
         config, host = self.config, self.host
@@ -102,7 +103,8 @@ class FrontEndService(Service):
         self.registry.begin()
 
     async def shut(self) -> None:
-        self.table.close()
+        if self.table:
+            self.table.close()
         self.core.stop_accepting()
 
     def _table(self) -> Iterable[str]:
