@@ -153,21 +153,48 @@ cdef void _answer(frontend *f, conn *k, const char *text, uint64_t *counter) noe
 
 # Choosing a back end
 
-cdef bint _usable(frontend *f, conn *k, uint32_t b, uint64_t now) noexcept nogil:
+cdef bint _usable(frontend *f, conn *k, uint32_t b, uint64_t now, bint desperate) noexcept nogil:
+    """desperate: even if nobody listened there when we last heard."""
     cdef backend *be = &f.backends[b]
-    return (be.used and be.links and not be.draining and not be.dead and not be.app_down
+    return (be.used and be.links and not be.draining and not be.dead
+            and (desperate or not be.app_down)
             and (now >= be.full_until_ns or load32(&be.live) < be.full_live)
             and not k.tried[b >> 6] >> (b & 63) & 1)
 
 
-cdef bint _choose(frontend *f, worker *w, conn *k, const uint8_t *buf) noexcept nogil:
-    """First group in rule order with a usable back end; in it the one with the fewest live
+cdef bint _pick(frontend *f, conn *k, const ruleset *rules, const uint64_t *matched,
+                bint desperate) noexcept nogil:
+    """First matched group in rule order with a usable back end; in it the one with the fewest live
     connections. Sets k.entry.backend and k.entry.rule."""
-    cdef ruleset *rules = <ruleset *>loadp(<void **>&f.rules)
-    cdef fe_worker *fw = <fe_worker *>w.role
     cdef uint64_t bits, now = now_ns()
     cdef uint32_t word, g, i, n, at, live, best
-    cdef choice *ch
+    cdef const choice *ch
+    for word in range(rules.words):
+        bits = matched[word]
+        while bits:
+            g = word * 64 + _lowest(bits)
+            bits &= bits - 1
+            n = rules.first[g + 1] - rules.first[g]
+            best = <uint32_t>-1
+            live = 0
+            at = <uint32_t>(f.next_id % n)  # equal loads take turns
+            for i in range(n):
+                ch = &rules.choices[rules.first[g] + (at + i) % n]
+                if _usable(f, k, ch.backend, now, desperate) and \
+                        (best == <uint32_t>-1 or load32(&f.backends[ch.backend].live) < live):
+                    best = ch.rule
+                    live = load32(&f.backends[ch.backend].live)
+                    k.entry.backend = ch.backend
+            if best != <uint32_t>-1:
+                k.entry.rule = best
+                return True
+    return False
+
+
+cdef bint _choose(frontend *f, worker *w, conn *k, const uint8_t *buf) noexcept nogil:
+    """Match the rules and pick a back end. False: there is none."""
+    cdef ruleset *rules = <ruleset *>loadp(<void **>&f.rules)
+    cdef fe_worker *fw = <fe_worker *>w.role
     cdef hs_scratch_t *fresh = NULL
     if rules == NULL or rules.groups == 0:
         return False
@@ -189,26 +216,8 @@ cdef bint _choose(frontend *f, worker *w, conn *k, const uint8_t *buf) noexcept 
             return False
     if match_scan(rules, fw.scratch, buf + k.head.target, k.head.target_len, fw.bits) < 0:
         return False
-    for word in range(rules.words):
-        bits = fw.bits[word]
-        while bits:
-            g = word * 64 + _lowest(bits)
-            bits &= bits - 1
-            n = rules.first[g + 1] - rules.first[g]
-            best = <uint32_t>-1
-            live = 0
-            at = <uint32_t>(f.next_id % n)  # equal loads take turns
-            for i in range(n):
-                ch = &rules.choices[rules.first[g] + (at + i) % n]
-                if _usable(f, k, ch.backend, now) and \
-                        (best == <uint32_t>-1 or load32(&f.backends[ch.backend].live) < live):
-                    best = ch.rule
-                    live = load32(&f.backends[ch.backend].live)
-                    k.entry.backend = ch.backend
-            if best != <uint32_t>-1:
-                k.entry.rule = best
-                return True
-    return False
+    # The application of a back end may be back without our knowing yet: it refuses, or has it.
+    return _pick(f, k, rules, fw.bits, False) or _pick(f, k, rules, fw.bits, True)
 
 
 # Handing over
