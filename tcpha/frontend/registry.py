@@ -201,6 +201,8 @@ class Registry:
         stats = self.core.backend_stats(entry.index)
         app_down = self.interval > 0 and not stats["listens"]
         self.core.backend_flags(entry.index, app_down=app_down)
+        if not stats["links"] and not entry.detail:
+            return  # nothing is known yet
         if not stats["links"]:
             health, why = entry.cause, entry.detail
         elif app_down:
