@@ -26,6 +26,17 @@ MODES = {
     "ebpf-nfqueue": ("tunnel", EBPF, NFQUEUE), "nfqueue-ebpf": ("direct", NFQUEUE, EBPF)}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test of what one datapath alone has exists in the modes that have it, and in no other."""
+    def exists(item: pytest.Item) -> bool:
+        mark = item.get_closest_marker("queues_on")
+        if mark is None:
+            return True
+        _, *sides = MODES[item.callspec.params["mode"]]  # type: ignore[attr-defined]
+        return sides[("fe", "be").index(mark.args[0])] == NFQUEUE
+    items[:] = [item for item in items if exists(item)]
+
+
 @pytest.fixture(scope="session", params=MODES)
 def mode(request: Any) -> dict[str, Any]:
     """Arguments for Cluster(): forward mode and datapaths of the front end and the back ends."""

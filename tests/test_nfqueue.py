@@ -170,11 +170,10 @@ def kernel_queues(h: Host) -> list[list[int]]:
     return [[int(x) for x in line.split()] for line in text.splitlines()]
 
 
+@pytest.mark.queues_on("be")
 def test_a_full_queue_loses_nothing_silently(one: Cluster) -> None:
     """The daemon stops in mid-transfer; packets of 64 KB overrun its queue. They are counted, and
     every download ends as if nothing had happened."""
-    if one.datapath[1] != "nfqueue":
-        pytest.skip("the back end's packets pass no queue")
     be = one.be[0]
     with ThreadPoolExecutor(1) as pool:
         downloads = pool.submit(down, one, 6)
@@ -190,9 +189,8 @@ def test_a_full_queue_loses_nothing_silently(one: Cluster) -> None:
     settle(one)
 
 
+@pytest.mark.queues_on("fe")
 def test_queues_share_the_clients(one: Cluster) -> None:
-    if one.datapath[0] != "nfqueue":
-        pytest.skip("the front end's packets pass no queue")
     assert one.fe
     for _ in range(40):  # all from one address
         one.get("/1k", "-o", "/dev/null")
@@ -208,11 +206,10 @@ MARKED = """table ip lab {
 }"""
 
 
+@pytest.mark.queues_on("be")
 @pytest.mark.parametrize("why", ["nothing", "marks", "scale"])
 def test_what_rules_cannot_store_is_rewritten_whole(one: Cluster, why: str) -> None:
     """The head of a packet suffices, unless its mark is taken or its window needs another scale."""
-    if one.datapath[1] != "nfqueue":
-        pytest.skip("the back end's packets pass no queue")
     host, be = one.be_hosts[0], one.be[0]
     memory = host.sysctl("net.ipv4.tcp_rmem")
     before = be.ctl("status")["packets"]
@@ -249,9 +246,8 @@ def thinned_by_a_pause(c: Cluster) -> bool:
     return bool(fe.ctl("status")["packets"]["thinned"] > before)
 
 
+@pytest.mark.queues_on("fe")
 def test_acks_that_waited_together_become_one(one: Cluster) -> None:
-    if one.datapath[0] != "nfqueue":
-        pytest.skip("the front end's packets pass no queue")
     assert any(thinned_by_a_pause(one) for _ in range(8))  # a download may be over too soon
 
 
@@ -270,9 +266,8 @@ FIREWALL = """table ip lab {
 }"""
 
 
+@pytest.mark.queues_on("be")
 def test_beside_a_stateful_firewall(one: Cluster) -> None:
-    if one.datapath[1] != "nfqueue":
-        pytest.skip("conntrack sees what the network sees, and no handshake")
     be = one.be_hosts[0]
     be.nft(FIREWALL)
     try:
@@ -357,9 +352,8 @@ def test_the_queue_numbers_of_others_are_left_to_them(idle_host: Host) -> None:
     assert idle_host.run(sys.executable, "-c", text).stdout == "[100, 101, 102, 103]\n"
 
 
+@pytest.mark.queues_on("be")
 def test_flow_file_of_another_layout_is_not_read(one: Cluster) -> None:
-    if one.datapath[1] != "nfqueue":
-        pytest.skip("the back end keeps no table of its own")
     be = one.be[0]
     file = Path(be.run_dir / "tcphabe.flows")
     assert file.exists()
@@ -372,9 +366,8 @@ def test_flow_file_of_another_layout_is_not_read(one: Cluster) -> None:
     one.get("/1k", "-o", "/dev/null")
 
 
+@pytest.mark.queues_on("be")
 def test_rules_of_a_killed_run_go_with_another_datapath(one: Cluster) -> None:
-    if one.datapath[1] != "nfqueue":
-        pytest.skip("the back end has no rules")
     be = one.be[0]
     be.kill()
     # until there are others, or packets would pass as they are

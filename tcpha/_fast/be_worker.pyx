@@ -463,8 +463,8 @@ cdef class BackEnd(Core):
         out = {"adopted": n.adopted, "closed": n.closed, "live": self.b.live,
                "refused": sum([n.refused[i] for i in range(16)]), "late_feeds": n.late,
                "resyncs": n.resyncs}
-        out["refusals"] = {REFUSALS[i]: n.refused[i] for i in range(16)
-                           if n.refused[i] and i in REFUSALS}
+        out["refusals"] = {text.decode(): n.refused[i] for i, text in enumerate(REFUSALS)
+                           if n.refused[i]}
         return out
 
     def flows(self):

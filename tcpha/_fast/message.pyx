@@ -138,22 +138,15 @@ cdef uint32_t message_owned(uint8_t *to, uint64_t id, const tcpha_flow *flow) no
     return MSG_OWNED_SIZE
 
 
+REFUSALS = (b"?", b"full", b"accept queue full", b"no listener", b"too late",
+            b"options not supported", b"error", b"no answer", b"control connection lost")
+cdef const char *_texts[REFUSE_LINK + 1]
+for _n, _text in enumerate(REFUSALS):  # by number: enum refusal
+    _texts[<int>_n] = _text
+
+
 cdef const char *refusal_text(uint32_t reason) noexcept nogil:
-    if reason == REFUSE_FULL:
-        return b"maxclients is reached"
-    if reason == REFUSE_BACKLOG:
-        return b"the application's accept queue is full"
-    if reason == REFUSE_LISTENER:
-        return b"nothing listens on redirectaddr:redirectport"
-    if reason == REFUSE_STALE:
-        return b"the offer came too late"
-    if reason == REFUSE_UNSUPPORTED:
-        return b"the kernel refuses the connection's options"
-    if reason == REFUSE_TIMEOUT:
-        return b"no answer in time"
-    if reason == REFUSE_LINK:
-        return b"the control connection broke"
-    return b"an error"
+    return _texts[reason if reason <= REFUSE_LINK else 0]
 
 
 cdef int message_decode(const uint8_t *buf, uint32_t length, message *m) noexcept nogil:
@@ -232,10 +225,6 @@ PING = MSG_PING
 PONG = MSG_PONG
 OWNED = MSG_OWNED
 VERSION = MSG_VERSION
-REFUSALS = {REFUSE_FULL: "full", REFUSE_BACKLOG: "accept queue full",
-            REFUSE_LISTENER: "no listener", REFUSE_STALE: "too late",
-            REFUSE_UNSUPPORTED: "options not supported", REFUSE_ERROR: "error",
-            REFUSE_TIMEOUT: "no answer", REFUSE_LINK: "control connection lost"}
 
 
 def encode_hello(bytes body):
