@@ -16,6 +16,8 @@ cdef extern from "<linux/inet_diag.h>" nogil:
         uint8_t idiag_family
         uint8_t idiag_state
         inet_diag_sockid id
+        uint32_t idiag_rqueue
+        uint32_t idiag_wqueue
 
 cdef enum tcp_state:       # as in include/net/tcp_states.h
     TCP_ESTABLISHED = 1
@@ -40,6 +42,7 @@ cdef struct diag_answer:
     uint32_t cookie[2]     # names this very socket
     uint64_t received      # tcpi_bytes_received, a FIN included
     bint listener          # state 0, and a SYN would find somebody who listens
+    bint queue_full        # whose accept queue is full
 
 
 cdef int diag_query(diag *d, const tcpha_flow *flow, diag_answer *a) noexcept nogil

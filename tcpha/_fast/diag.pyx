@@ -109,6 +109,7 @@ cdef int diag_query(diag *d, const tcpha_flow *flow, diag_answer *a) noexcept no
     if a.state == TCP_LISTEN:
         a.state = 0
         a.listener = True
+        a.queue_full = answer.idiag_rqueue > answer.idiag_wqueue  # sk_acceptq_is_full()
     while at + 4 <= <uint32_t>n:
         memcpy(&size, buf + at, 2)
         memcpy(&kind, buf + at + 2, 2)

@@ -444,6 +444,15 @@ cdef int _settle(be_nfqueue *d, const tcpha_flow *local, diag_answer *a) noexcep
         pthread_mutex_unlock(&d.wait_lock)
 
 
+cdef bint _queue_full(be_nfqueue *d, const tcpha_flow *local) noexcept nogil:
+    """Whether the application's accept queue is full. If the kernel does not say: yes."""
+    cdef tcpha_flow anybody = local[0]
+    cdef diag_answer a
+    memset(anybody.caddr, 0, sizeof(anybody.caddr))
+    anybody.cport = 0
+    return diag_query(&d.sockets, &anybody, &a) < 0 or not a.listener or a.queue_full
+
+
 cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
                 const uint8_t *data) noexcept nogil:
     cdef be_nfqueue *d = <be_nfqueue *>self
@@ -452,6 +461,7 @@ cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
     cdef be_flow *f
     cdef diag_answer a
     cdef segment g
+    cdef uint64_t begin
     cdef int rc
     _local(d, &s.flow, &local)
     rc = _room(d, &local, s)
@@ -476,7 +486,13 @@ cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
     g.seq = s.rcv_nxt - (1 if s.flags & SNAP_FIN else 0) - s.len
     g.flags = TCP_ACK | TCP_PSH
     g.len = min(s.len, <uint32_t>CHUNK)
-    rc = REFUSE_ERROR if _send_segment(d, &g, data) != 0 else _settle(d, &local, &a)
+    # Nothing after SETTLE_NS: the accept queue is full; or it was, or our stack is late, and then a
+    # client would send again.
+    begin = now_ns()
+    while True:
+        rc = REFUSE_ERROR if _send_segment(d, &g, data) != 0 else _settle(d, &local, &a)
+        if rc != REFUSE_BACKLOG or now_ns() - begin > HANDSHAKE_NS or _queue_full(d, &local):
+            break
     if rc != 0:
         _drop_flow(d, &local)
         return rc
