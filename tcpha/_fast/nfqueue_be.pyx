@@ -51,7 +51,7 @@ cdef enum:
     LAYOUT = 1             # version of struct be_flow
 
 cdef uint64_t HANDSHAKE_NS = 1000000000  # for the local server's SYN-ACK
-cdef uint64_t SILENT_NS = 100000000      # after this, a SYN that left no trace was dropped
+cdef uint64_t SILENT_NS = 100000000      # after this, a SYN that left no trace is looked into
 cdef uint64_t SETTLE_NS = 20000000       # for the stack to handle what we injected
 cdef uint64_t RETAIN_NS = 65000000000    # beyond TIME_WAIT (60 s)
 
@@ -333,12 +333,16 @@ cdef int _send_syn(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) no
     return _inject(d, buf, <uint32_t>(o - buf))
 
 
-cdef int _await_answer(be_nfqueue *d, const tcpha_flow *local, be_flow *copy) noexcept nogil:
-    """Wait for the local server's SYN-ACK or RST. 0, or a refusal: its backlog is full."""
-    cdef uint64_t begin = now_ns(), waited
+cdef int _await_answer(be_nfqueue *d, const tcpha_flow *local, const snapshot *s,
+                       be_flow *copy) noexcept nogil:
+    """Send the SYN and wait for the local server's SYN-ACK or RST. 0 or a refusal."""
+    cdef uint64_t begin = now_ns(), asked = begin, now
     cdef uint32_t before
+    cdef int rc
     cdef be_flow *f
     cdef diag_answer a
+    if _send_syn(d, local, s) != 0:
+        return REFUSE_ERROR
     while True:
         before = load32(&d.answers)
         pthread_rwlock_rdlock(&d.lock)
@@ -354,11 +358,17 @@ cdef int _await_answer(be_nfqueue *d, const tcpha_flow *local, be_flow *copy) no
         if d.answers == before:
             cond_wait_ms(&d.answered, &d.wait_lock, 5)
         pthread_mutex_unlock(&d.wait_lock)
-        waited = now_ns() - begin
-        if waited > HANDSHAKE_NS:
+        now = now_ns()
+        if now - begin > HANDSHAKE_NS:
             return REFUSE_BACKLOG
-        if waited > SILENT_NS and diag_query(&d.sockets, local, &a) == 0 and a.state == 0:
-            return REFUSE_BACKLOG
+        if now - asked > SILENT_NS and diag_query(&d.sockets, local, &a) == 0 and a.state == 0:
+            # dropped, for want of room in the accept queue; or our stack is late: ask again
+            rc = _refused(d, local)
+            if rc != 0:
+                return rc
+            if _send_syn(d, local, s) != 0:
+                return REFUSE_ERROR
+            asked = now
 
 
 cdef void _plan(be_nfqueue *d, be_flow *f, const snapshot *s) noexcept nogil:
@@ -444,13 +454,16 @@ cdef int _settle(be_nfqueue *d, const tcpha_flow *local, diag_answer *a) noexcep
         pthread_mutex_unlock(&d.wait_lock)
 
 
-cdef bint _queue_full(be_nfqueue *d, const tcpha_flow *local) noexcept nogil:
-    """Whether the application's accept queue is full. If the kernel does not say: yes."""
+cdef int _refused(be_nfqueue *d, const tcpha_flow *local) noexcept nogil:
+    """Why a segment had no effect: a refusal, or 0 if our stack is only late. If the kernel does
+    not say: the accept queue is full."""
     cdef tcpha_flow anybody = local[0]
     cdef diag_answer a
     memset(anybody.caddr, 0, sizeof(anybody.caddr))
     anybody.cport = 0
-    return diag_query(&d.sockets, &anybody, &a) < 0 or not a.listener or a.queue_full
+    if diag_query(&d.sockets, &anybody, &a) < 0 or (a.listener and a.queue_full):
+        return REFUSE_BACKLOG
+    return 0 if a.listener else REFUSE_LISTENER
 
 
 cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
@@ -467,7 +480,7 @@ cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
     rc = _room(d, &local, s)
     if rc != 0:
         return rc
-    rc = REFUSE_ERROR if _send_syn(d, &local, s) != 0 else _await_answer(d, &local, &copy)
+    rc = _await_answer(d, &local, s, &copy)
     if rc == 0 and copy.state == B_REFUSED:
         rc = REFUSE_LISTENER
     if rc == 0 and ((s.flags & SNAP_TIMESTAMP and not copy.ts_ok) or
@@ -491,7 +504,10 @@ cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
     begin = now_ns()
     while True:
         rc = REFUSE_ERROR if _send_segment(d, &g, data) != 0 else _settle(d, &local, &a)
-        if rc != REFUSE_BACKLOG or now_ns() - begin > HANDSHAKE_NS or _queue_full(d, &local):
+        if rc != REFUSE_BACKLOG or now_ns() - begin > HANDSHAKE_NS:
+            break
+        rc = _refused(d, &local)
+        if rc != 0:
             break
     if rc != 0:
         _drop_flow(d, &local)
