@@ -289,8 +289,9 @@ def test_back_end_behind_a_router(mode: dict[str, Any], mtu: int) -> None:
         if mode["forward"] == "direct":
             c.be = [Daemon(be, "be", c.be_text(be))]
             c.fe = Daemon(c.fe_host, "fe", c.fe_text())
-            (row,) = wait_for(lambda: [r for r in c.fe.ctl("servers") if r["reason"]], "a reason")
-            assert "behind a router" in row["reason"] and "forward = tunnel" in row["reason"]
+            (row,) = wait_for(lambda: [
+                r for r in c.fe.ctl("servers") if "behind a router" in r["reason"]], "the reason")
+            assert "forward = tunnel" in row["reason"]
             assert c.get("/", "-w", "%{http_code}") == "Service Unavailable\n503"
             return
         c.start()

@@ -263,7 +263,7 @@ class Registry:
             stats = self.core.backend_stats(entry.index)
             down = entry.health != "up"
             state = "draining" if stats["draining"] else "down" if down else "up"
-            reason = f"{entry.health}: {entry.why}"
+            reason = f"{entry.health}: {entry.why}" if entry.health else entry.why
             rows.append({"server": entry.server.address, "port": entry.server.port, "state": state,
                          "reason": reason if down else "", "connperbe": stats["links"],
                          "live": stats["live"], "handed": stats["handed"],
