@@ -70,6 +70,9 @@ class Service:
     async def shut(self) -> None:
         """Stop to serve, before the workers end."""
 
+    def close(self) -> None:
+        """The workers have ended; the datapath is still open."""
+
     def on_notice(self) -> None:
         """The workers have something for us."""
 
@@ -82,6 +85,9 @@ class Service:
 
     def apply(self, config: Config) -> None:
         """Take a new configuration over, as far as it can change at run time."""
+
+    def set_level(self, dbglevel: int) -> None:
+        self.core.dbglevel = dbglevel
 
     def reopen(self) -> None:
         """Open log files anew."""
@@ -106,7 +112,7 @@ class Service:
     async def set(self, name: str, value: str) -> dict[str, Any]:
         if name != "dbglevel":
             raise Refused(f"'{name}' cannot be set; 'dbglevel' can")
-        self.core.dbglevel = number(value, 0, 6, "level")
+        self.set_level(number(value, 0, 6, "level"))
         log.info("dbglevel %d", self.core.dbglevel)
         self.files.refresh()
         return {"dbglevel": self.core.dbglevel}
@@ -157,11 +163,11 @@ class Service:
         except BaseException:
             self.host.restore()
             raise
-        self.core.dbglevel = self.config.dbglevel
+        self.set_level(self.config.dbglevel)
         self.workers = Supervisor(self.core, self.config.startservers,
                                   self.config.minspareservers, self.config.maxspareservers,
                                   min(self.config.maxclients, 512))
-        loop.add_reader(self.core.log_lines().fileno(), logs.forward, self.core.log_lines())
+        self.forward_log(self.core.log_lines())
         loop.add_reader(self.core.notice_fd, self._notice)
         self.workers.begin()
         self.files = ControlFiles(self.run_dir.path / f"k{self.run_dir.name}",
@@ -187,14 +193,23 @@ class Service:
             server.close()
             await self.shut()
             self.workers.finish()
-            logs.forward_rest(self.core.log_lines())
+            self.end_log(self.core.log_lines())
             self.files.close()
             loop.remove_reader(self.core.notice_fd)
-            loop.remove_reader(self.core.log_lines().fileno())
+            self.close()
             self.datapath.close()
             self.core.close()
             self.host.restore()
             self.host.close()
+
+    def forward_log(self, pipe: Any) -> None:
+        """Log what workers write to a pipe."""
+        asyncio.get_running_loop().add_reader(pipe.fileno(), logs.forward, pipe)
+
+    def end_log(self, pipe: Any) -> None:
+        """Log what is left in it; nobody writes to it any more."""
+        logs.forward_rest(pipe)
+        asyncio.get_running_loop().remove_reader(pipe.fileno())
 
     def spawn(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)

@@ -237,27 +237,32 @@ def test_short_connections_under_loss(lossy: Cluster) -> None:
 
 # Load
 
-def test_port_used_again_at_once(cluster: Cluster) -> None:
-    """The same 4-tuple, connection after connection: no SYN is taken for one on a live flow, which
-    would cost the client a retransmission."""
-    assert cluster.fe
-
+def connect_from(c: Cluster, port: int) -> socket.socket:
+    """A connection from a port of the client's, as soon as the one before has left it."""
     def dial() -> socket.socket | None:
         s = socket.socket()
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         s.settimeout(30)
-        s.bind((cluster.client.address, 20045))  # no ephemeral port
+        s.bind((c.client.address, port))
         try:
-            s.connect((cluster.VIP, 80))
+            s.connect((c.VIP, 80))
         except OSError as error:
             s.close()
             if error.errno != errno.EADDRNOTAVAIL:
                 raise
             return None  # the client's kernel waits for the last ACK of the one before
         return s
+    connection: socket.socket = wait_for(lambda: c.client.inside(dial), "the port to be free", 30)
+    return connection
+
+
+def test_port_used_again_at_once(cluster: Cluster) -> None:
+    """The same 4-tuple, connection after connection: no SYN is taken for one on a live flow, which
+    would cost the client a retransmission."""
+    assert cluster.fe
     before = cluster.fe.ctl("status")["packets"]["live_syn"]
     for _ in range(50):
-        s = wait_for(lambda: cluster.client.inside(dial), "the port to be free", 30)
+        s = connect_from(cluster, 20045)  # no ephemeral port
         s.sendall(REQUEST)
         ok(cluster, s)  # the server closes first, so no TIME_WAIT is left here
     assert cluster.fe.ctl("status")["packets"]["live_syn"] == before

@@ -65,12 +65,17 @@ static __always_inline int forward(struct __sk_buff *skb, struct tcpha_entry *e)
 	long ret;
 
 	be = bpf_map_lookup_elem(&backends, &index);
-	if (!be || !be->ifindex) {
+	if (!be || !be->mode) {
 		COUNT(unreachable, 1);
 		return TC_ACT_SHOT;
 	}
 	__sync_fetch_and_add(&e->packets, segments);
 	__sync_fetch_and_add(&e->bytes, bytes);
+	if (be->mode == TCPHA_LOCAL) {
+		/* one that was held bears the mark instead of our address */
+		bpf_skb_change_type(skb, PACKET_HOST);
+		return TC_ACT_UNSPEC;
+	}
 	if (be->mode == TCPHA_TUNNEL && encapsulate(skb, be) < 0) {
 		COUNT(unreachable, 1);
 		return TC_ACT_SHOT;

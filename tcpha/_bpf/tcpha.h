@@ -11,6 +11,7 @@
 #include <linux/types.h>
 
 #define TCPHA_MAX_BACKENDS 256	 /* size of the back-end table; indexes are stable for a run */
+#define TCPHA_LOCAL_NODE 255	 /* index of the front end's own server */
 #define TCPHA_MAX_OPS 1024	 /* operation slots, one for each worker thread that may exist */
 #define TCPHA_TARGET_MAX 96	 /* bytes of the request-target kept for the connection table */
 #define TCPHA_ETH_OP 0x88b5	 /* IEEE 802 local experimental EtherType: operation frames on the TAP */
@@ -60,9 +61,10 @@ struct tcpha_entry {
 enum {
 	TCPHA_DIRECT = 1,
 	TCPHA_TUNNEL = 2,
+	TCPHA_LOCAL = 3, /* our own stack: the Local Node */
 };
 
-/* How to reach a back end. ifindex 0: not reachable. */
+/* How to reach a back end. mode 0: not reachable. */
 struct tcpha_backend {
 	__u32 ifindex;
 	__u32 mode;

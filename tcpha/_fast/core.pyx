@@ -18,9 +18,9 @@ from tcpha._fast.message cimport (MSG_HANDOFF, MSG_PING, MSG_PONG, message, mess
                                   message_short)
 from tcpha._fast.packet cimport flow_text
 from tcpha._fast.sys cimport (
-    EAGAIN, ECONNRESET, EINTR, EPIPE, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLERR, EPOLLET, EPOLLHUP,
-    EPOLLIN, EPOLLOUT, EPOLLRDHUP, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RDWR, add32,
-    add64, epoll_ctl, epoll_event, epoll_wait, errno, getsockopt, load32, load64, now_ns,
+    EAGAIN, ECONNRESET, EINTR, EOPNOTSUPP, EPIPE, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLERR, EPOLLET,
+    EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RDWR,
+    add32, add64, epoll_ctl, epoll_event, epoll_wait, errno, getsockopt, load32, load64, now_ns,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, read,
     recv, send, shutdown, socklen_t, store32, store64, write, xchg32)
 
@@ -98,11 +98,12 @@ cdef void notice(core *c) noexcept nogil:
 
 
 cdef bint half_closed(int fd) noexcept nogil:
-    """True if the peer has sent a FIN, seen before what it stands behind is read."""
+    """True if the peer has sent a FIN, seen before what it stands behind is read. Never true of the
+    pair of sockets that leads to the Local Node."""
     cdef tcp_info_head info
     cdef socklen_t n = sizeof(info)
     if getsockopt(fd, IPPROTO_TCP, 11, &info, &n) < 0:  # TCP_INFO
-        return True
+        return errno != EOPNOTSUPP
     return info.tcpi_state != 1  # TCP_ESTABLISHED
 
 

@@ -6,6 +6,7 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 cdef extern from "tcpha.h" nogil:
     enum:
         TCPHA_MAX_BACKENDS
+        TCPHA_LOCAL_NODE
         TCPHA_MAX_OPS
         TCPHA_TARGET_MAX
         TCPHA_ETH_OP
@@ -19,6 +20,7 @@ cdef extern from "tcpha.h" nogil:
         TCPHA_F_CLOSED
         TCPHA_DIRECT
         TCPHA_TUNNEL
+        TCPHA_LOCAL
         TCPHA_OP_QUERY
         TCPHA_OP_ADOPT
         TCPHA_R_NONE

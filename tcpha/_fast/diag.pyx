@@ -6,6 +6,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from tcpha._fast.defs cimport tcpha_flow
+from tcpha._fast.message cimport REFUSE_BACKLOG, REFUSE_LISTENER
 from tcpha._fast.packet cimport address_bytes
 from tcpha._fast.sys cimport (
     EINTR, ENOENT, errno, htons, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
@@ -124,6 +125,19 @@ cdef int diag_query(diag *d, const tcpha_flow *flow, diag_answer *a) noexcept no
     return 0
 
 
+cdef int diag_refusal(diag *d, const uint8_t *addr, uint16_t port) noexcept nogil:
+    """Why a SYN to an address of this host (v4-mapped) and a port (network byte order) would not be
+    answered: a refusal; or 0 if it would. If the kernel does not say: the accept queue is full."""
+    cdef tcpha_flow anybody
+    cdef diag_answer a
+    memset(&anybody, 0, sizeof(anybody))
+    memcpy(anybody.vaddr, addr, 16)
+    anybody.vport = port
+    if diag_query(d, &anybody, &a) < 0 or (a.listener and a.queue_full):
+        return REFUSE_BACKLOG
+    return 0 if a.listener else REFUSE_LISTENER
+
+
 cdef bint diag_destroy(diag *d, const tcpha_flow *flow) noexcept nogil:
     """End the socket that owns the flow, if there is one (CONFIG_INET_DIAG_DESTROY). False: there
     was none. It is named by its cookie, since the kernel would take the listener instead."""
@@ -137,8 +151,8 @@ cdef bint diag_destroy(diag *d, const tcpha_flow *flow) noexcept nogil:
     return True
 
 
-cdef class Listeners:
-    """For Python: whether somebody listens."""
+cdef class SockDiag:
+    """A netlink socket for these questions."""
 
     def __cinit__(self):
         pthread_mutex_init(&self.d.lock, NULL)

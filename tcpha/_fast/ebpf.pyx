@@ -17,11 +17,12 @@ from tcpha._fast.core cimport SCRATCH
 from tcpha._fast.datapath cimport (
     DP_ALIVE, DP_CLOSING, DP_GONE, DP_MORE, DP_TIME_WAIT, BeDatapath, FeDatapath, flow_row)
 from tcpha._fast.defs cimport (
-    TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_F_CLOSED, TCPHA_FORWARD,
+    TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_F_CLOSED, TCPHA_FORWARD, TCPHA_LOCAL, TCPHA_LOCAL_NODE,
     TCPHA_IPID_PLAIN, TCPHA_MAC_MARK, TCPHA_MAX_OPS, TCPHA_OP_ADOPT, TCPHA_OP_QUERY,
     TCPHA_R_ASSIGN, TCPHA_R_LIVE, TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_NONE,
     TCPHA_R_OK, TCPHA_R_TIME_WAIT, TCPHA_TUNNEL, tcpha_backend, tcpha_be_conf,
     tcpha_counters, tcpha_entry, tcpha_fe_conf, tcpha_flow, tcpha_op)
+from tcpha._fast.diag cimport SockDiag, diag, diag_refusal
 from tcpha._fast.ledger cimport (
     PUT_NEW, PUT_OLD, ledger, ledger_close, ledger_divert, ledger_forget, ledger_open,
     ledger_remove, ledger_sweep)
@@ -34,8 +35,11 @@ from tcpha._fast.repair cimport saved_syn_mss
 from tcpha._fast.snapshot cimport (
     SNAP_ECN, SNAP_FIN, SNAP_SACK, SNAP_TIMESTAMP, SNAP_USEC_TS, SNAP_WSCALE, snapshot)
 from tcpha._fast.sys cimport (
-    EINTR, ENOENT, IPPROTO_TCP, add64, errno, htons, pthread_mutex_init, pthread_mutex_lock,
+    EINTR, ENOENT, IPPROTO_TCP, add64, errno, htons, now_ns, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_t, pthread_mutex_unlock, read, setsockopt)
+
+cdef extern from "<unistd.h>" nogil:
+    int usleep(unsigned int usec)
 
 cdef enum:
     TCP_REPAIR = 19
@@ -44,6 +48,8 @@ cdef enum:
     BATCH = 4096           # entries read by one system call
     CHUNK = 60000          # payload of a forged segment; one skb, so that overhead is small
     MSS_MIN = 536          # the kernel adopts nothing below (RFC 9293 section 3.7.1)
+
+cdef uint64_t PATIENCE_NS = 1000000000   # of the Local Node, for its server's accept queue
 
 
 cdef int _query(int tap, tcpha_op *ops, uint32_t worker, const tcpha_flow *flow) noexcept nogil:
@@ -332,6 +338,14 @@ cdef class FeEbpf(FeDatapath):
             address_bytes(path[4], b.src)
         bpf_map_update_elem(self.obj.map_fd("backends"), &index, &b, BPF_ANY)
 
+    def set_local(self):
+        """Flows of the Local Node are left to our own stack from now on."""
+        cdef tcpha_backend b
+        cdef uint32_t index = TCPHA_LOCAL_NODE
+        memset(&b, 0, sizeof(b))
+        b.mode = TCPHA_LOCAL
+        bpf_map_update_elem(self.obj.map_fd("backends"), &index, &b, BPF_ANY)
+
     def counters(self):
         return _counters(self.obj)
 
@@ -370,26 +384,15 @@ cdef struct be_ebpf:
     uint8_t listen_addr[16]
     uint16_t listen_port   # network byte order
     uint64_t killed        # older sockets on the same 4-tuple
+    diag *sockets          # of the Local Node, where the front end's socket has the same 4-tuple
 
 
-cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
-                const uint8_t *data) noexcept nogil:
-    """Forge the client's ACK and request. The first segment becomes the socket, the rest is
-    received by it like any other."""
-    cdef be_ebpf *d = <be_ebpf *>self
+cdef int _attach(be_ebpf *d, uint32_t worker, const snapshot *s, const uint8_t *data, segment *g,
+                 uint32_t tick) noexcept nogil:
+    """Make the first segment a socket. 0 or a refusal; the socket is looked up in ops[worker]."""
     cdef tcpha_op *op = &d.ops[worker]
     cdef uint8_t head[FRAME_HEAD]
-    cdef uint32_t start = s.rcv_nxt - (1 if s.flags & SNAP_FIN else 0) - s.len, tick, rtt
-    cdef segment g
     cdef int _tries
-    if s.mss < MSS_MIN:
-        return REFUSE_UNSUPPORTED
-    segment_from(&g, s)
-    # Our clock goes on one tick after the snapshot: the front end may have sent at that very tick.
-    # The echo lies one RTT before, since the kernel takes its first RTT sample from the difference.
-    tick = s.tsval + (1000 if s.flags & SNAP_USEC_TS else 1)
-    rtt = s.srtt_us if s.flags & SNAP_USEC_TS else s.srtt_us // 1000
-    g.tsecr = tick - max(rtt, <uint32_t>1)
     for _tries in range(4):
         op.kind = TCPHA_OP_ADOPT
         op.flow = s.flow
@@ -408,23 +411,24 @@ cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
         op.result = TCPHA_R_NONE
         op.error = 0
         g.ip_id = <uint16_t>worker
-        g.seq = start
+        g.seq = s.rcv_nxt - (1 if s.flags & SNAP_FIN else 0) - s.len
         g.flags = TCP_ACK | TCP_PSH
         g.len = min(s.len, <uint32_t>CHUNK)
-        if tap_send(d.tap, head, forge(head, &g), data, g.len) != 0:
+        if tap_send(d.tap, head, forge(head, g), data, g.len) != 0:
             return REFUSE_ERROR
         if op.result != TCPHA_R_TIME_WAIT and op.result != TCPHA_R_LIVE:
             break
-        # A socket of an earlier connection owns the 4-tuple. The client has given that one up, or
-        # the front end could not have accepted this one. A RST with exactly the sequence number
-        # that it expects ends it without a packet leaving the host (RFC 5961 section 3.2).
+        # A socket of an earlier connection owns the 4-tuple; the client has given that one up, or
+        # the front end could not have accepted this one. Or it is the front end's, if we are the
+        # Local Node. A RST with exactly the sequence number that it expects ends it without a
+        # packet leaving the host (RFC 5961 section 3.2).
         add64(&d.killed, 1)
         g.ip_id = TCPHA_IPID_PLAIN
         g.seq = op.rcv_nxt
         g.flags = TCP_RST
         g.len = 0
         g.timestamps = False
-        tap_send(d.tap, head, forge(head, &g), NULL, 0)
+        tap_send(d.tap, head, forge(head, g), NULL, 0)
         g.timestamps = (s.flags & SNAP_TIMESTAMP) != 0
     if op.result == TCPHA_R_NO_LISTENER:
         return REFUSE_LISTENER
@@ -435,9 +439,37 @@ cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
     # the kernel has been silent if the accept queue was full: look
     if _query(d.tap, d.ops, worker, &s.flow) < 0:
         return REFUSE_ERROR
-    if op.result == TCPHA_R_NO_SOCKET:
-        return REFUSE_BACKLOG
-    return _feed_from(d, worker, s, data, &g)
+    return REFUSE_BACKLOG if op.result == TCPHA_R_NO_SOCKET else 0
+
+
+cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
+                const uint8_t *data) noexcept nogil:
+    """Forge the client's ACK and request. The first segment becomes the socket, the rest is
+    received by it like any other."""
+    cdef be_ebpf *d = <be_ebpf *>self
+    cdef uint32_t tick, rtt
+    cdef segment g
+    cdef int rc
+    cdef uint64_t begin = now_ns()
+    if s.mss < MSS_MIN:
+        return REFUSE_UNSUPPORTED
+    if d.sockets != NULL:  # while the front end could still go on with its socket
+        rc = diag_refusal(d.sockets, d.listen_addr, d.listen_port)
+        if rc != 0:
+            return rc
+    segment_from(&g, s)
+    # Our clock goes on one tick after the snapshot: the front end may have sent at that very tick.
+    # The echo lies one RTT before, since the kernel takes its first RTT sample from the difference.
+    tick = s.tsval + (1000 if s.flags & SNAP_USEC_TS else 1)
+    rtt = s.srtt_us if s.flags & SNAP_USEC_TS else s.srtt_us // 1000
+    g.tsecr = tick - max(rtt, <uint32_t>1)
+    rc = _attach(d, worker, s, data, &g, tick)
+    # somebody else's connection took the last place in the accept queue since we looked
+    while d.sockets != NULL and (rc == REFUSE_BACKLOG or rc == REFUSE_LISTENER) and \
+            now_ns() - begin < PATIENCE_NS:
+        usleep(1000)
+        rc = _attach(d, worker, s, data, &g, tick)
+    return rc if rc != 0 else _feed_from(d, worker, s, data, &g)
 
 
 cdef int _feed_from(be_ebpf *d, uint32_t worker, const snapshot *s, const uint8_t *data,
@@ -496,12 +528,14 @@ cdef void _nothing(void *self, uint64_t now) noexcept nogil:
 
 
 cdef class BeEbpf(BeDatapath):
-    """The back end's half."""
+    """The back end's half. sockets: given on the front end, for its Local Node."""
 
     cdef be_ebpf *d
     cdef readonly Object obj
+    cdef SockDiag sockets
 
-    def __cinit__(self, str path, tap, str vaddr, str raddr, str listen_addr, int listen_port):
+    def __cinit__(self, str path, tap, str vaddr, str raddr, str listen_addr, int listen_port,
+                  SockDiag sockets=None):
         cdef tcpha_be_conf conf
         self.d = <be_ebpf *>calloc(1, sizeof(be_ebpf))
         if self.d == NULL:
@@ -513,6 +547,9 @@ cdef class BeEbpf(BeDatapath):
         self.obj = Object(path, (<char *>&conf)[:sizeof(conf)])
         self.d.tap = tap[0]
         self.d.ops = <tcpha_op *>self.obj.map_memory("ops", TCPHA_MAX_OPS * sizeof(tcpha_op))
+        self.sockets = sockets
+        if sockets is not None:
+            self.d.sockets = &sockets.d
         address_bytes(vaddr, self.d.vaddr)
         address_bytes(listen_addr, self.d.listen_addr)
         self.d.listen_port = htons(listen_port)

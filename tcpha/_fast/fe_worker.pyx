@@ -17,7 +17,8 @@ from tcpha._fast.core cimport (
     link_put, notice, say, say_flow, say_more, say_number, watch, worker)
 from tcpha._fast.datapath cimport DP_GONE, FeDatapath
 from tcpha._fast.defs cimport (
-    TCPHA_F_CLOSED, TCPHA_F_FIN, TCPHA_HOLD, TCPHA_TARGET_MAX, tcpha_entry, tcpha_flow)
+    TCPHA_F_CLOSED, TCPHA_F_FIN, TCPHA_HOLD, TCPHA_LOCAL_NODE, TCPHA_TARGET_MAX, tcpha_entry,
+    tcpha_flow)
 from tcpha._fast.http cimport HTTP_BAD, HTTP_MORE, http_parse
 from tcpha._fast.match cimport (
     HS_SUCCESS, choice, hs_clone_scratch, hs_free_scratch, hs_scratch_t, match_scan, ruleset,
@@ -27,6 +28,7 @@ from tcpha._fast.message cimport (
     MSG_SERVER, REFUSE_FULL, REFUSE_LINK, REFUSE_TIMEOUT, message, message_handoff, message_owned,
     refusal_text)
 from tcpha._fast.packet cimport address_bytes, flow_text
+from tcpha._fast.repair cimport repair_received
 from tcpha._fast.snapshot cimport SNAP_FIN, snapshot
 from tcpha._fast.sys cimport (
     EAGAIN, EINTR, EMFILE, ENFILE, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLET,
@@ -52,6 +54,7 @@ cdef enum:
     TCP_REPAIR_QUEUE = 20
     TCP_RECV_QUEUE = 1
     SLOT_BITS = 16         # of a handoff id
+    NO_RULE = -1           # of what the Local Node takes because nobody else does
 
 cdef uint64_t LINGER_NS = 2000000000     # after an answer of our own, for the client to close
 cdef uint64_t FULL_NS = 100000000        # a back end that said FULL is not asked for so long
@@ -191,7 +194,7 @@ cdef bint _pick(frontend *f, conn *k, const ruleset *rules, const uint64_t *matc
     return False
 
 
-cdef bint _choose(frontend *f, worker *w, conn *k, const uint8_t *buf) noexcept nogil:
+cdef bint _by_rules(frontend *f, worker *w, conn *k, const uint8_t *buf) noexcept nogil:
     """Match the rules and pick a back end. False: there is none."""
     cdef ruleset *rules = <ruleset *>loadp(<void **>&f.rules)
     cdef fe_worker *fw = <fe_worker *>w.role
@@ -218,6 +221,15 @@ cdef bint _choose(frontend *f, worker *w, conn *k, const uint8_t *buf) noexcept 
         return False
     # The application of a back end may be back without our knowing yet: it refuses, or has it.
     return _pick(f, k, rules, fw.bits, False) or _pick(f, k, rules, fw.bits, True)
+
+
+cdef bint _choose(frontend *f, worker *w, conn *k, const uint8_t *buf) noexcept nogil:
+    """Pick who takes the request: a back end, or the Local Node. False: nobody."""
+    if _by_rules(f, w, k, buf):
+        return True
+    k.entry.backend = TCPHA_LOCAL_NODE
+    k.entry.rule = <uint32_t>NO_RULE
+    return _usable(f, k, TCPHA_LOCAL_NODE, now_ns(), False)
 
 
 # Handing over
@@ -279,7 +291,7 @@ cdef void _offer(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
     while not k.local and _choose(f, w, k, buf):
         k.entry.id = (add64(&f.next_id, 1) << SLOT_BITS) | k.index
         say_more(f.c, 5, &k.snap.flow, b"chosen: back end %s, rule %ld",
-                 f.backends[k.entry.backend].name, k.entry.rule)
+                 f.backends[k.entry.backend].name, <int>k.entry.rule)
         if not k.diverted:
             k.entry.state = TCPHA_HOLD
             k.entry.slot = k.index
@@ -343,15 +355,17 @@ cdef void _offer_again(frontend *f, worker *w, conn *k, uint32_t reason) noexcep
 
 
 cdef void _log_access(frontend *f, worker *w, conn *k) noexcept nogil:
-    """One line: time, client, request-target, number of the rule, back end, microseconds in the
-    front end. Lines of workers do not mix, since each is one write (O_APPEND)."""
+    """One line: time, client, request-target, number of the rule (or -), back end, microseconds in
+    the front end. Lines of workers do not mix, since each is one write (O_APPEND)."""
     cdef char head[96]
     cdef char tail[96]
+    cdef char rule[12]
     cdef iovec iov[3]
     cdef uint64_t now = realtime_ns()
     cdef time_t seconds = <time_t>(now // 1000000000)
     cdef tm at
     cdef int n, one = TCP_RECV_QUEUE
+    memcpy(rule, b"-", 2)
     setsockopt(k.fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, &one, sizeof(one))
     if recv(k.fd, w.scratch, SCRATCH, MSG_PEEK | MSG_DONTWAIT) < \
             <ssize_t>(k.head.target + k.head.target_len):
@@ -367,12 +381,32 @@ cdef void _log_access(frontend *f, worker *w, conn *k) noexcept nogil:
     iov[0].iov_len = n + 1
     iov[1].iov_base = w.scratch + k.head.target
     iov[1].iov_len = k.head.target_len
+    if k.entry.rule != <uint32_t>NO_RULE:
+        snprintf(rule, sizeof(rule), b"%u", k.entry.rule)
     iov[2].iov_base = tail
-    iov[2].iov_len = snprintf(tail, sizeof(tail), b" %u %s %lu\n", k.entry.rule,
+    iov[2].iov_len = snprintf(tail, sizeof(tail), b" %s %s %lu\n", rule,
                               f.backends[k.entry.backend].name,
                               <unsigned long>((now_ns() - k.accept_ns) // 1000))
     if writev(f.access_fd, iov, 3) < 0:
         add32(&f.c.log_lost, 1)
+
+
+cdef bint _look_again(conn *k, worker *w, snapshot *now, uint32_t *late) noexcept nogil:
+    """As a second freeze() would tell, had not the Local Node's socket taken the place of ours:
+    what was received after the snapshot, which w.scratch holds then. Returns whether a FIN was."""
+    cdef uint32_t rcv_nxt
+    cdef ssize_t n
+    now[0] = k.snap
+    if repair_received(k.fd, &rcv_nxt) < 0 or rcv_nxt == k.snap.rcv_nxt:
+        return False
+    n = recv(k.fd, w.scratch, SCRATCH, MSG_PEEK | MSG_DONTWAIT)
+    if n > <ssize_t>k.snap.len:
+        late[0] = <uint32_t>n - k.snap.len
+    now.rcv_nxt = rcv_nxt
+    if rcv_nxt - k.snap.rcv_nxt == late[0]:
+        return False
+    now.flags |= SNAP_FIN
+    return True
 
 
 cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
@@ -385,7 +419,10 @@ cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
     now.flow = k.snap.flow
     # A packet that another CPU had in its hands when the flow was diverted may have reached our
     # socket after the snapshot: our stack has acknowledged it, so it must be passed on from here.
-    if f.dp.freeze(f.dp.self, w.index, k.fd, &now) == 0:
+    if k.entry.backend == TCPHA_LOCAL_NODE:
+        fin = _look_again(k, w, &now, &late)
+        add64(&f.n.late_bytes, late)
+    elif f.dp.freeze(f.dp.self, w.index, k.fd, &now) == 0:
         fin = (now.flags & SNAP_FIN) != 0 and not k.snap.flags & SNAP_FIN
         late = now.len - k.snap.len
         if late:
@@ -405,7 +442,7 @@ cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
     add64(&f.n.handed, 1)
     add64(&f.backends[k.entry.backend].handed, 1)
     say_more(f.c, 2, &k.snap.flow, b"handed over to %s by rule %ld",
-             f.backends[k.entry.backend].name, k.entry.rule)
+             f.backends[k.entry.backend].name, <int>k.entry.rule)
     if f.access_fd >= 0:
         _log_access(f, w, k)
     _close(f, k)

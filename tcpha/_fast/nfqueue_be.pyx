@@ -16,8 +16,8 @@ from tcpha._fast.datapath cimport (
     DP_ALIVE, DP_CLOSING, DP_MORE, DP_TIME_WAIT, BeDatapath)
 from tcpha._fast.defs cimport tcpha_counters, tcpha_flow
 from tcpha._fast.diag cimport (
-    TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_NEW_SYN_RECV, TCP_SYN_RECV, TCP_TIME_WAIT, diag,
-    diag_answer, diag_destroy, diag_query)
+    TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_NEW_SYN_RECV, TCP_SYN_RECV, TCP_TIME_WAIT, SockDiag,
+    diag_answer, diag_destroy, diag_query, diag_refusal)
 from tcpha._fast.message cimport (
     REFUSE_BACKLOG, REFUSE_ERROR, REFUSE_FULL, REFUSE_LISTENER, REFUSE_UNSUPPORTED)
 from tcpha._fast.nfqueue cimport (
@@ -33,19 +33,17 @@ from tcpha._fast.snapshot cimport (
     SNAP_ECN, SNAP_FIN, SNAP_SACK, SNAP_TIMESTAMP, SNAP_USEC_TS, SNAP_WSCALE, snapshot)
 from tcpha._fast.sys cimport (
     AF_INET, EINTR, add64, cond_wait_ms, errno, htonl, htons, load32, now_ns,
-    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_t,
-    pthread_mutex_destroy,
-    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock,
-    pthread_rwlock_destroy, pthread_rwlock_rdlock, pthread_rwlock_t, pthread_rwlock_unlock,
-    pthread_rwlock_wrlock, rwlock_init, sendto, sockaddr, sockaddr_in)
+    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_mutex_destroy,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_rwlock_destroy,
+    pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, rwlock_init, sendto,
+    sockaddr, sockaddr_in)
 from tcpha._fast.table cimport (
-    flow_cell, flow_table, table_add, table_cell, table_close, table_find, table_open, table_remove)
+    flow_cell, table_add, table_cell, table_close, table_find, table_open, table_remove)
 
 cdef enum:
     CHUNK = 60000          # payload of a forged segment; one skb, so that overhead is small
     TCP_ECE = 0x40
     TCP_CWR = 0x80
-    MAX_FRONTENDS = 256
     LEAP = 1 << 24         # how far 'high' may be behind, if the queue was full
     SWEEP = 512            # entries looked at by one call of sweep()
     LAYOUT = 1             # version of struct be_flow
@@ -80,26 +78,6 @@ cdef struct be_flow:
     uint64_t sent          # packets from the local socket
 
 
-cdef struct be_nfqueue:
-    pthread_rwlock_t lock  # the table and what lies in it
-    pthread_mutex_t wait_lock
-    pthread_cond_t answered
-    uint32_t answers       # how many there were
-    flow_table flows
-    diag sockets
-    int raw_fd
-    uint8_t vaddr[16]
-    uint8_t listen_addr[16]
-    uint16_t listen_port   # network byte order
-    bint shared            # others may talk to the local server directly
-    uint32_t frontends[MAX_FRONTENDS]
-    uint32_t nfrontends
-    uint32_t cursor        # of sweep()
-    uint64_t killed
-    uint64_t unknown       # packets from the VIP that are of no flow that is known: dropped
-    tcpha_counters n
-
-
 cdef void _local(const be_nfqueue *d, const tcpha_flow *outside, tcpha_flow *local) noexcept nogil:
     local[0] = outside[0]
     memcpy(local.vaddr, d.listen_addr, 16)
@@ -119,12 +97,24 @@ cdef void _key(const be_nfqueue *d, const uint8_t *client, const uint8_t *port,
 
 # Packets
 
+cdef be_flow *_flow_to(be_nfqueue *d, const tcp_view *v) noexcept nogil:
+    """The flow of a packet from the client, or NULL: it may not pass."""
+    cdef tcpha_flow local
+    cdef be_flow *f
+    _key(d, v.ip + 12, v.tcp, &local)
+    f = <be_flow *>table_find(&d.flows, &local)
+    if f == NULL or f.state != B_LIVE or memcmp(&f.outside.vport, v.tcp + 2, 2) != 0 or \
+            (v.flags & TCP_SYN and f.ended_ns):
+        add64(<uint64_t *>&d.n.guarded, 1)
+        return NULL
+    return f
+
+
 cdef int _inward(be_nfqueue *d, packet *p) noexcept nogil:
     """From the network: tunnelled by a front end, or to the VIP."""
     cdef uint8_t *inner = p.data
     cdef uint32_t length = p.len, ihl, outer_src, i
     cdef bint tunnelled = False
-    cdef tcpha_flow local
     cdef be_flow *f
     cdef tcp_view v
     if length >= IP_SIZE and inner[9] == 4:  # IPIP
@@ -145,11 +135,8 @@ cdef int _inward(be_nfqueue *d, packet *p) noexcept nogil:
             add64(<uint64_t *>&d.n.foreign, 1)
             return V_DROP
         add64(<uint64_t *>&d.n.decapsulated, 1)
-    _key(d, v.ip + 12, v.tcp, &local)
-    f = <be_flow *>table_find(&d.flows, &local)
-    if f == NULL or f.state != B_LIVE or memcmp(&f.outside.vport, v.tcp + 2, 2) != 0 or \
-            (v.flags & TCP_SYN and f.ended_ns):
-        add64(<uint64_t *>&d.n.guarded, 1)
+    f = _flow_to(d, &v)
+    if f == NULL:
         return V_DROP
     p.data = inner
     p.len = length
@@ -157,6 +144,33 @@ cdef int _inward(be_nfqueue *d, packet *p) noexcept nogil:
     translate(&v, &f.inward,
               SUM_FULL if p.skb_info & (SKB_GSO | SKB_CSUM_NOT_READY) else SUM_UPDATE)
     return V_CHANGED
+
+
+cdef int local_inward(be_nfqueue *d, packet *p) noexcept nogil:
+    """Rewrite a packet of a client for the local server. Returns its verdict."""
+    cdef tcp_view v
+    cdef be_flow *f
+    if tcp_parse(p.data, p.len, &v) < 0:
+        return V_DROP
+    pthread_rwlock_rdlock(&d.lock)
+    f = _flow_to(d, &v)
+    if f != NULL:
+        translate(&v, &f.inward,
+                  SUM_FULL if p.skb_info & (SKB_GSO | SKB_CSUM_NOT_READY) else SUM_UPDATE)
+    pthread_rwlock_unlock(&d.lock)
+    return V_DROP if f == NULL else V_CHANGED
+
+
+cdef bint local_inject(be_nfqueue *d, tcp_view *v) noexcept nogil:
+    """Rewrite a packet that was kept, or forged, and send it to our own stack. False: it was not
+    sent."""
+    cdef be_flow *f
+    pthread_rwlock_rdlock(&d.lock)
+    f = _flow_to(d, v)
+    if f != NULL:
+        translate(v, &f.inward, SUM_LEAVE)
+    pthread_rwlock_unlock(&d.lock)
+    return f != NULL and _inject(d, v.ip, v.len) == 0
 
 
 cdef void _tell(be_nfqueue *d) noexcept nogil:
@@ -361,9 +375,9 @@ cdef int _await_answer(be_nfqueue *d, const tcpha_flow *local, const snapshot *s
         now = now_ns()
         if now - begin > HANDSHAKE_NS:
             return REFUSE_BACKLOG
-        if now - asked > SILENT_NS and diag_query(&d.sockets, local, &a) == 0 and a.state == 0:
+        if now - asked > SILENT_NS and diag_query(d.sockets, local, &a) == 0 and a.state == 0:
             # dropped, for want of room in the accept queue; or our stack is late: ask again
-            rc = _refused(d, local)
+            rc = diag_refusal(d.sockets, d.listen_addr, d.listen_port)
             if rc != 0:
                 return rc
             if _send_syn(d, local, s) != 0:
@@ -400,7 +414,7 @@ cdef void _drop_flow(be_nfqueue *d, const tcpha_flow *local) noexcept nogil:
     pthread_rwlock_wrlock(&d.lock)
     table_remove(&d.flows, local)
     pthread_rwlock_unlock(&d.lock)
-    diag_destroy(&d.sockets, local)
+    diag_destroy(d.sockets, local)
 
 
 cdef int _room(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) noexcept nogil:
@@ -418,7 +432,7 @@ cdef int _room(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) noexce
         return REFUSE_UNSUPPORTED
     # A socket of an earlier connection may own the 4-tuple. The client has given that one up, or
     # the front end could not have accepted this one.
-    if diag_destroy(&d.sockets, local):
+    if diag_destroy(d.sockets, local):
         add64(&d.killed, 1)
     pthread_rwlock_wrlock(&d.lock)
     f = <be_flow *>table_add(&d.flows, local)
@@ -437,7 +451,7 @@ cdef int _settle(be_nfqueue *d, const tcpha_flow *local, diag_answer *a) noexcep
     cdef be_flow *f
     cdef uint64_t sent
     while True:
-        if diag_query(&d.sockets, local, a) < 0:
+        if diag_query(d.sockets, local, a) < 0:
             return REFUSE_ERROR
         if a.state != 0 and a.state != TCP_NEW_SYN_RECV and a.state != TCP_SYN_RECV:
             return 0
@@ -452,18 +466,6 @@ cdef int _settle(be_nfqueue *d, const tcpha_flow *local, diag_answer *a) noexcep
         pthread_mutex_lock(&d.wait_lock)
         cond_wait_ms(&d.answered, &d.wait_lock, 1)
         pthread_mutex_unlock(&d.wait_lock)
-
-
-cdef int _refused(be_nfqueue *d, const tcpha_flow *local) noexcept nogil:
-    """Why a segment had no effect: a refusal, or 0 if our stack is only late. If the kernel does
-    not say: the accept queue is full."""
-    cdef tcpha_flow anybody = local[0]
-    cdef diag_answer a
-    memset(anybody.caddr, 0, sizeof(anybody.caddr))
-    anybody.cport = 0
-    if diag_query(&d.sockets, &anybody, &a) < 0 or (a.listener and a.queue_full):
-        return REFUSE_BACKLOG
-    return 0 if a.listener else REFUSE_LISTENER
 
 
 cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
@@ -506,7 +508,7 @@ cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
         rc = REFUSE_ERROR if _send_segment(d, &g, data) != 0 else _settle(d, &local, &a)
         if rc != REFUSE_BACKLOG or now_ns() - begin > HANDSHAKE_NS:
             break
-        rc = _refused(d, &local)
+        rc = diag_refusal(d.sockets, d.listen_addr, d.listen_port)
         if rc != 0:
             break
     if rc != 0:
@@ -541,7 +543,7 @@ cdef int _feed_from(be_nfqueue *d, const snapshot *s, const uint8_t *data, segme
         g.flags = TCP_ACK | TCP_PSH
         if have + g.len == s.len and fin:
             g.flags |= TCP_FIN
-        if _send_segment(d, g, data + have) != 0 or diag_query(&d.sockets, g.flow, a) < 0 or \
+        if _send_segment(d, g, data + have) != 0 or diag_query(d.sockets, g.flow, a) < 0 or \
                 (a.full and <uint32_t>a.received == have):
             return DP_MORE
     return 0
@@ -562,7 +564,7 @@ cdef int _feed(void *self, uint32_t worker, const snapshot *s, const uint8_t *da
     pthread_rwlock_unlock(&d.lock)
     if f == NULL:
         return 0
-    if diag_query(&d.sockets, &local, &a) < 0:
+    if diag_query(d.sockets, &local, &a) < 0:
         return DP_MORE
     _segment(&g, s, &local, &copy)
     return _feed_from(d, s, data, &g, &a)
@@ -576,13 +578,13 @@ cdef int _alive(void *self, uint32_t worker, const tcpha_flow *flow) noexcept no
     cdef diag_answer a
     cdef bint known
     _local(d, flow, &local)
-    if diag_query(&d.sockets, &local, &a) < 0:
+    if diag_query(d.sockets, &local, &a) < 0:
         return DP_ALIVE
     pthread_rwlock_rdlock(&d.lock)
     known = table_find(&d.flows, &local) != NULL
     pthread_rwlock_unlock(&d.lock)
     if a.state != 0 and not known:
-        diag_destroy(&d.sockets, &local)  # an earlier run's; nobody can rewrite its packets
+        diag_destroy(d.sockets, &local)  # an earlier run's; nobody can rewrite its packets
         return 0
     if a.state == 0:
         return 0
@@ -646,36 +648,30 @@ cdef void _sweep(void *self, uint64_t now) noexcept nogil:
 
 cdef class BeNfqueue(BeDatapath):
     """capacity: connections in the table, those in TIME_WAIT included; mark: of packets that we
-    inject; queues: Queue objects, started later; file: where the table lies."""
-
-    cdef be_nfqueue *d
-    cdef list queues
-    cdef object raw
-    cdef object netlink
+    inject; queues: Queue objects, started later; file: where the table lies, or None; local: on the
+    front end, for its Local Node."""
 
     def __cinit__(self, str vaddr, str listen_addr, int listen_port, uint32_t capacity,
-                  uint32_t mark, list queues, str file):
+                  uint32_t mark, list queues, file, bint local=False):
         cdef Queue q
         cdef bint kept
         self.d = <be_nfqueue *>calloc(1, sizeof(be_nfqueue))
         if self.d == NULL:
             raise MemoryError
+        self.sockets = SockDiag()
+        self.d.sockets = &self.sockets.d
         rwlock_init(&self.d.lock)
         pthread_mutex_init(&self.d.wait_lock, NULL)
-        pthread_mutex_init(&self.d.sockets.lock, NULL)
         pthread_cond_init(&self.d.answered, NULL)
         kept = table_open(&self.d.flows, capacity, sizeof(be_flow), LAYOUT, file)
         address_bytes(vaddr, self.d.vaddr)
         address_bytes(listen_addr, self.d.listen_addr)
         self.d.listen_port = htons(listen_port)
-        self.d.shared = vaddr != listen_addr
+        self.d.shared = local or vaddr != listen_addr
         self.raw = socket.socket(socket.AF_INET, socket.SOCK_RAW | socket.SOCK_CLOEXEC,
                                  socket.IPPROTO_RAW)
         self.raw.setsockopt(socket.SOL_SOCKET, 36, mark)  # SO_MARK
-        self.netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 4)
-        self.netlink.bind((0, 0))
         self.d.raw_fd = self.raw.fileno()
-        self.d.sockets.fd = self.netlink.fileno()
         if kept:
             self._take_over()
         self.queues = queues
@@ -694,7 +690,6 @@ cdef class BeNfqueue(BeDatapath):
             table_close(&self.d.flows)
             pthread_rwlock_destroy(&self.d.lock)
             pthread_mutex_destroy(&self.d.wait_lock)
-            pthread_mutex_destroy(&self.d.sockets.lock)
             pthread_cond_destroy(&self.d.answered)
             free(self.d)
 
@@ -710,7 +705,7 @@ cdef class BeNfqueue(BeDatapath):
             if not c.used:
                 continue
             if f.state != B_LIVE or f.ended_ns or \
-                    diag_query(&self.d.sockets, &c.key, &a) < 0 or a.state == 0:
+                    diag_query(self.d.sockets, &c.key, &a) < 0 or a.state == 0:
                 table_remove(&self.d.flows, &c.key)
 
     def end_all(self):
@@ -721,12 +716,12 @@ cdef class BeNfqueue(BeDatapath):
             for i in range(self.d.flows.head.fresh):
                 c = table_cell(&self.d.flows, i)
                 if c.used and not (<be_flow *>(c + 1)).ended_ns:
-                    diag_destroy(&self.d.sockets, &c.key)
+                    diag_destroy(self.d.sockets, &c.key)
 
     def close(self):
         """No queue may be served any more."""
         self.raw.close()
-        self.netlink.close()
+        self.sockets.close()
 
     def handshake(self, bytes syn_ack):
         """A SYN-ACK that wants to leave this host. True: it may, it is none of ours."""

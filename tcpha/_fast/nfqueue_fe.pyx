@@ -16,12 +16,13 @@ from libc.string cimport memcmp, memcpy, memset
 from tcpha._fast.datapath cimport FeDatapath, flow_row
 from tcpha._fast.defs cimport (
     TCPHA_F_CLOSED, TCPHA_F_FIN, TCPHA_F_NEW_SYN, TCPHA_F_RST, TCPHA_FORWARD,
-    TCPHA_MAX_BACKENDS, tcpha_counters, tcpha_entry, tcpha_flow)
+    TCPHA_LOCAL_NODE, TCPHA_MAX_BACKENDS, tcpha_counters, tcpha_entry, tcpha_flow)
 from tcpha._fast.ledger cimport (
     PUT_NEW, PUT_OLD, ledger, ledger_close, ledger_divert, ledger_forget, ledger_open,
     ledger_remove, ledger_sweep)
 from tcpha._fast.nfqueue cimport (
     SKB_CSUM_NOT_READY, SKB_GSO, V_ACCEPT, V_DROP, V_KEEP, Queue, packet, queue, queue_verdict)
+from tcpha._fast.nfqueue_be cimport BeNfqueue, be_nfqueue, local_inject, local_inward
 from tcpha._fast.packet cimport (
     ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_FIN, TCP_PSH, TCP_RST, TCP_SIZE, TCP_SYN, VNET_SIZE,
     address_bytes, forge, ip_checksum, segment, segment_from)
@@ -99,6 +100,7 @@ cdef struct fe_nfqueue:
     uint32_t nholders
     holder *holders
     path paths[TCPHA_MAX_BACKENDS]
+    be_nfqueue *local      # the Local Node; NULL: none
     recent *seen
     waiting_ack waiting[MAX_QUEUES][ACKS]
     uint64_t thinned
@@ -246,6 +248,11 @@ cdef void _to_backend(fe_nfqueue *d, tcpha_entry *e, tcp_view *v, uint32_t skb_i
     cdef path *way = &d.paths[e.backend]
     cdef uint32_t headers = <uint32_t>(v.data - v.ip), room, mss, segments
     cdef bint ok
+    if e.backend == TCPHA_LOCAL_NODE and d.local != NULL:
+        if local_inject(d.local, v):
+            e.packets += 1
+            e.bytes += v.len
+        return
     if way.ifindex == 0:
         add64(<uint64_t *>&d.n.unreachable, 1)
         return
@@ -393,6 +400,10 @@ cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
             r.flow = flow
             r.tsval = get32(v.ts)
         return V_ACCEPT
+    if e.state == TCPHA_FORWARD and e.backend == TCPHA_LOCAL_NODE and d.local != NULL:
+        e.packets += 1
+        e.bytes += v.len
+        return local_inward(d.local, p)
     if e.state == TCPHA_FORWARD:
         _forward_packet(d, q, &flow, e, &v, p.skb_info)
         return V_DROP
@@ -522,6 +533,7 @@ cdef class FeNfqueue(FeDatapath):
     cdef fe_nfqueue *d
     cdef list queues
     cdef object packet_socket
+    cdef BeNfqueue local
 
     def __cinit__(self, str vaddr, int port, int slots, int maxflows, bint tunnel, list queues):
         cdef Queue q
@@ -597,6 +609,11 @@ cdef class FeNfqueue(FeDatapath):
             pthread_rwlock_wrlock(&self.d.lock)
             self.d.paths[index] = p
             pthread_rwlock_unlock(&self.d.lock)
+
+    def set_local(self, BeNfqueue local):
+        """Flows of the Local Node are rewritten for it from now on."""
+        self.local = local
+        self.d.local = local.d
 
     def counters(self):
         cdef tcpha_counters *n = &self.d.n

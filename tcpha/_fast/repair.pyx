@@ -64,6 +64,11 @@ cdef int _queue_seq(int fd, int queue, uint32_t *seq) noexcept nogil:
     return getsockopt(fd, IPPROTO_TCP, TCP_QUEUE_SEQ, seq, &n)
 
 
+cdef int repair_received(int fd, uint32_t *rcv_nxt) noexcept nogil:
+    """rcv_nxt of a frozen socket, even if a RST has ended it since. 0 or -1."""
+    return _queue_seq(fd, 1, rcv_nxt)
+
+
 cdef int repair_freeze(int fd, snapshot *s) noexcept nogil:
     """Freeze and fill all of s but flow and ts_recent, which no option tells. 0, DP_GONE if the
     connection is no longer open, or -1."""

@@ -46,6 +46,7 @@ cdef extern from "<errno.h>" nogil:
         EINTR
         EPIPE
         ENOBUFS
+        EOPNOTSUPP
         ENOENT
         ENOSPC
         EMFILE

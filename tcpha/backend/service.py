@@ -9,13 +9,13 @@ import time
 from typing import Any
 
 from tcpha._fast.be_worker import BackEnd
-from tcpha._fast.diag import Listeners
+from tcpha._fast.diag import SockDiag
 from tcpha.admin.rundir import RunDir
 from tcpha.admin.server import Command
 from tcpha.backend import arp
 from tcpha.config import ANY, Config
 from tcpha.control.hello import PATIENCE, Hello, HelloError, check, new_instance, receive
-from tcpha.datapath import choose, open_backend
+from tcpha.datapath import allow_adoption, choose, open_backend
 from tcpha.net.host import HostError
 from tcpha.service import Service
 
@@ -30,7 +30,7 @@ class BackEndService(Service):
         self.core = BackEnd(config.maxclients)
         self.instance = new_instance()
         self.frontends: list[tuple[str, str]] = []  # (instance, address) by peer index
-        self.listeners = Listeners()
+        self.sockets = SockDiag()
         self.listens: bool | None = None  # the application, as last seen
         self.said = 0
 
@@ -42,13 +42,7 @@ class BackEndService(Service):
             raise HostError(f"raddr {config.raddr} is no address of this host; mend it or add the "
                             "address")
         arp.set_up(config, host)
-        # What adoption needs of the kernel: connections whose options the FE negotiated
-        if host.read_sysctl("net/ipv4/tcp_syncookies") == "0":
-            host.sysctl("net/ipv4/tcp_syncookies", "1")
-        for name in ("tcp_timestamps", "tcp_sack", "tcp_window_scaling"):
-            if host.read_sysctl(f"net/ipv4/{name}") == "0":
-                host.sysctl(f"net/ipv4/{name}", "1")
-        host.sysctl("net/ipv4/tcp_rfc1337", "0")  # a TIME_WAIT socket yields to a RST
+        allow_adoption(host)
         self.listener = self._listen()
         try:
             self.datapath = open_backend(datapath, config, host)
@@ -79,7 +73,7 @@ class BackEndService(Service):
 
     async def shut(self) -> None:
         self.listener.close()
-        self.listeners.close()
+        self.sockets.close()
 
     def every_second(self) -> None:
         self._look_at_application()
@@ -92,7 +86,7 @@ class BackEndService(Service):
         """Tell front ends when the application begins to listen or no longer does."""
         config = self.config
         address = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
-        listens = self.listeners.has(address, config.redirectport)
+        listens = self.sockets.has(address, config.redirectport)
         if listens == self.listens:
             return
         self.listens = listens
@@ -160,7 +154,7 @@ class BackEndService(Service):
 
     def apply(self, config: Config) -> None:
         self.config = config
-        self.core.dbglevel = config.dbglevel
+        self.set_level(config.dbglevel)
         self.workers.limits(config.minspareservers, config.maxspareservers)
         self.files.refresh()
 

@@ -96,8 +96,13 @@ def _check(role: str, file: str, v: dict[str, Any], lines: dict[str, int],
         _check_patterns(file, v["rule"], places["rule"], faults)
         return
 
+    if v["redirectport"] == v["port"] and v["redirectaddr"] in (ANY, v["vaddr"]):
+        fault("redirectport" if "redirectport" in lines else "port",
+              f"{v['port']} is the port that the FE itself listens on; write the one of the Local "
+              "Node's server")
     servers: list[Server] = v["server"]
     known = {s.address for s in servers}
+    own = {v["vaddr"], v["raddr"]} - {ANY}
     for n, server in enumerate(servers):
         line = places["server"][n]
         if server.address in [s.address for s in servers[:n]]:
@@ -107,10 +112,10 @@ def _check(role: str, file: str, v: dict[str, Any], lines: dict[str, int],
             faults.append(Fault(file, line, "server", "is the virtual address; write the BE's "
                                                       "real one"))
     if "server" not in lines:
-        warnings.append(Fault(file, 1, "server", "no back end is listed: every request is answered "
-                                                 "503; add 'server = ADDRESS PORT'", True))
+        warnings.append(Fault(file, 1, "server", "no back end is listed: every request goes to the "
+                                                 "Local Node; add 'server = ADDRESS PORT'", True))
     for n, rule in enumerate(v["rule"]):
-        if rule.server not in known:
+        if rule.server not in known | own:
             near = difflib.get_close_matches(rule.server, sorted(known), 1, 0.7)
             faults.append(Fault(
                 file, places["rule"][n], "rule", f"{rule.server} is no server; " +
@@ -143,4 +148,5 @@ def _check_cover(file: str, rules: list[Rule], places: list[int], warnings: list
     if not all(matcher.matches(sample) for sample in samples):
         warnings.append(Fault(
             file, places[-1] if places else 1, "rule", "the rules do not cover every request, and "
-            "what none matches is answered 503; add a last one 'rule = x.x.x.x .*'", True))
+            "what none matches goes to the Local Node, or is answered 503; add a last one 'rule = "
+            "x.x.x.x .*'", True))

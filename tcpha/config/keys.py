@@ -97,7 +97,6 @@ def unless(accepted: Any, what: str) -> Callable[[Any], str | None]:
 
 
 port = integer(1, 65535, "port")
-LOCAL_NODE = "the Local Node is not built yet; remove the key"
 REGISTER = "dynamic registration is not built yet; write 0 and list this BE as a server on the FE"
 
 SHARED = {
@@ -131,8 +130,8 @@ KEYS: dict[str, dict[str, Key]] = {
         "port": Key(port, 80),
         "maxclients": Key(integer(1, 65535), 256),
         "connperbe": Key(integer(1, 16), 2),
-        "redirectaddr": Key(address, ANY, unbuilt=lambda v: LOCAL_NODE),
-        "redirectport": Key(port, 8080, unbuilt=lambda v: LOCAL_NODE),
+        "redirectaddr": Key(address, ANY),
+        "redirectport": Key(port, 8080),
         "dtcinterval": Key(integer(0, 3600), 5),
         "server": Key(server, repeated=True),
         "rule": Key(fe_rule, repeated=True),

@@ -10,6 +10,7 @@ from tcpha._fast.bpf import kernel_has_function
 from tcpha.config import Config
 from tcpha.net.host import Host
 
+LOCAL_CONNECTIONS = 16384  # that the Local Node may have at one time
 ADOPT_KFUNC = "bpf_sk_assign_tcp_reqsk"  # Linux 6.9
 
 
@@ -35,6 +36,8 @@ class Frontend(Protocol):
     name: str
 
     def set_backend(self, index: int, path: Path | None) -> None: ...
+    def open_local(self, address: str, port: int) -> Backend:
+        """Open the way to the Local Node's server, at an address of this host."""
     def flows(self) -> list[dict[str, Any]]: ...
     def counters(self) -> dict[str, Any]: ...
     def refresh(self) -> None:
@@ -77,6 +80,16 @@ def open_frontend(name: str, config: Config, host: Host) -> Frontend:
         return NfqueueFrontend(config, host)
     from tcpha.datapath.ebpf import EbpfFrontend
     return EbpfFrontend(config, host)
+
+
+def allow_adoption(host: Host) -> None:
+    """What adoption needs of the kernel: connections whose options somebody else negotiated."""
+    if host.read_sysctl("net/ipv4/tcp_syncookies") == "0":
+        host.sysctl("net/ipv4/tcp_syncookies", "1")
+    for name in ("tcp_timestamps", "tcp_sack", "tcp_window_scaling"):
+        if host.read_sysctl(f"net/ipv4/{name}") == "0":
+            host.sysctl(f"net/ipv4/{name}", "1")
+    host.sysctl("net/ipv4/tcp_rfc1337", "0")  # a TIME_WAIT socket yields to a RST
 
 
 def open_backend(name: str, config: Config, host: Host) -> Backend:

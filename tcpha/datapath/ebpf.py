@@ -6,9 +6,11 @@ import os
 from importlib import resources
 from typing import Any
 
+from tcpha._fast.bpf import kernel_has_function
+from tcpha._fast.diag import SockDiag
 from tcpha._fast.ebpf import BeEbpf, FeEbpf
 from tcpha.config import ANY, Config
-from tcpha.datapath import Path
+from tcpha.datapath import ADOPT_KFUNC, DatapathError, Path
 from tcpha.net.host import Host
 from tcpha.net.tap import accept_any_source, open_tap
 
@@ -28,9 +30,12 @@ class _Ebpf:
         accept_any_source(host, tap, self.tap_index, config.vaddr)
 
     def _attach(self, config: Config, host: Host, priority: int, tap: str, ingress: str) -> None:
-        host.attach(self.tap_index, self.table.obj.program_fd(tap), priority)
+        self._attach_tap(host, priority, tap)
         for index in host.ethernet(config.interface):
             host.attach(index, self.table.obj.program_fd(ingress), priority)
+
+    def _attach_tap(self, host: Host, priority: int, program: str) -> None:
+        host.attach(self.tap_index, self.table.obj.program_fd(program), priority)
 
     table: Any
 
@@ -44,6 +49,7 @@ class _Ebpf:
 class EbpfFrontend(_Ebpf):
     def __init__(self, config: Config, host: Host):
         super().__init__(config, host, "tcphafe")
+        self.config, self.host = config, host
         self.table = FeEbpf(_object("fe.bpf.o"), (self.tap_fd, self.tap_index), config.vaddr,
                             config.port, config.maxclients, config.maxflows,
                             config.forward == "tunnel")
@@ -52,6 +58,14 @@ class EbpfFrontend(_Ebpf):
     def set_backend(self, index: int, path: Path | None) -> None:
         self.table.set_backend(index, path and (path.ifindex, path.tunnel, path.nexthop,
                                                 path.address, path.source))
+
+    def open_local(self, address: str, port: int) -> EbpfLocal:
+        if not kernel_has_function(ADOPT_KFUNC):
+            raise DatapathError(f"datapath ebpf: the kernel has no {ADOPT_KFUNC} (Linux 6.9 or "
+                                "later has it); write 'datapath = nfqueue' for one")
+        local = EbpfLocal(self.config, self.host, address, port)
+        self.table.set_local()
+        return local
 
     def refresh(self) -> None:
         """The kernel resolves neighbours by itself (bpf_redirect_neigh)."""
@@ -70,3 +84,22 @@ class EbpfBackend(_Ebpf):
 
     def allow(self, address: str, allowed: bool) -> None:
         self.table.allow(address, allowed)
+
+
+class EbpfLocal(_Ebpf):
+    """A back end's way of adoption for the front end's own server. No program of it sees what comes
+    from the network."""
+
+    def __init__(self, config: Config, host: Host, address: str, port: int):
+        super().__init__(config, host, "tcphaln")
+        self.sockets = SockDiag()
+        self.table = BeEbpf(_object("be.bpf.o"), (self.tap_fd, self.tap_index), config.vaddr,
+                            config.vaddr, address, port, self.sockets)
+        self._attach_tap(host, BE_PRIORITY, "be_tap")
+
+    def allow(self, address: str, allowed: bool) -> None:
+        """Nobody tunnels to us."""
+
+    def close(self) -> None:
+        super().close()
+        self.sockets.close()

@@ -21,7 +21,7 @@ from tcpha._fast.nfqueue import PROBE_MARK, PROBE_PRIORITY, Queue, open_queues
 from tcpha._fast.nfqueue_be import BeNfqueue
 from tcpha._fast.nfqueue_fe import FeNfqueue
 from tcpha.config import ANY, Config
-from tcpha.datapath import DatapathError, Path
+from tcpha.datapath import LOCAL_CONNECTIONS, DatapathError, Path
 from tcpha.net import rules
 from tcpha.net.host import Host, HostError
 from tcpha.net.rules import Rule
@@ -129,12 +129,18 @@ class _Nfqueue:
 class NfqueueFrontend(_Nfqueue):
     def __init__(self, config: Config, host: Host):
         super().__init__(config, host, "fe")
+        self.config = config
         self.table = FeNfqueue(config.vaddr, config.port, config.maxclients, config.maxflows,
                                config.forward == "tunnel", self.queues)
         self.paths: dict[int, tuple[Path, tuple[Any, ...] | None]] = {}
         vip = {"hook": "prerouting", "destination": config.vaddr, "dport": config.port,
                "queue": self._span}
         self._begin([Rule(**vip, flags=rules.SYN, bypass=True), Rule(**vip)])
+
+    def open_local(self, address: str, port: int) -> NfqueueLocal:
+        local = NfqueueLocal(self.config, self.host, address, port)
+        self.table.set_local(local.table)
+        return local
 
     def set_backend(self, index: int, path: Path | None) -> None:
         if path is None:
@@ -210,34 +216,33 @@ class _Handshakes:
         os.close(self.stop)
 
 
-class NfqueueBackend(_Nfqueue):
-    def __init__(self, config: Config, host: Host):
-        super().__init__(config, host, "be", heads=True)
-        listen = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
-        guard = []
-        if listen.startswith("127."):
-            # packets for it come from the network and leave for it; only those that we rewrite may
-            guard = [Rule("prerouting", drop=True, protocol=None, destination=rules.LOOPBACK)]
-        # what an earlier run knew of its connections, if it was killed
-        self.file: FilePath = host.journal.with_suffix(".flows")
-        self.table = BeNfqueue(config.vaddr, listen, config.redirectport,
-                               config.maxclients * 2 + TIME_WAIT_FLOWS, MARK, self.queues,
-                               str(self.file))
+class _Adopter(_Nfqueue):
+    """The local server's side, of a back end and of the Local Node. file: what an earlier run knew
+    of its connections, if it was killed."""
+
+    def __init__(self, config: Config, host: Host, role: str, address: str, port: int,
+                 connections: int, file: FilePath | None):
+        super().__init__(config, host, role, heads=True)
+        self.file = file
+        self.table = BeNfqueue(config.vaddr, address, port, connections * 2 + TIME_WAIT_FLOWS, MARK,
+                               self.queues, str(file) if file else None, file is None)
         first, total = self._span
         self.handshakes = _Handshakes(self.table, first + len(self.queues))
-        outward = [Rule("numbers", source=listen, sport=config.redirectport, store=True)] \
-            if self.heads else []
-        local = {"hook": "postrouting", "source": listen, "sport": config.redirectport}
-        self._begin([
-            *guard,
-            Rule("prerouting", mark=MARK),
-            Rule("prerouting", queue=self._span, protocol=rules.IPIP, destination=config.raddr),
-            Rule("prerouting", queue=self._span, destination=config.vaddr),
+        local: dict[str, Any] = {"hook": "postrouting", "source": address, "sport": port}
+        self.outward = [
             Rule(**local, flags=rules.SYN_ACK, queue=(self.handshakes.num, 1)),
-            Rule(**local, queue=(first + total, total) if self.heads else self._span),
-            *outward])
+            Rule(**local, queue=(first + total, total) if self.heads else self._span)]
+        if self.heads:
+            self.outward.append(Rule("numbers", source=address, sport=port, store=True))
+
+    def _serve(self, address: str, inward: list[Rule]) -> None:
+        guard = []
+        if address.startswith("127."):
+            # packets for it come from the network and leave for it; only those that we rewrite may
+            guard = [Rule("prerouting", drop=True, protocol=None, destination=rules.LOOPBACK)]
+        self._begin([*guard, *inward, *self.outward])
         if guard:
-            host.sysctl("net/ipv4/conf/all/route_localnet", "1")
+            self.host.sysctl("net/ipv4/conf/all/route_localnet", "1")
 
     def allow(self, address: str, allowed: bool) -> None:
         self.table.allow(address, allowed)
@@ -247,4 +252,24 @@ class NfqueueBackend(_Nfqueue):
         self.table.end_all()
         self.handshakes.close()
         super().close()
-        self.file.unlink(missing_ok=True)
+        if self.file:
+            self.file.unlink(missing_ok=True)
+
+
+class NfqueueBackend(_Adopter):
+    def __init__(self, config: Config, host: Host):
+        listen = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
+        super().__init__(config, host, "be", listen, config.redirectport, config.maxclients,
+                         host.journal.with_suffix(".flows"))
+        self._serve(listen, [
+            Rule("prerouting", mark=MARK),
+            Rule("prerouting", queue=self._span, protocol=rules.IPIP, destination=config.raddr),
+            Rule("prerouting", queue=self._span, destination=config.vaddr)])
+
+
+class NfqueueLocal(_Adopter):
+    """What comes from the network has passed the front end's queues."""
+
+    def __init__(self, config: Config, host: Host, address: str, port: int):
+        super().__init__(config, host, "ln", address, port, LOCAL_CONNECTIONS, None)
+        self._serve(address, [])

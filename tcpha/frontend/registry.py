@@ -14,10 +14,12 @@ from tcpha.admin.server import Refused
 from tcpha.config import ANY, Config, Server
 from tcpha.control.hello import PATIENCE, Hello, HelloError, check, new_instance, receive
 from tcpha.datapath import Path
+from tcpha.frontend.localnode import INDEX as LOCAL_NODE
+from tcpha.frontend.localnode import NAME
 from tcpha.net.host import Host, HostError
 
 log = logging.getLogger("tcpha")
-MAX_BACKENDS = 256
+MAX_BACKENDS = 255  # and the Local Node
 BACKOFF_FIRST = 0.05  # seconds before the second attempt to connect; doubles up to BACKOFF_MOST
 BACKOFF_MOST = 1.0
 MISSED = 2  # detection intervals without a sign of life
@@ -74,7 +76,9 @@ class Registry:
                 self.entries[address] = self._add(server)
         groups: dict[str, list[tuple[int, int]]] = {}
         for n, rule in enumerate(config.rule):
-            groups.setdefault(rule.pattern, []).append((self.entries[rule.server].index, n))
+            named = self.entries.get(rule.server)  # or it is the front end itself
+            index = named.index if named else LOCAL_NODE
+            groups.setdefault(rule.pattern, []).append((index, n))
         self.core.publish_rules(list(groups.items()))
 
     def _add(self, server: Server) -> BackEndEntry:
@@ -255,6 +259,8 @@ class Registry:
                 if self.core.backend_stats(e.index)["links"] == 0}
 
     def address(self, index: int) -> str:
+        if index == LOCAL_NODE:
+            return NAME
         return next((e.server.address for e in self._all() if e.index == index), "?")
 
     def table(self) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from tcpha.admin.server import Command, Refused
 from tcpha.admin.tablefile import TableFile
 from tcpha.config import ANY, Config
 from tcpha.datapath import choose, open_frontend
+from tcpha.frontend.localnode import LocalNode
 from tcpha.frontend.registry import Registry
 from tcpha.net.host import HostError
 from tcpha.service import Service, number
@@ -52,6 +53,7 @@ class FrontEndService(Service):
             self.datapath = open_frontend(datapath, config, host)
             host.announce(config.vaddr, device)
             self._open_access_log(config.accesslog)
+            self.local = LocalNode(config, self.core, self.datapath, host)
             self.core.start(self.datapath.table, listener, config.vaddr)
         except BaseException:
             listener.close()
@@ -100,12 +102,16 @@ class FrontEndService(Service):
 
     async def begin(self) -> None:
         self.table = TableFile(self.run_dir.path / "tcpha_fe_conn", self._table)
+        self.local.begin(self.forward_log)
         self.registry.begin()
 
     async def shut(self) -> None:
         if self.table:
             self.table.close()
         self.core.stop_accepting()
+
+    def close(self) -> None:
+        self.local.close(self.end_log)
 
     def _table(self) -> Iterable[str]:
         return render.table([self._row(f) for f in self.datapath.flows()], COLUMNS)
@@ -124,10 +130,18 @@ class FrontEndService(Service):
         except OSError as error:
             raise HostError(f"accesslog {path}: {error.strerror}; mend the path") from None
 
+    def set_level(self, dbglevel: int) -> None:
+        super().set_level(dbglevel)
+        self.local.level(dbglevel)
+
     def on_notice(self) -> None:
         self.registry.on_notice(self.reap_links)
 
+    def every_tick(self) -> None:
+        self.local.tick()
+
     def every_second(self) -> None:
+        self.local.look()
         self.registry.detect(self.dtcinterval)
         self.datapath.refresh()
         if not self.expiring:
@@ -146,7 +160,7 @@ class FrontEndService(Service):
             self.expiring = False
 
     def live(self) -> int:
-        return int(self.core.in_hand()) + self.registry.live()
+        return int(self.core.in_hand()) + self.registry.live() + self.local.live()
 
     def begin_unload(self) -> None:
         self.core.stop_accepting()
@@ -155,7 +169,7 @@ class FrontEndService(Service):
         if config.accesslog != self.config.accesslog:
             self._open_access_log(config.accesslog)  # first: if it fails, nothing is changed
         self.config = config
-        self.core.dbglevel = config.dbglevel
+        self.set_level(config.dbglevel)
         self.core.set_limits(config.headlimit, float(config.headtimeout))
         self.dtcinterval = config.dtcinterval
         self.workers.limits(config.minspareservers, config.maxspareservers)
@@ -196,7 +210,8 @@ class FrontEndService(Service):
             "startservers": config.startservers, "minspareservers": config.minspareservers,
             "maxspareservers": config.maxspareservers, "maxclients": config.maxclients,
             "unloading": self.unloading, "workers": self.workers.stats(),
-            "in_hand": self.core.in_hand(), "live": self.registry.live(),
+            "in_hand": self.core.in_hand(),
+            "live": self.registry.live() + self.local.live(), "localnode": self.local.status(),
             "counters": self.core.counters(), "packets": self.datapath.counters(),
             "servers": self.registry.table()}
 

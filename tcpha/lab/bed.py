@@ -321,7 +321,7 @@ class Cluster:
             self.be_hosts = [self.bed.host(f"be{i + 1}", f"192.168.1.{33 + 5 * i}", mtu)
                              for i in range(backends)]
             self.nginx = [Nginx(h, **(nginx or {})) for h in self.be_hosts]
-            self.rules = rules or [(1 % backends, "jpg$"), (0, ".*")]
+            self.rules = [(1 % backends, "jpg$"), (0, ".*")] if rules is None else rules
             self.fe_conf = fe_conf
             self.be_conf = be_conf
             self.be: list[Daemon] = []

@@ -30,7 +30,7 @@ ETH_P_ARP = 0x0806
 ARPHRD_ETHER = 1
 IFF_UP = 1
 PROBES, PROBE_WAIT = 2, 0.15  # seconds; neighbours answer within one
-TAP_PREFIXES = ("tcphafe", "tcphabe")
+TAP_PREFIXES = ("tcphafe", "tcphabe", "tcphaln")
 
 
 class HostError(Exception):

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The Local Node: the front end's own, unmodified server, which takes what no back end takes.
+
+It is a back end within the front end's process: adoption, its fallbacks and the end of connections
+are the same code, and a pair of sockets stands for the control connections.
+"""
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from tcpha._fast.be_worker import BackEnd
+from tcpha._fast.diag import SockDiag
+from tcpha.config import ANY, Config
+from tcpha.datapath import LOCAL_CONNECTIONS, DatapathError, Frontend, allow_adoption
+from tcpha.net.host import Host
+from tcpha.supervisor import Supervisor
+
+log = logging.getLogger("tcpha")
+INDEX = 255  # in the table of back ends (TCPHA_LOCAL_NODE)
+NAME = "localnode"
+WORKERS = 1, 1, 2, 8  # at the start, spare at least and at most, altogether
+
+
+class LocalNode:
+    """core: the front end's."""
+
+    def __init__(self, config: Config, core: Any, datapath: Frontend, host: Host):
+        self.core = core
+        self.address = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
+        self.port = config.redirectport
+        self.listens: bool | None = None
+        self.node = BackEnd(LOCAL_CONNECTIONS)
+        self.workers = Supervisor(self.node, *WORKERS)
+        self.sockets = SockDiag()
+        core.backend_open(INDEX, NAME)
+        core.backend_flags(INDEX, app_down=True)
+        self.datapath: Any = None
+        try:
+            allow_adoption(host)
+            self.datapath = datapath.open_local(self.address, self.port)
+        except DatapathError as error:
+            log.warning("no Local Node: %s", error)
+
+    def begin(self, forward_log: Callable[[Any], None]) -> None:
+        """forward_log: called with the pipe of the workers' log lines."""
+        if self.datapath is None:
+            return
+        forward_log(self.node.log_lines())
+        self.node.start(self.datapath.table)
+        ours, its = socket.socketpair()
+        self.node.add_link(its, 0, 0)
+        self.core.backend_add_link(INDEX, self.core.add_link(ours, INDEX, 0))
+        self.workers.begin()
+        self.look()
+
+    def tick(self) -> None:
+        self.workers.tick()
+        if not self.listens:  # requests for it are being turned away
+            self.look()
+
+    def look(self) -> None:
+        """See whether its server is there. One that did not answer in time gets another chance."""
+        if self.datapath is None:
+            return
+        listens = self.sockets.has(self.address, self.port)
+        self.core.backend_flags(INDEX, app_down=not listens, dead=False)
+        if listens != self.listens and (listens or self.listens is not None):
+            log.info("Local Node: %s %s:%d", "a server listens on" if listens else
+                     "nobody listens any more on", self.address, self.port)
+        self.listens = listens
+
+    def level(self, dbglevel: int) -> None:
+        self.node.dbglevel = dbglevel
+
+    def live(self) -> int:
+        return int(self.core.backend_stats(INDEX)["live"])
+
+    def status(self) -> dict[str, Any]:
+        stats = self.core.backend_stats(INDEX)
+        return {"redirectaddr": self.address, "redirectport": self.port,
+                "listening": bool(self.listens),
+                **{key: stats[key] for key in ("live", "handed", "refused", "closed")}}
+
+    def close(self, end_log: Callable[[Any], None]) -> None:
+        """The front end's workers have ended."""
+        if self.datapath is not None:
+            self.workers.finish()
+            end_log(self.node.log_lines())
+            self.datapath.close()
+        self.sockets.close()
+        self.node.close()
