@@ -19,6 +19,7 @@ from tcpha.admin.files import ControlFiles
 from tcpha.admin.rundir import RunDir
 from tcpha.admin.server import Command, Refused, serve
 from tcpha.config import Config, ConfigError, load
+from tcpha.control.secret import read_secret
 from tcpha.net.host import Host, HostError
 from tcpha.supervisor import Supervisor
 
@@ -55,6 +56,7 @@ class Service:
         self.run_dir = run
         self.foreground = foreground
         self.host = Host(run.journal)
+        self.secret = read_secret(config.secret) if config.secret else None
         self.stopping = asyncio.Event()
         self.unloading = False
         self.tasks: list[asyncio.Task[Any]] = []

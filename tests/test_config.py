@@ -105,11 +105,32 @@ nonsense
     ("rule = jpg$", "not 'ADDRESS PATTERN'"), ("rule = 10.0.0.1 a(?=b)", "does not compile"),
     ("redirectport = 80", "redirectport: 80 is the port that the FE itself listens on"),
     ("raddr = 10.0.0.9\nrule = 10.0.0.99 x", "no server"), ("fastpath = on", "not built yet"),
-    ("secret = /etc/s", "not built yet")])
+    ("secret = /nonexistent", "openssl rand"), ("registration = no", "secret, open")])
 def test_faults(tmp_path: Path, line: str, words: str) -> None:
     text = "\n".join(faults(tmp_path, FE + line + "\n"))
     assert words in text
     assert ": " in text and text.startswith("x.conf:")
+
+
+@pytest.mark.parametrize("lines, words", [
+    ("dregister = 1", "feaddr: must be specified"), ("dregister = 1", "rule: must be specified"),
+    ("dregister = 1\nfeaddr = 10.0.0.100\nrule = x", "write the FE's real one"),
+    ("dregister = 1\nfeaddr = 10.0.0.7\nrule = 10.0.0.2 x", "10.0.0.2 is not this BE"),
+    ("dregister = 1\nfeaddr = 10.0.0.7\nrule = x(", "does not compile")])
+def test_faults_of_a_registration(tmp_path: Path, lines: str, words: str) -> None:
+    assert words in "\n".join(faults(tmp_path, BE + lines + "\n", "be"))
+
+
+def test_secrets(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    for text, mode, words in (("x" * 32, 0o644, "can be read by everybody"),
+                              ("short\n", 0o600, "holds 5 bytes, too few")):
+        file.write_text(text)
+        file.chmod(mode)
+        assert words in faults(tmp_path, FE + f"secret = {file}\n")[0]
+    file.write_text("x" * 32)
+    for text, role in ((FE, "fe"), (BE, "be")):
+        assert read(tmp_path, text + f"secret = {file}\n", role).secret == str(file)
 
 
 def test_missing_keys(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from tcpha._fast.diag import SockDiag
 from tcpha.admin.rundir import RunDir
 from tcpha.admin.server import Command
 from tcpha.backend import arp
+from tcpha.backend.registration import Registration
 from tcpha.config import ANY, Config
-from tcpha.control.hello import PATIENCE, Hello, HelloError, check, new_instance, receive
+from tcpha.control.hello import PATIENCE, Hello, HelloError, answer, check, new_instance
 from tcpha.datapath import allow_adoption, choose, open_backend
 from tcpha.net.host import HostError
 from tcpha.service import Service
@@ -33,6 +34,8 @@ class BackEndService(Service):
         self.sockets = SockDiag()
         self.listens: bool | None = None  # the application, as last seen
         self.said = 0
+        self.registration = Registration(config, self.secret, self.instance)
+        self.registering: asyncio.Task[None] | None = None
 
     def open(self) -> None:
         config, host = self.config, self.host
@@ -70,6 +73,8 @@ class BackEndService(Service):
     async def begin(self) -> None:
         self._look_at_application()
         self.spawn(self._accept())
+        if self.config.dregister:
+            self.registering = self.spawn(self.registration.run())
 
     async def shut(self) -> None:
         self.listener.close()
@@ -104,23 +109,19 @@ class BackEndService(Service):
             sock, peer = await loop.sock_accept(self.listener)
             self.spawn(self._greet(sock, peer[0]))
 
+    def _judge(self, hello: Hello) -> None:
+        if self.unloading:
+            raise HelloError("this back end is unloading")
+        check(hello, "fe", self.config.vaddr)
+
     async def _greet(self, sock: socket.socket, address: str) -> None:
-        mine = Hello("be", self.config.vaddr, self.config.redirectport,
+        mine = Hello("be", self.config.vaddr, self.config.port,
                      datapath=self.datapath.name, instance=self.instance, server=self.said)
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             async with asyncio.timeout(PATIENCE):
-                hello, delta = await receive(sock)
-                try:
-                    if self.unloading:
-                        raise HelloError("this back end is unloading")
-                    check(hello, "fe", self.config.vaddr)
-                except HelloError as error:
-                    mine.error = str(error)
-                    raise
-                finally:
-                    await asyncio.get_running_loop().sock_sendall(sock, mine.pack())
+                hello, delta = await answer(sock, mine, self.secret, self._judge)
         except (TimeoutError, OSError, HelloError) as error:
             log.warning("control connection from %s refused: %s", address, error or "no HELLO")
             sock.close()
@@ -150,6 +151,8 @@ class BackEndService(Service):
         return int(self.core.counters()["live"])
 
     def begin_unload(self) -> None:
+        if self.registering:
+            self.registering.cancel()
         self.core.refuse_all()
 
     def apply(self, config: Config) -> None:
@@ -170,6 +173,7 @@ class BackEndService(Service):
             "dbglevel": self.core.dbglevel, "startservers": config.startservers,
             "minspareservers": config.minspareservers,
             "maxspareservers": config.maxspareservers, "maxclients": config.maxclients,
+            "dregister": config.dregister, "registered": self.registration.registered,
             "unloading": self.unloading, "workers": self.workers.stats(),
             "application": "listening" if self.listens else "dead",
             "live": self.live(), "counters": self.core.counters(),

@@ -11,6 +11,7 @@ from tcpha.config.keys import KEYS, MEANINGLESS, PATHS
 from tcpha.config.model import ANY, Config, ConfigError, Fault, Rule, Server
 from tcpha.config.readers import read
 from tcpha.config.writers import to_toml
+from tcpha.control.secret import read_secret
 
 __all__ = ["ANY", "Config", "ConfigError", "Fault", "Rule", "Server", "load", "to_toml"]
 
@@ -64,6 +65,11 @@ def load(role: str, file: str, directory: str | None = None) -> Config:
         if key.required and name not in lines:
             faults.append(Fault(file, 1, name, "must be specified; add a line "
                                                f"'{name} = x.x.x.x'"))
+    if values["secret"]:
+        try:
+            read_secret(os.path.join(directory, values["secret"]))
+        except ValueError as error:
+            faults.append(Fault(file, lines["secret"], "secret", str(error)))
     _check(role, file, values, lines, places, faults, warnings)
     if faults:
         raise ConfigError(sorted(faults + warnings, key=lambda f: f.line))
@@ -93,6 +99,15 @@ def _check(role: str, file: str, v: dict[str, Any], lines: dict[str, int],
         for key in ("feaddr", "feport", "rule"):
             if key in lines and not v["dregister"]:
                 warnings.append(Fault(file, lines[key], key, "ignored, since dregister is 0", True))
+            elif v["dregister"] and key != "feport" and key not in lines:
+                faults.append(Fault(file, lines["dregister"], key, "must be specified, since "
+                                                                   "dregister is 1"))
+        if v["feaddr"] is not None and v["feaddr"] == v["vaddr"]:
+            fault("feaddr", "is the virtual address; write the FE's real one")
+        for n, rule in enumerate(v["rule"]):
+            if rule.server not in (ANY, v["raddr"]):
+                faults.append(Fault(file, places["rule"][n], "rule", f"{rule.server} is not this "
+                                    "BE; write 'rule = PATTERN'"))
         _check_patterns(file, v["rule"], places["rule"], faults)
         return
 
@@ -111,7 +126,7 @@ def _check(role: str, file: str, v: dict[str, Any], lines: dict[str, int],
         if server.address == v["vaddr"]:
             faults.append(Fault(file, line, "server", "is the virtual address; write the BE's "
                                                       "real one"))
-    if "server" not in lines:
+    if "server" not in lines and not v["secret"] and v["registration"] == "secret":
         warnings.append(Fault(file, 1, "server", "no back end is listed: every request goes to the "
                                                  "Local Node; add 'server = ADDRESS PORT'", True))
     for n, rule in enumerate(v["rule"]):

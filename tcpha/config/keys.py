@@ -97,7 +97,6 @@ def unless(accepted: Any, what: str) -> Callable[[Any], str | None]:
 
 
 port = integer(1, 65535, "port")
-REGISTER = "dynamic registration is not built yet; write 0 and list this BE as a server on the FE"
 
 SHARED = {
     "vaddr": Key(address, required=True),
@@ -108,9 +107,7 @@ SHARED = {
     "forward": Key(choice("direct", "tunnel"), "direct"),
     "fastpath": Key(choice("on", "off"), "off", unbuilt=unless(
         "off", "the packet path is not built yet; write off or remove the key")),
-    "secret": Key(text, unbuilt=unless(
-        None, "authentication is not built yet; remove the key and keep the control port on a "
-              "network of your own")),
+    "secret": Key(text),
     "dbglevel": Key(integer(0, 6, "level"), 0),
     "logfile": Key(text),
     "accesslog": Key(text),
@@ -122,7 +119,7 @@ SHARED = {
     "interface": Key(text, repeated=True),
 }
 
-PATHS = ("logfile", "accesslog")  # relative to where the daemon was started
+PATHS = ("logfile", "accesslog", "secret")  # relative to where the daemon was started
 
 KEYS: dict[str, dict[str, Key]] = {
     "fe": SHARED | {
@@ -133,6 +130,7 @@ KEYS: dict[str, dict[str, Key]] = {
         "redirectaddr": Key(address, ANY),
         "redirectport": Key(port, 8080),
         "dtcinterval": Key(integer(0, 3600), 5),
+        "registration": Key(choice("secret", "open"), "secret"),
         "server": Key(server, repeated=True),
         "rule": Key(fe_rule, repeated=True),
     },
@@ -144,7 +142,7 @@ KEYS: dict[str, dict[str, Key]] = {
         "redirectaddr": Key(address, ANY),
         "redirectport": Key(port, 80),
         "dtcinterval": Key(integer(0, 3600), 0),
-        "dregister": Key(integer(0, 1), 0, unbuilt=unless(0, REGISTER)),
+        "dregister": Key(integer(0, 1), 0),
         "feaddr": Key(address),
         "feport": Key(port, 80),
         "rule": Key(be_rule, repeated=True),

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tcpha.admin.server import Refused
-from tcpha.config import ANY, Config, Server
-from tcpha.control.hello import PATIENCE, Hello, HelloError, check, new_instance, receive
+from tcpha.config import ANY, Config, Rule, Server
+from tcpha.control.hello import PATIENCE, Hello, HelloError, call, check, new_instance
 from tcpha.datapath import Path
 from tcpha.frontend.localnode import INDEX as LOCAL_NODE
 from tcpha.frontend.localnode import NAME
@@ -49,15 +49,19 @@ class Registry:
     """All back ends. Used in the loop's thread only."""
 
     def __init__(self, core: Any, datapath: Any, host: Host, config: Config,
-                 spawn: Callable[[Any], asyncio.Task[Any]]):
+                 secret: bytes | None, spawn: Callable[[Any], asyncio.Task[Any]]):
         self.core = core
         self.datapath = datapath
         self.host = host
         self.config = config
+        self.secret = secret
         self.spawn = spawn
         self.instance = new_instance()
         self.entries: dict[str, BackEndEntry] = {}
         self.gone: list[BackEndEntry] = []
+        # by address: server, rules, and the connection that they came by
+        self.registered: dict[str, tuple[Server, list[Rule], object]] = {}
+        self.rules: list[Rule] = []
         self.started = False
         self.interval = config.dtcinterval
 
@@ -66,7 +70,8 @@ class Registry:
     def configure(self, config: Config) -> None:
         """Take over servers and rules. Connections to back ends that stay are kept."""
         self.config = config
-        wanted = {s.address: s for s in config.server}
+        wanted = {address: server for address, (server, _, _) in self.registered.items()}
+        wanted |= {s.address: s for s in config.server}
         for address, entry in list(self.entries.items()):
             if wanted.get(address) != entry.server:
                 del self.entries[address]
@@ -75,11 +80,37 @@ class Registry:
             if address not in self.entries:
                 self.entries[address] = self._add(server)
         groups: dict[str, list[tuple[int, int]]] = {}
-        for n, rule in enumerate(config.rule):
+        self.rules = list(config.rule)
+        for _, rules, _ in self.registered.values():
+            self.rules += rules
+        for n, rule in enumerate(self.rules):
             named = self.entries.get(rule.server)  # or it is the front end itself
             index = named.index if named else LOCAL_NODE
             groups.setdefault(rule.pattern, []).append((index, n))
         self.core.publish_rules(list(groups.items()))
+
+    # Registration
+
+    def room_for(self, address: str) -> None:
+        """Raise Refused if no further back end fits."""
+        known = {e.server.address for e in self._all()}
+        if address not in known and len(known) >= MAX_BACKENDS:
+            raise Refused(f"there are {MAX_BACKENDS} back ends already")
+
+    def register(self, server: Server, rules: list[Rule], token: object) -> None:
+        """Let a back end join; its rules come behind those of the file and of earlier ones. An
+        earlier registration of it ends. If the file lists it, the file's port holds."""
+        self.registered.pop(server.address, None)
+        self.registered[server.address] = server, rules, token
+        self.configure(self.config)
+
+    def unregister(self, address: str, token: object) -> bool:
+        """Take a registration back, unless there is a newer one. Returns whether it was."""
+        if address not in self.registered or self.registered[address][2] is not token:
+            return False
+        del self.registered[address]
+        self.configure(self.config)
+        return True
 
     def _add(self, server: Server) -> BackEndEntry:
         for entry in self.gone:  # back again: its flows are still known by this place
@@ -147,8 +178,7 @@ class Registry:
                 entry.timeout = PROCESS
                 mine = Hello("fe", self.config.vaddr, self.config.port, self.config.forward,
                              instance=self.instance)
-                await asyncio.get_running_loop().sock_sendall(sock, mine.pack())
-                hello, delta = await receive(sock)
+                hello, delta = await call(sock, mine, self.secret)
             check(hello, "be", self.config.vaddr)
             self._set_path(entry, sock.getsockname()[0])
             index = self.core.add_link(sock, entry.index, delta)
@@ -239,12 +269,26 @@ class Registry:
             for entry in self.entries.values():
                 self._judge(entry)
         self.interval = interval
+        self._forget_gone()
         if not interval:
             return
         for entry in self.entries.values():
             ages = [age for _, peer, up, age in self.core.links() if up and peer == entry.index]
             if ages and min(ages) > MISSED * interval:
                 self._give_up(entry, f"silent for {min(ages):.0f} seconds")
+
+    def _forget_gone(self) -> None:
+        """Free the places of removed back ends whose last connection has ended."""
+        for entry in list(self.gone):
+            links = [(i, up) for i, peer, up, _ in self.core.links() if peer == entry.index]
+            if self.core.backend_stats(entry.index)["live"]:
+                continue
+            if not links:
+                self.gone.remove(entry)
+                self.core.backend_close(entry.index)
+            for index, up in links:
+                if up:
+                    self.core.break_link(index)
 
     # What it knows
 
@@ -272,6 +316,7 @@ class Registry:
             reason = f"{entry.health}: {entry.why}" if entry.health else entry.why
             rows.append({"server": entry.server.address, "port": entry.server.port, "state": state,
                          "reason": reason if down else "", "connperbe": stats["links"],
+                         "registered": entry.server.address in self.registered,
                          "live": stats["live"], "handed": stats["handed"],
                          "refused": stats["refused"], "closed": stats["closed"]})
         return rows

@@ -16,6 +16,7 @@ from tcpha.admin.tablefile import TableFile
 from tcpha.config import ANY, Config
 from tcpha.datapath import choose, open_frontend
 from tcpha.frontend.localnode import LocalNode
+from tcpha.frontend.registration import Registrar
 from tcpha.frontend.registry import Registry
 from tcpha.net.host import HostError
 from tcpha.service import Service, number
@@ -58,8 +59,9 @@ class FrontEndService(Service):
         except BaseException:
             listener.close()
             raise
-        self.registry = Registry(self.core, self.datapath, host, config, self.spawn)
+        self.registry = Registry(self.core, self.datapath, host, config, self.secret, self.spawn)
         self.registry.configure(config)
+        self.registrations = self._registrations(device) if self._registers() else None
 
     def _device(self) -> int:
         """The interface for the VIP: raddr's, else the one whose network holds the VIP."""
@@ -71,6 +73,27 @@ class FrontEndService(Service):
             return index
         index = self.host.holder(self.config.vaddr)
         return index if index is not None else self.host.route(self.config.vaddr).ifindex
+
+    def _registers(self) -> bool:
+        return self.secret is not None or self.config.registration == "open"
+
+    def _registrations(self, device: int) -> socket.socket | None:
+        """Listen for back ends that register, on our own port at our real address."""
+        address = self.config.raddr
+        if address == ANY:
+            address = self.host.address_beside(device, self.config.vaddr) or ANY
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((address, self.config.port))
+        except OSError as error:
+            listener.close()
+            log.warning("back ends cannot register: cannot listen on %s:%d: %s; stop what holds "
+                        "the port", address, self.config.port, error.strerror)
+            return None
+        listener.listen(64)
+        listener.setblocking(False)
+        return listener
 
     def _listen(self) -> socket.socket:
         config, host = self.config, self.host
@@ -104,10 +127,15 @@ class FrontEndService(Service):
         self.table = TableFile(self.run_dir.path / "tcpha_fe_conn", self._table)
         self.local.begin(self.forward_log)
         self.registry.begin()
+        if self.registrations:
+            self.spawn(Registrar(self.registrations, self.registry, self.config, self.secret,
+                                 self.spawn).run())
 
     async def shut(self) -> None:
         if self.table:
             self.table.close()
+        if self.registrations:
+            self.registrations.close()
         self.core.stop_accepting()
 
     def close(self) -> None:
@@ -220,14 +248,14 @@ class FrontEndService(Service):
 
     async def rules(self) -> list[dict[str, Any]]:
         return [{"rule": n, "server": r.server, "pattern": r.pattern}
-                for n, r in enumerate(self.config.rule)]
+                for n, r in enumerate(self.registry.rules)]
 
     async def conns(self) -> list[dict[str, Any]]:
         rows = await asyncio.to_thread(self.datapath.flows)
         return [self._row(f) for f in rows]
 
     def _row(self, flow: dict[str, Any]) -> dict[str, Any]:
-        rules = self.config.rule
+        rules = self.registry.rules
         return {
             "client": f"{flow['client']}:{flow['port']}",
             "vaddr": f"{flow['vaddr']}:{flow['vport']}",

@@ -178,6 +178,13 @@ class Host:
                 return int(entry["index"])
         return None
 
+    def address_beside(self, index: int, address: str) -> str | None:
+        """Another address of an interface."""
+        for entry in self.ipr.get_addr(family=socket.AF_INET, index=index):
+            if entry.get_attr("IFA_LOCAL") != address:
+                return str(entry.get_attr("IFA_LOCAL"))
+        return None
+
     def add_address(self, address: str, index: int) -> None:
         """Add address/32, unless an interface holds it (the administrator's then, and kept)."""
         if self.holder(address) is not None:

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Dynamic registration, the back end's half: it joins a running front end and stays as long as the
+connection does."""
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+
+from tcpha.config import Config
+from tcpha.control.hello import (
+    PATIENCE,
+    Hello,
+    HelloError,
+    call,
+    check,
+    keep_alive,
+    until_closed,
+)
+
+log = logging.getLogger("tcpha")
+BACKOFF_FIRST = 0.05  # seconds before the second attempt; doubles up to BACKOFF_MOST
+BACKOFF_MOST = 1.0
+
+
+class Registration:
+    """Registers, and again whenever the front end is back, while run() runs."""
+
+    def __init__(self, config: Config, secret: bytes | None, instance: str):
+        self.config = config
+        self.secret = secret
+        self.instance = instance
+        self.registered = False
+
+    async def run(self) -> None:
+        config, told, delay = self.config, "", BACKOFF_FIRST
+        front = f"{config.feaddr}:{config.feport}"
+        while True:
+            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            try:
+                await self._register(sock)
+                log.info("registered at the front end %s, %d rules", front, len(config.rule))
+                self.registered, delay, told = True, BACKOFF_FIRST, ""
+                await until_closed(sock)
+                log.warning("the front end %s has ended the registration", front)
+            except (TimeoutError, OSError, HelloError) as error:
+                why = _reason(error)
+                if why != told:
+                    log.warning("cannot register at the front end %s: %s", front, why)
+                told = why
+            finally:
+                self.registered = False
+                sock.close()
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, BACKOFF_MOST)
+
+    async def _register(self, sock: socket.socket) -> None:
+        config = self.config
+        sock.setblocking(False)
+        keep_alive(sock)
+        sock.bind((config.raddr, 0))
+        async with asyncio.timeout(PATIENCE):
+            await asyncio.get_running_loop().sock_connect(sock, (config.feaddr, config.feport))
+            hello, _ = await call(sock, Hello("be", config.vaddr, config.port,
+                                              instance=self.instance,
+                                              rule=[r.pattern for r in config.rule]), self.secret)
+        check(hello, "fe", config.vaddr)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ConnectionRefusedError):
+        return ("connection refused; it does not run, or takes no registrations (it needs "
+                "'secret', as we do, or 'registration = open')")
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return str(error) or "no answer"

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The secret that front ends and back ends share."""
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+SHORTEST = 16  # bytes
+
+
+def read_secret(path: str) -> bytes:
+    """The content of a file, less white space around it. Raises ValueError, which says what is
+    wrong with it and how to mend that."""
+    try:
+        mode = os.stat(path).st_mode
+        secret = Path(path).read_bytes().strip()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; make one with 'openssl rand -hex 32' and give "
+                         "all hosts the same") from None
+    if mode & (stat.S_IROTH | stat.S_IWOTH):
+        raise ValueError(f"{path} can be read by everybody; 'chmod 600 {path}'")
+    if len(secret) < SHORTEST:
+        raise ValueError(f"{path} holds {len(secret)} bytes, too few; make one with "
+                         "'openssl rand -hex 32'")
+    return secret

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Dynamic registration, the front end's half: back ends that are in no file join and leave.
+
+A registration lasts as long as the connection that brought it. It comes to our own port, at our
+real address.
+"""
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from tcpha._fast.match import PatternError, check_patterns
+from tcpha.admin.server import Refused
+from tcpha.config import Config, Rule, Server
+from tcpha.control.hello import (
+    PATIENCE,
+    STRANGER,
+    Hello,
+    HelloError,
+    answer,
+    check,
+    keep_alive,
+    until_closed,
+)
+from tcpha.frontend.registry import Registry
+
+log = logging.getLogger("tcpha")
+MOST = 64         # connections that have not registered yet
+
+
+class Registrar:
+    """listener: bound to our real address. spawn: runs a coroutine beside us."""
+
+    def __init__(self, listener: socket.socket, registry: Registry, config: Config,
+                 secret: bytes | None, spawn: Callable[[Any], Any]):
+        self.listener = listener
+        self.registry = registry
+        self.config = config
+        self.secret = secret
+        self.spawn = spawn
+        self.places = asyncio.Semaphore(MOST)
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self.places.acquire()
+            sock, peer = await loop.sock_accept(self.listener)
+            self.spawn(self._serve(sock, peer[0]))
+
+    async def _serve(self, sock: socket.socket, address: str) -> None:
+        try:
+            hello = await self._greet(sock, address)
+        finally:
+            self.places.release()
+        if hello is None:
+            sock.close()
+            return
+        self.registry.register(Server(address, hello.port),
+                               [Rule(address, p) for p in hello.rule], sock)
+        log.info("back end %s: registered, %d rules", address, len(hello.rule))
+        try:
+            await until_closed(sock)
+        except OSError as error:
+            log.debug("back end %s: %s", address, error)
+        finally:
+            sock.close()
+        if self.registry.unregister(address, sock):
+            log.info("back end %s: its registration has ended", address)
+
+    async def _greet(self, sock: socket.socket, address: str) -> Hello | None:
+        def judge(hello: Hello) -> None:
+            check(hello, "be", self.config.vaddr)
+            if not 0 < hello.port < 65536 or not hello.rule:
+                raise HelloError("a registration names a port and at least one rule")
+            try:
+                check_patterns(hello.rule)
+            except PatternError as error:
+                raise HelloError(f"a pattern does not compile: {error}") from None
+            try:
+                self.registry.room_for(address)
+            except Refused as error:
+                raise HelloError(str(error)) from None
+
+        sock.setblocking(False)
+        keep_alive(sock)
+        mine = Hello("fe", self.config.vaddr, self.config.port, instance=self.registry.instance)
+        try:
+            async with asyncio.timeout(PATIENCE):
+                return (await answer(sock, mine, self.secret, judge))[0]
+        except (TimeoutError, OSError) as error:
+            log.debug("connection from %s: %s", address, error or "no HELLO")
+        except HelloError as error:
+            # strangers may come here: this is a port that clients find, too
+            say = log.debug if str(error) == STRANGER else log.warning
+            say("registration of %s refused: %s", address, error)
+        return None
