@@ -7,7 +7,9 @@ import os
 import signal
 import socket
 import struct
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -350,6 +352,75 @@ def test_unload_drains(mode: dict[str, Any]) -> None:
         assert c.be[0].process.wait(10) == 0
     finally:
         c.close()
+
+
+def test_restart_under_load_loses_no_connection(pair: Cluster) -> None:
+    """unload, and a new run: whoever was connected is served. Both daemons in turn."""
+    assert pair.fe
+    want = {name: (pair.nginx[0].root / name).read_bytes() for name in ("1k", "big")}
+    for n in pair.nginx:
+        (n.root / "same").write_bytes(want["1k"])
+    ended, served, failed = threading.Event(), [0], []
+
+    def ask() -> None:
+        while not ended.is_set():
+            with socket.socket() as s:
+                s.settimeout(30)
+                try:
+                    s.connect((pair.VIP, 80))
+                except OSError:  # nobody there yet
+                    ended.wait(0.05)
+                    continue
+                try:
+                    s.sendall(REQUEST.replace(b"1k", b"same"))
+                    if body(read_all(s)) != want["1k"]:
+                        failed.append("another answer")
+                except (OSError, AssertionError) as error:
+                    failed.append(repr(error))
+                served[0] += 1
+
+    def more() -> None:
+        now = served[0]
+        wait_for(lambda: served[0] > now + 100, "more requests", 30)
+
+    with ThreadPoolExecutor(8) as pool:
+        work = [pool.submit(pair.client.inside, ask) for _ in range(8)]
+        try:
+            for daemon in (pair.fe, pair.be[0], pair.fe):
+                more()
+                daemon.ctl("unload")
+                assert daemon.process.wait(30) == 0
+                daemon.start()
+            more()
+        finally:
+            ended.set()
+            for job in work:
+                job.result()
+    assert not failed, failed
+    wait_for(lambda: names(pair, 4) == {"be1", "be2"}, "both in use again", 15)
+    settle(pair)
+
+
+def test_handshakes_end_before_unload_does(pair: Cluster) -> None:
+    """A client whose last ACK of the handshake was lost takes itself for connected."""
+    assert pair.fe
+    fe = pair.fe
+    pair.client.nft("""table ip lab {
+        chain out { type filter hook output priority 0;
+            tcp dport 80 tcp flags & (syn | ack) == ack numgen inc mod 8 < 2 drop; }
+    }""")
+    try:
+        with pair.client.connect(pair.VIP) as s:
+            wait_for(lambda: "SYN-RECV" in pair.fe_host.run("ss", "-Htan", "sport = :80").stdout,
+                     "half a connection")
+            fe.ctl("unload")
+            s.sendall(REQUEST)
+            assert len(body(read_all(s))) == 1024
+    finally:
+        pair.client.nft("")
+        assert fe.process.wait(30) == 0
+        fe.start()
+    wait_for(lambda: names(pair, 4) == {"be1", "be2"}, "both in use again", 15)
 
 
 def test_new_connection_on_a_half_dead_tuple(pair: Cluster) -> None:

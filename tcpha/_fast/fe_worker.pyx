@@ -33,10 +33,33 @@ from tcpha._fast.snapshot cimport SNAP_FIN, snapshot
 from tcpha._fast.sys cimport (
     EAGAIN, EINTR, EMFILE, ENFILE, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLET,
     EPOLLIN, EPOLLRDHUP, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, MSG_TRUNC, SHUT_WR,
-    SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, add32, add64, close, errno, load32, loadp, now_ns,
+    SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, add32, add64, close, errno, getsockopt, load32, loadp,
+    now_ns,
     htons, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_trylock, pthread_mutex_unlock, realtime_ns, recv, send, setsockopt, shutdown,
     sockaddr, sockaddr_in, socklen_t, store32, storep, writev, xchg32, iovec)
+
+cdef extern from "<linux/filter.h>" nogil:
+    struct sock_filter:
+        uint16_t code
+        uint8_t jt
+        uint8_t jf
+        uint32_t k
+    struct sock_fprog:
+        unsigned short len
+        sock_filter *filter
+    enum:
+        BPF_LD
+        BPF_B
+        BPF_ABS
+        BPF_JMP
+        BPF_JSET
+        BPF_K
+        BPF_RET
+
+cdef extern from "<linux/tcp.h>" nogil:
+    struct tcp_info_head "tcp_info":
+        uint32_t tcpi_unacked  # of a listener: its accept queue
 
 cdef extern from "<time.h>" nogil:
     ctypedef long time_t
@@ -53,6 +76,8 @@ cdef enum:
     TCP_REPAIR = 19
     TCP_REPAIR_QUEUE = 20
     TCP_RECV_QUEUE = 1
+    SOL_SOCKET = 1
+    SO_ATTACH_FILTER = 26
     SLOT_BITS = 16         # of a handoff id
     NO_RULE = -1           # of what the Local Node takes because nobody else does
 
@@ -713,7 +738,7 @@ cdef class FrontEnd(Core):
         free(self.f)
 
     def start(self, datapath, listener, str vaddr):
-        """Begin to accept from a listening socket on vaddr, over an opened datapath."""
+        """Take over a listening socket on vaddr and an opened datapath: see accept()."""
         cdef FeDatapath d = datapath
         self.datapath = d
         self.f.dp = d.table
@@ -724,7 +749,33 @@ cdef class FrontEnd(Core):
         self.fds["listener"] = self.f.listen_fd
         if d.event_fd >= 0:
             watch(self.c, EPOLL_CTL_ADD, d.event_fd, EPOLLIN | EPOLLET, EV_TAP, 0, 0)
+
+    def accept(self):
+        """Begin to accept."""
         watch(self.c, EPOLL_CTL_ADD, self.f.listen_fd, EPOLLIN | EPOLLET, EV_LISTENER, 0, 0)
+
+    def refuse_new(self):
+        """Take no SYN any more. Handshakes that have begun can end and be accepted: close() would
+        reset them."""
+        cdef sock_filter program[4]
+        cdef sock_fprog filter
+        program[0] = sock_filter(code=BPF_LD | BPF_B | BPF_ABS, jt=0, jf=0, k=13)  # TCP's flags
+        program[1] = sock_filter(code=BPF_JMP | BPF_JSET | BPF_K, jt=0, jf=1, k=2)  # SYN
+        program[2] = sock_filter(code=BPF_RET | BPF_K, jt=0, jf=0, k=0)
+        program[3] = sock_filter(code=BPF_RET | BPF_K, jt=0, jf=0, k=<uint32_t>-1)
+        filter.len = 4
+        filter.filter = program
+        if setsockopt(self.f.listen_fd, SOL_SOCKET, SO_ATTACH_FILTER, &filter, sizeof(filter)) < 0:
+            raise OSError(errno, os.strerror(errno))
+
+    def backlog(self):
+        """Connections that wait to be accepted."""
+        cdef tcp_info_head info
+        cdef socklen_t n = sizeof(info)
+        if "listener" not in self.fds or \
+                getsockopt(self.f.listen_fd, IPPROTO_TCP, 11, &info, &n) < 0:  # TCP_INFO
+            return 0
+        return info.tcpi_unacked
 
     def stop_accepting(self):
         """Close the listener; connections in hand go on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -22,6 +23,7 @@ log = logging.getLogger("tcpha")
 MAX_BACKENDS = 255  # and the Local Node
 BACKOFF_FIRST = 0.05  # seconds before the second attempt to connect; doubles up to BACKOFF_MOST
 BACKOFF_MOST = 1.0
+FIRST_LOOK = 1.0  # seconds that clients wait in the backlog at the start, for back ends at most
 MISSED = 2  # detection intervals without a sign of life
 HOST, PROCESS, UNUSABLE = "host dead", "process dead", "unusable"
 # errors that a host's network stack, not its daemon, is to blame for
@@ -43,6 +45,7 @@ class BackEndEntry:
         self.instance = ""  # of its present run
         self.task: asyncio.Task[None] | None = None
         self.wake = asyncio.Event()
+        self.tried = asyncio.Event()  # at least once, to connect
 
 
 class Registry:
@@ -137,10 +140,16 @@ class Registry:
         self.core.backend_flags(entry.index, draining=True)
         self.gone.append(entry)
 
-    def begin(self) -> None:
+    async def begin(self) -> None:
+        """Connect to the back ends. Returns when each has been tried, or FIRST_LOOK is over: before
+        that, requests could be given to nobody."""
         self.started = True
         for entry in self.entries.values():
             entry.task = self.spawn(self._keep_connected(entry))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_LOOK):
+                for entry in list(self.entries.values()):
+                    await entry.tried.wait()
 
     # Control connections
 
@@ -154,6 +163,7 @@ class Registry:
                     await self._connect(entry)
             except (TimeoutError, OSError, HelloError, HostError) as error:
                 self._failed(entry, error)
+                entry.tried.set()
                 try:
                     await asyncio.wait_for(entry.wake.wait(), delay)
                 except TimeoutError:
@@ -162,6 +172,7 @@ class Registry:
             delay = BACKOFF_FIRST
             entry.cause, entry.detail = PROCESS, "it closed its control connections"
             self._judge(entry)
+            entry.tried.set()
             await entry.wake.wait()
 
     async def _connect(self, entry: BackEndEntry) -> None:

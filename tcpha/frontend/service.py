@@ -19,7 +19,7 @@ from tcpha.frontend.localnode import LocalNode
 from tcpha.frontend.registration import Registrar
 from tcpha.frontend.registry import Registry
 from tcpha.net.host import HostError
-from tcpha.service import Service, number
+from tcpha.service import TICK, Service, number
 
 log = logging.getLogger("tcpha")
 TCP_SAVE_SYN = 27
@@ -28,6 +28,7 @@ TUNNEL_OVERHEAD = 20
 RECEIVE_BUFFER = 65536
 COLUMNS = ("client", "vaddr", "target", "rule", "server", "state", "age", "idle", "packets",
            "bytes")
+HANDSHAKE = 3.0  # seconds that an unacknowledged SYN-ACK may hold up unloading
 DEAD_IDLE = 60.0  # seconds of silence after which a dead back end's flow is forgotten
 
 
@@ -41,6 +42,7 @@ class FrontEndService(Service):
         self.core = FrontEnd(config.maxclients, config.headlimit, config.headtimeout)
         self.dtcinterval = config.dtcinterval
         self.expiring = False
+        self.emptying = False  # the accept queue, before we unload
         self.table: TableFile | None = None
 
     def open(self) -> None:
@@ -126,7 +128,8 @@ class FrontEndService(Service):
     async def begin(self) -> None:
         self.table = TableFile(self.run_dir.path / "tcpha_fe_conn", self._table)
         self.local.begin(self.forward_log)
-        self.registry.begin()
+        await self.registry.begin()
+        self.core.accept()
         if self.registrations:
             self.spawn(Registrar(self.registrations, self.registry, self.config, self.secret,
                                  self.spawn).run())
@@ -188,10 +191,23 @@ class FrontEndService(Service):
             self.expiring = False
 
     def live(self) -> int:
-        return int(self.core.in_hand()) + self.registry.live() + self.local.live()
+        return int(self.core.in_hand()) + self.registry.live() + self.local.live() + \
+            int(self.emptying)
 
     def begin_unload(self) -> None:
+        self.core.refuse_new()
+        self.emptying = True
+        self.spawn(self._empty())
+
+    async def _empty(self) -> None:
+        """Close the listener once nobody is left who takes himself for connected."""
+        end = asyncio.get_running_loop().time() + HANDSHAKE
+        while self.core.backlog() or (
+                asyncio.get_running_loop().time() < end and await asyncio.to_thread(
+                    self.host.handshakes, self.config.vaddr, self.config.port)):
+            await asyncio.sleep(TICK)
         self.core.stop_accepting()
+        self.emptying = False
 
     def apply(self, config: Config) -> None:
         if config.accesslog != self.config.accesslog:

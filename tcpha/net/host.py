@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyroute2 import IPRoute
+from pyroute2 import DiagSocket, IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 log = logging.getLogger("tcpha")
@@ -29,6 +29,7 @@ ETH_P_ALL = 0x0003
 ETH_P_ARP = 0x0806
 ARPHRD_ETHER = 1
 IFF_UP = 1
+TCP_SYN_RECV = 3
 PROBES, PROBE_WAIT = 2, 0.15  # seconds; neighbours answer within one
 TAP_PREFIXES = ("tcphafe", "tcphabe", "tcphaln")
 
@@ -276,6 +277,14 @@ class Host:
     def mac(self, index: int) -> bytes:
         return bytes.fromhex(
             self.ipr.get_links(index)[0].get_attr("IFLA_ADDRESS").replace(":", ""))
+
+    def handshakes(self, address: str, port: int) -> int:
+        """How many SYNs to an address and port of ours are answered, and the answer not yet
+        acknowledged. May be called from another thread."""
+        with DiagSocket() as diag:
+            diag.bind()
+            return sum(s["idiag_src"] == address and s["idiag_sport"] == port for s in
+                       diag.get_sock_stats(family=socket.AF_INET, states=1 << TCP_SYN_RECV))
 
     # Rules
 
