@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import re
 import signal
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -210,3 +214,72 @@ def test_the_connection_table_as_a_file(watched: Cluster) -> None:
         s.close()
     settle(watched)
     assert len(path.read_text().splitlines()) == 1
+
+
+MANY = 50_000
+CROWD = """
+import resource, socket, sys
+vip, first, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_NOFILE, (count + 100, count + 100))
+held = []
+while len(held) < count:
+    batch = [socket.socket() for _ in range(min(200, count - len(held)))]
+    for s in batch:
+        s.settimeout(60)
+        s.connect((vip, 80))
+        s.sendall(b"GET /1k?%d HTTP/1.1\\r\\nHost: lab\\r\\n\\r\\n" % (first + len(held)))
+        held.append(s)
+    for s in batch:
+        need = None
+        data = b""
+        while need is None or len(data) < need:
+            piece = s.recv(65536)
+            assert piece, "closed by the server"
+            data += piece
+            if need is None and b"\\r\\n\\r\\n" in data:
+                assert data.startswith(b"HTTP/1.1 200 "), data[:80]
+                need = data.index(b"\\r\\n\\r\\n") + 4 + 1024
+print("all here", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("datapath", ["ebpf", "nfqueue"])
+def test_the_connection_table_of_fifty_thousand(datapath: str) -> None:
+    """It is right, and requests are served while it is read."""
+    c = Cluster(3, datapath=(datapath, datapath), rules=[(n, ".*") for n in range(3)],
+                be_conf=f"maxclients = {MANY}", fe_conf="maxclients = 1024",
+                nginx={"extra": "keepalive_timeout 900s;", "log": False})
+    try:
+        for n in c.nginx:
+            n.file("1k", size=1024)
+        c.client.sysctl("net.ipv4.ip_local_port_range", "1024 65535")
+        crowd = [c.client.start(sys.executable, "-c", CROWD, c.VIP, str(n), str(MANY // 5),
+                                stdout=subprocess.PIPE, stdin=subprocess.PIPE)
+                 for n in range(0, MANY, MANY // 5)]  # few may open so many files in one process
+        for part in crowd:
+            assert part.stdout and part.stdout.readline() == "all here\n"
+        with ThreadPoolExecutor(1) as pool:
+            asked, served = pool.submit(front(c).ctl, "conns"), 0
+            while not asked.done():
+                with c.client.connect(c.VIP) as s:
+                    s.sendall(REQUEST)
+                    assert len(body(read_all(s))) == 1024
+                served += 1
+        assert served > 1
+        rows = [r for r in asked.result() if "?" in r["target"]]
+        assert {r["target"] for r in rows} == {f"/1k?{n}" for n in range(MANY)}
+        assert len(rows) == len({r["client"] for r in rows}) == MANY
+        shares = Counter(r["server"] for r in rows)
+        assert max(shares.values()) - min(shares.values()) < MANY / 100, shares
+        for be in c.be:
+            assert sum(r["client"].startswith(c.client.address + ":") for r in be.ctl("conns")) \
+                >= shares[be.host.address]
+        file = (front(c).run_dir / "tcpha_fe_conn").read_text().splitlines()
+        assert sum("/1k?" in line for line in file) == MANY
+        for part in crowd:
+            part.communicate("", timeout=60)
+        wait_for(lambda: front(c).ctl("status")["live"] == 0, "the end of all connections", 60)
+        settle(c)
+    finally:
+        c.close()

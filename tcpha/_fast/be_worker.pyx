@@ -35,6 +35,9 @@ cdef extern from "<linux/netlink.h>" nogil:
         NLMSG_HDRLEN
 
 
+cdef enum:
+    PIECE = 1024           # buckets that are read under one lock
+
 cdef int64_t DELAYED_NS = 50000000  # an offer this old may have been made to another one since
 cdef uint64_t REAP_NS = 1000000     # at most one look through the whole table in this time
 
@@ -468,23 +471,33 @@ cdef class BackEnd(Core):
         return out
 
     def flows(self):
-        """Adopted connections, one dict each."""
-        cdef uint32_t i
+        """Adopted connections, one dict each. The table is read in pieces, without the GIL."""
+        cdef uint32_t at = 0, end, n = 0, i, entries = self.b.max * 2 + 256
+        cdef adopted *rows = <adopted *>malloc(entries * sizeof(adopted))
         cdef adopted *a
         cdef uint64_t now = now_ns()
-        cdef tcpha_flow flow
         out = []
-        pthread_mutex_lock(&self.b.lock)
-        for i in range(self.b.mask + 1):
-            a = self.b.buckets[i]
-            while a != NULL:
-                out.append(((<char *>&a.flow)[:sizeof(tcpha_flow)], a.id, a.since_ns, a.peer))
-                a = a.next
-        pthread_mutex_unlock(&self.b.lock)
-        rows = []
-        for raw, id, since, peer in out:
-            memcpy(&flow, <const char *>raw, sizeof(tcpha_flow))
-            rows.append({"client": address_text(flow.caddr), "port": ntohs(flow.cport),
-                         "vaddr": address_text(flow.vaddr), "vport": ntohs(flow.vport), "id": id,
-                         "age": (now - <uint64_t>since) / 1e9, "frontend": peer})
-        return rows
+        if rows == NULL:
+            raise MemoryError
+        try:
+            with nogil:
+                while at <= self.b.mask:
+                    end = min(at + PIECE, self.b.mask + 1)
+                    pthread_mutex_lock(&self.b.lock)
+                    while at < end:
+                        a = self.b.buckets[at]
+                        at += 1
+                        while a != NULL and n < entries:
+                            rows[n] = a[0]
+                            n += 1
+                            a = a.next
+                    pthread_mutex_unlock(&self.b.lock)
+            for i in range(n):
+                a = &rows[i]
+                out.append({
+                    "client": address_text(a.flow.caddr), "port": ntohs(a.flow.cport),
+                    "vaddr": address_text(a.flow.vaddr), "vport": ntohs(a.flow.vport), "id": a.id,
+                    "age": (now - a.since_ns) / 1e9, "frontend": a.peer})
+        finally:
+            free(rows)
+        return out

@@ -23,10 +23,11 @@ class Refused(Exception):
 
 async def serve(path: Path, commands: dict[str, Command]) -> asyncio.AbstractServer:
     """Listen on a Unix socket and answer commands."""
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while line := await reader.readline():
-                writer.write(json.dumps(await run(line)).encode() + b"\n")
+                answer = await run(line)  # which may be a table of many thousand rows
+                writer.write((await asyncio.to_thread(json.dumps, answer)).encode() + b"\n")
                 await writer.drain()
         except (ConnectionError, ValueError):
             pass
@@ -52,7 +53,7 @@ async def serve(path: Path, commands: dict[str, Command]) -> asyncio.AbstractSer
     path.unlink(missing_ok=True)
     old = os.umask(0o177)
     try:
-        return await asyncio.start_unix_server(answer, path)
+        return await asyncio.start_unix_server(converse, path)
     finally:
         os.umask(old)
 

@@ -267,8 +267,7 @@ class FrontEndService(Service):
                 for n, r in enumerate(self.registry.rules)]
 
     async def conns(self) -> list[dict[str, Any]]:
-        rows = await asyncio.to_thread(self.datapath.flows)
-        return [self._row(f) for f in rows]
+        return await asyncio.to_thread(lambda: [self._row(f) for f in self.datapath.flows()])
 
     def _row(self, flow: dict[str, Any]) -> dict[str, Any]:
         rules = self.registry.rules
