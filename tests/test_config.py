@@ -145,6 +145,9 @@ def test_warnings(tmp_path: Path) -> None:
     text = "\n".join(map(str, config.warnings))
     assert "x.conf:3: rule: warning: the rules do not cover every request" in text
     assert "x.conf:4: uaddr: warning: means nothing on the FE" in text
+    config = read(tmp_path, FE + "port = 8080\n")
+    assert "x.conf:4: redirectport: warning: its default 8080 is the port" in \
+        "\n".join(map(str, config.warnings))
     be = read(tmp_path, BE + "feaddr = 10.0.0.7\nheadlimit = 1000\n", "be")
     text = "\n".join(map(str, be.warnings))
     assert "feaddr: warning: ignored, since dregister is 0" in text

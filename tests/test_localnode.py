@@ -233,6 +233,17 @@ def test_direct_use_of_its_port(cluster: Cluster) -> None:
         assert answer == "fe\n"
 
 
+def test_none_where_the_front_end_listens(mode: dict[str, Any]) -> None:
+    """Its default port may be the front end's own."""
+    c = Cluster(1, **mode, rules=[(0, "jpg$")], fe_conf="port = 8080")
+    try:
+        c.nginx[0].file("a.jpg", b"x\n")
+        assert c.curl(f"http://{c.VIP}:8080/a.jpg").stdout == "x\n"
+        assert c.curl(f"http://{c.VIP}:8080/").stdout == "Service Unavailable\n"
+    finally:
+        c.close()
+
+
 def test_unload_waits_for_it(mode: dict[str, Any]) -> None:
     """On another address, too; and the host is left as it was."""
     c = Cluster(0, **mode, start=False, rules=[],

@@ -112,9 +112,13 @@ def _check(role: str, file: str, v: dict[str, Any], lines: dict[str, int],
         return
 
     if v["redirectport"] == v["port"] and v["redirectaddr"] in (ANY, v["vaddr"]):
-        fault("redirectport" if "redirectport" in lines else "port",
-              f"{v['port']} is the port that the FE itself listens on; write the one of the Local "
-              "Node's server")
+        text = f"{v['port']} is the port that the FE itself listens on; write the one of the " \
+               "Local Node's server"
+        if "redirectport" in lines:
+            fault("redirectport", text)
+        else:
+            warnings.append(Fault(file, lines["port"], "redirectport",
+                                  f"its default {text}, or there is no Local Node", True))
     servers: list[Server] = v["server"]
     known = {s.address for s in servers}
     own = {v["vaddr"], v["raddr"]} - {ANY}

@@ -38,6 +38,8 @@ class LocalNode:
         core.backend_open(INDEX, NAME)
         core.backend_flags(INDEX, app_down=True)
         self.datapath: Any = None
+        if (self.address, self.port) == (config.vaddr, config.port):
+            return  # nobody but we can listen there
         try:
             allow_adoption(host)
             self.datapath = datapath.open_local(self.address, self.port)
@@ -57,6 +59,8 @@ class LocalNode:
         self.look()
 
     def tick(self) -> None:
+        if self.datapath is None:
+            return
         self.workers.tick()
         if not self.listens:  # requests for it are being turned away
             self.look()

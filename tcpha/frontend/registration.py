@@ -73,6 +73,9 @@ class Registrar:
     async def _greet(self, sock: socket.socket, address: str) -> Hello | None:
         def judge(hello: Hello) -> None:
             check(hello, "be", self.config.vaddr)
+            if address == self.listener.getsockname()[0]:
+                raise HelloError("a back end cannot be on the front end's host; its server can be "
+                                 "the Local Node")
             if not 0 < hello.port < 65536 or not hello.rule:
                 raise HelloError("a registration names a port and at least one rule")
             try:
