@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The BPF programs, packet by packet (BPF_PROG_TEST_RUN): of running daemons, in their maps."""
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tcpha.lab.bed import Cluster, Host
+
+STACK, DROP, REDIRECT = 0xFFFFFFFF, 2, 7  # TC_ACT_UNSPEC, _SHOT, _REDIRECT
+CLIENT, VIP, FE, BE = "192.168.1.50", "192.168.1.36", "192.168.1.23", "192.168.1.33"
+FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
+HOLD, FORWARD = 1, 2
+F_FIN, F_RST, F_NEW_SYN, F_CLOSED = 1, 2, 4, 8
+DIRECT, TUNNEL, LOCAL = 1, 2, 3
+IPIP = 4
+FULL = 0x4000  # DF
+
+
+@dataclass(frozen=True)
+class Packet:
+    """An Ethernet frame with an IPv4 TCP segment, or what claims to be one."""
+
+    flags: int = ACK
+    seq: int = 1000
+    data: bytes = b""
+    source: str = CLIENT
+    destination: str = VIP
+    sport: int = 4000
+    dport: int = 80
+    ethertype: int = 0x0800
+    protocol: int = socket.IPPROTO_TCP
+    fragment: int = FULL
+    options: bytes = b""      # of IP
+    ihl: int | None = None
+    version: int = 4
+    doff: int = 5
+    cut: int | None = None    # bytes that are there, if not all
+    tunnel: tuple[str, str] | None = None  # addresses of an outer header
+    outer_fragment: int = 0
+
+    def ip(self) -> bytes:
+        tcp = struct.pack("!HHIIBBHHH", self.sport, self.dport, self.seq, 1, self.doff << 4,
+                          self.flags, 1000, 0, 0) + self.data
+        ihl = 5 + len(self.options) // 4 if self.ihl is None else self.ihl
+        return ip_header(self.version, ihl, len(self.options) + 20 + len(tcp), self.fragment,
+                         self.protocol, self.source, self.destination) + self.options + tcp
+
+    def frame(self) -> bytes:
+        ip = self.ip()
+        if self.tunnel:
+            ip = ip_header(4, 5, 20 + len(ip), self.outer_fragment, IPIP, *self.tunnel) + ip
+        return (bytes(12) + struct.pack("!H", self.ethertype) + ip)[:self.cut]
+
+
+def ip_header(version: int, ihl: int, length: int, fragment: int, protocol: int, source: str,
+              destination: str) -> bytes:
+    head = struct.pack("!BBHHHBBH4s4s", version << 4 | ihl, 0, length, 7, fragment, 64, protocol, 0,
+                       socket.inet_aton(source), socket.inet_aton(destination))
+    total = sum(struct.unpack("!10H", head))
+    total = (total & 0xFFFF) + (total >> 16)
+    return head[:10] + struct.pack("!H", ~(total + (total >> 16)) & 0xFFFF) + head[12:]
+
+
+def mapped(address: str) -> bytes:
+    return bytes(10) + b"\xff\xff" + socket.inet_aton(address)
+
+
+def flow(port: int = 4000) -> bytes:
+    return mapped(CLIENT) + mapped(VIP) + struct.pack("!HH", port, 80)
+
+
+def entry(state: int, backend: int = 0, slot: int = 0, flags: int = 0, end_seq: int = 1000,
+          syn_seq: int = 0) -> bytes:
+    return struct.pack("=5Q8I96x", 1, 0, 0, 0, 0, state, backend, slot, flags, 0, end_seq, syn_seq,
+                       0)
+
+
+class Bpf:
+    """The programs of a daemon on a host, and their maps."""
+
+    def __init__(self, host: Host, names: tuple[str, ...]):
+        self.host = host
+        self.file = host.dir / "frame"
+        net = json.loads(host.run("bpftool", "-j", "net", "show").stdout)[0]["tc"]
+        found = {p["name"].split(":")[0]: p["id"] for p in net}
+        self.programs = {name: found[name] for name in names}
+        known = json.loads(host.run("bpftool", "-j", "prog", "show", "id",
+                                    str(self.programs[names[0]])).stdout)
+        self.maps = {}
+        for number in known["map_ids"]:
+            name = json.loads(host.run("bpftool", "-j", "map", "show", "id",
+                                       str(number)).stdout)["name"]
+            self.maps[name] = str(number)
+
+    def run(self, program: str, packet: Packet) -> tuple[int, bytes]:
+        """(verdict, what became of the frame)"""
+        out = Path(f"{self.file}.out")
+        self.file.write_bytes(packet.frame())
+        out.unlink(missing_ok=True)
+        done = json.loads(self.host.run(
+            "bpftool", "-j", "prog", "run", "id", str(self.programs[program]), "data_in",
+            str(self.file), "data_out", str(out)).stdout)
+        return int(done["retval"]), out.read_bytes()
+
+    def put(self, name: str, key: bytes, value: bytes) -> None:
+        self.host.run("bpftool", "map", "update", "id", self.maps[name],
+                      "key", *map(str, key), "value", *map(str, value))
+
+    def get(self, name: str, key: bytes) -> bytes:
+        found = json.loads(self.host.run("bpftool", "-j", "map", "lookup", "id", self.maps[name],
+                                         "key", *map(str, key)).stdout)
+        return bytes(int(byte, 16) for byte in found["value"])
+
+    def drop(self, name: str, key: bytes) -> None:
+        self.host.run("bpftool", "map", "delete", "id", self.maps[name], "key", *map(str, key),
+                      check=False)
+
+
+@pytest.fixture(scope="module")
+def daemons() -> Iterator[Cluster]:
+    c = Cluster(1, datapath=("ebpf", "ebpf"), rules=[(0, ".*")])
+    try:
+        c.nginx[0].file("index.html", b"x\n")
+        c.get("/")  # both hosts know each other's MAC addresses
+        yield c
+    finally:
+        c.close()
+
+
+@pytest.fixture(scope="module")
+def fe(daemons: Cluster) -> Bpf:
+    return Bpf(daemons.fe_host, ("fe_ingress", "fe_tap"))
+
+
+@pytest.fixture(scope="module")
+def be(daemons: Cluster) -> Bpf:
+    return Bpf(daemons.be_hosts[0], ("be_ingress", "be_tap"))
+
+
+def number(index: int) -> bytes:
+    return struct.pack("=I", index)
+
+
+def state_of(e: bytes) -> dict[str, int]:
+    names = ("id", "start", "last", "packets", "bytes", "state", "backend", "slot", "flags", "rule",
+             "end_seq", "syn_seq", "target_len")
+    return dict(zip(names, struct.unpack("=5Q8I", e[:72]), strict=True))
+
+
+# What is none of a front end's business goes to the stack, whatever it looks like.
+OTHERS: dict[str, Packet] = {
+    "ARP": Packet(ethertype=0x0806), "IPv6": Packet(ethertype=0x86DD), "UDP": Packet(protocol=17),
+    "another address": Packet(destination=FE), "another port": Packet(dport=81),
+    "an unknown flow": Packet(sport=4001), "a SYN of a new connection": Packet(SYN, sport=4001),
+    "a first fragment": Packet(fragment=0x2000), "a last fragment": Packet(fragment=0x0005),
+    "version 6 in an IPv4 frame": Packet(version=6), "ihl 4": Packet(ihl=4),
+    "ihl beyond the packet": Packet(ihl=15),
+    "a frame that ends behind the IP header": Packet(cut=34),
+    "a frame that ends in the TCP header": Packet(cut=14 + 20 + 10),
+    "a frame that ends behind the ports": Packet(cut=14 + 20 + 4),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_front_end_leaves_alone(fe: Bpf, what: str) -> None:
+    fe.put("flows", flow(), entry(FORWARD))
+    packet = OTHERS[what]
+    verdict, out = fe.run("fe_ingress", packet)
+    assert (verdict, out) == (STACK, packet.frame())
+    assert state_of(fe.get("flows", flow()))["packets"] == 0
+
+
+# description: entry before, packet, verdict, and what must be in the entry then
+FLOWS: dict[str, tuple[bytes, Packet, int, dict[str, int]]] = {
+    "an ACK": (entry(FORWARD), Packet(), REDIRECT, {"packets": 1, "bytes": 40, "flags": 0}),
+    "data": (entry(FORWARD), Packet(ACK | PSH, data=b"x" * 100), REDIRECT,
+             {"packets": 1, "bytes": 140, "end_seq": 1100}),
+    "data at the wrap": (entry(FORWARD, end_seq=0xFFFFFFF0),
+                         Packet(seq=0xFFFFFFF0, data=b"x" * 100), REDIRECT, {"end_seq": 84}),
+    "an old duplicate": (entry(FORWARD, end_seq=2000), Packet(data=b"x" * 100), REDIRECT,
+                         {"end_seq": 2000}),
+    "IP options": (entry(FORWARD), Packet(options=b"\1" * 4, data=b"y" * 10), REDIRECT,
+                   {"packets": 1, "bytes": 54, "end_seq": 1010}),
+    "a FIN": (entry(FORWARD), Packet(FIN | ACK), REDIRECT, {"flags": F_FIN, "end_seq": 1001}),
+    "a RST": (entry(FORWARD), Packet(RST), REDIRECT, {"flags": F_RST}),
+    "a SYN on a live flow": (entry(FORWARD), Packet(SYN, seq=5000), REDIRECT, {"flags": 0}),
+    "a SYN behind a FIN": (entry(FORWARD, flags=F_FIN), Packet(SYN, seq=5000), STACK,
+                           {"flags": F_FIN | F_NEW_SYN, "syn_seq": 5000}),
+    "a SYN before what was sent": (entry(FORWARD, flags=F_FIN), Packet(SYN, seq=999), REDIRECT,
+                                   {"flags": F_FIN}),
+    "a SYN on a closed flow": (entry(FORWARD, flags=F_CLOSED), Packet(SYN, seq=999), STACK,
+                               {"flags": F_CLOSED | F_NEW_SYN, "syn_seq": 999}),
+    "of the new connection": (entry(FORWARD, flags=F_FIN | F_NEW_SYN, syn_seq=5000),
+                              Packet(seq=5001), STACK, {"packets": 0}),
+    "of the old connection": (entry(FORWARD, flags=F_FIN | F_NEW_SYN, syn_seq=5000),
+                              Packet(seq=1001), REDIRECT, {"packets": 1}),
+    "a SYN-ACK": (entry(FORWARD, flags=F_FIN), Packet(SYN | ACK, seq=5000), REDIRECT,
+                  {"packets": 1}),
+    "of the Local Node": (entry(FORWARD, backend=255), Packet(data=b"z" * 9), STACK,
+                          {"packets": 1, "bytes": 49}),
+    "to nowhere": (entry(FORWARD, backend=77), Packet(), DROP, {"packets": 0}),
+    "to an index beyond the table": (entry(FORWARD, backend=9999), Packet(), DROP, {"packets": 0}),
+    "that is being handed over": (entry(HOLD, slot=0x01020304), Packet(data=b"h"), REDIRECT,
+                                  {"packets": 0, "end_seq": 1001}),
+    "doff beyond the packet": (entry(FORWARD), Packet(doff=15), REDIRECT, {"packets": 1}),
+}
+
+
+@pytest.mark.parametrize("what", FLOWS)
+def test_front_end_flow(fe: Bpf, what: str) -> None:
+    before, packet, want, after = FLOWS[what]
+    fe.put("flows", flow(), before)
+    try:
+        verdict, out = fe.run("fe_ingress", packet)
+        now = state_of(fe.get("flows", flow()))
+    finally:
+        fe.drop("flows", flow())
+    assert verdict == want
+    assert {key: now[key] for key in after} == after
+    assert out[14:] == packet.frame()[14:]  # not a byte of the packet changes
+    if state_of(before)["state"] == HOLD:
+        assert out[:6] == b"\x02\x74" + struct.pack("=I", 0x01020304)
+    elif want == STACK and state_of(before)["backend"] != 255:
+        assert out == packet.frame()
+
+
+def test_front_end_tunnel(fe: Bpf, daemons: Cluster) -> None:
+    own = fe.get("backends", number(0))
+    ifindex = struct.unpack("=I", own[:4])[0]
+    fe.put("backends", number(9), struct.pack("=II", ifindex, TUNNEL) + mapped(BE) + mapped(BE)
+           + mapped(FE))
+    for fragment in (FULL, 0):
+        fe.put("flows", flow(), entry(FORWARD, backend=9))
+        packet = Packet(ACK | PSH, data=b"x" * 100, fragment=fragment)
+        verdict, out = fe.run("fe_ingress", packet)
+        assert verdict == REDIRECT
+        outer, inner = out[14:34], out[34:]
+        assert inner == packet.ip()
+        head = ip_header(4, 5, 20 + len(inner), fragment, IPIP, FE, BE)
+        # all but the identification, and the checksum that goes with it
+        assert outer[:4] + outer[6:10] + outer[12:] == head[:4] + head[6:10] + head[12:]
+        total = sum(struct.unpack("!10H", outer))
+        assert (total & 0xFFFF) + (total >> 16) == 0xFFFF
+    fe.put("backends", number(9), bytes(56))
+    fe.drop("flows", flow())
+
+
+def test_front_end_tap(fe: Bpf) -> None:
+    """What was held comes back by the TAP, for whoever the entry says by then."""
+    mark = Packet(data=b"held")
+    for state, want in ((entry(FORWARD), REDIRECT), (entry(HOLD, slot=1), REDIRECT),
+                        (entry(FORWARD, backend=255), STACK), (entry(FORWARD, backend=77), DROP)):
+        fe.put("flows", flow(), state)
+        assert fe.run("fe_tap", mark)[0] == want
+    fe.drop("flows", flow())
+    assert fe.run("fe_tap", mark)[0] == 0  # given back
+    for packet in (Packet(ethertype=0x0806), Packet(protocol=17), Packet(cut=34), Packet(ihl=3),
+                   Packet(ethertype=0x88B5)):  # the last: an operation of no slot
+        assert fe.run("fe_tap", packet)[0] == DROP
+
+
+GUARDED: dict[str, tuple[Packet, int]] = {
+    "ARP": (Packet(ethertype=0x0806), STACK), "UDP to the VIP": (Packet(protocol=17), STACK),
+    "to its own address": (Packet(destination=BE), STACK),
+    "a SYN to the VIP": (Packet(SYN), DROP), "an ACK of no socket": (Packet(ACK), DROP),
+    "a RST of no socket": (Packet(RST), DROP), "another port of the VIP": (Packet(dport=22), DROP),
+    "IP options": (Packet(options=b"\1" * 8), DROP), "doff 0": (Packet(doff=0), DROP),
+    "a fragment to the VIP": (Packet(fragment=0x2000), STACK),
+    "ihl 3": (Packet(ihl=3), STACK), "cut in the TCP header": (Packet(cut=44), STACK),
+    "a tunnel of a stranger": (Packet(tunnel=("10.9.9.9", BE)), DROP),
+    "a tunnel of the front end, no socket": (Packet(tunnel=(FE, BE)), DROP),
+    "a tunnel, not for the VIP": (Packet(destination="10.0.0.1", tunnel=(FE, BE)), STACK),
+    "a tunnel to another address": (Packet(tunnel=(FE, "10.0.0.2")), STACK),
+    "a tunnel in fragments": (Packet(tunnel=(FE, BE), outer_fragment=0x2000), STACK),
+    "a tunnel with a fragment": (Packet(tunnel=(FE, BE), fragment=0x2000), STACK),
+    "a tunnel that ends in the inner header": (Packet(tunnel=(FE, BE), cut=14 + 20 + 12), STACK),
+    "a tunnel that ends in the TCP header": (Packet(tunnel=(FE, BE), cut=14 + 40 + 12), STACK),
+    "a tunnel with inner ihl 15": (Packet(tunnel=(FE, BE), ihl=15), STACK),
+}
+
+
+@pytest.mark.parametrize("what", GUARDED)
+def test_back_end_guard(be: Bpf, what: str) -> None:
+    packet, want = GUARDED[what]
+    verdict, out = be.run("be_ingress", packet)
+    assert verdict == want
+    if want == STACK:
+        assert out == packet.frame()
+
+
+def test_back_end_lets_pass_what_has_a_socket(be: Bpf, daemons: Cluster) -> None:
+    with daemons.client.connect(VIP) as s:
+        s.sendall(b"GET / HTTP/1.1\r\nHost: lab\r\n\r\n")
+        assert s.recv(65536).startswith(b"HTTP/1.1 200")
+        mine = Packet(sport=s.getsockname()[1])
+        assert be.run("be_ingress", mine)[0] == STACK
+        assert be.run("be_ingress", replace(mine, flags=SYN))[0] == STACK  # a challenge ACK's case
+        verdict, out = be.run("be_ingress", replace(mine, tunnel=(FE, BE)))
+        assert (verdict, out[14:]) == (STACK, mine.ip())
+        assert be.run("be_ingress", replace(mine, tunnel=("10.9.9.9", BE)))[0] == DROP
+        assert be.run("be_ingress", replace(mine, dport=81))[0] == DROP
+
+
+def test_back_end_tap(be: Bpf) -> None:
+    for packet in (Packet(ethertype=0x0806), Packet(protocol=17), Packet(cut=34), Packet(ihl=3),
+                   Packet(ethertype=0x88B5), Packet(data=b"id 7 is no operation")):
+        assert be.run("be_tap", packet)[0] == DROP
+
+
+def test_counters(fe: Bpf, daemons: Cluster) -> None:
+    """What user space shows is what the programs count."""
+    def packets() -> dict[str, Any]:
+        assert daemons.fe
+        answer: dict[str, Any] = daemons.fe.ctl("status")["packets"]
+        return answer
+    before = packets()
+    fe.put("flows", flow(), entry(FORWARD))
+    for flags in (ACK, SYN, ACK):
+        fe.run("fe_ingress", Packet(flags))
+    fe.put("flows", flow(), entry(HOLD, slot=60000))
+    fe.run("fe_ingress", Packet())
+    fe.put("flows", flow(), entry(FORWARD, backend=77))
+    fe.run("fe_ingress", Packet())
+    fe.drop("flows", flow())
+    after = packets()
+    assert {key: after[key] - before[key] for key in ("forwarded", "live_syn", "held",
+                                                      "unreachable", "forwarded_bytes")} == {
+        "forwarded": 3, "live_syn": 1, "held": 1, "unreachable": 1, "forwarded_bytes": 120}
