@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Clusters for the tests. Every test that moves packets runs for each forward mode, with each
-datapath on both sides, and with two that differ."""
+datapath on both sides, and with two that differ; where the way of packets is not the point, for
+each datapath."""
 from __future__ import annotations
 
 import os
@@ -27,13 +28,17 @@ MODES = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test of what one datapath alone has exists in the modes that have it, and in no other."""
+    """A test of what one datapath alone has exists in the modes that have it, and in no other. So
+    does one that names its modes."""
     def exists(item: pytest.Item) -> bool:
-        mark = item.get_closest_marker("queues_on")
-        if mark is None:
+        mode = getattr(item, "callspec", None) and item.callspec.params.get("mode")  # type: ignore
+        if mode is None:
             return True
-        _, *sides = MODES[item.callspec.params["mode"]]  # type: ignore[attr-defined]
-        return sides[("fe", "be").index(mark.args[0])] == NFQUEUE
+        named = item.get_closest_marker("modes")
+        if named is not None and mode not in named.args:
+            return False
+        mark = item.get_closest_marker("queues_on")
+        return mark is None or MODES[mode][("fe", "be").index(mark.args[0]) + 1] == NFQUEUE
     items[:] = [item for item in items if exists(item)]
 
 

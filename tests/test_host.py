@@ -12,8 +12,12 @@ from typing import Any
 
 import pytest
 
+from conftest import MODES
 from tcpha.lab.bed import BIN, Bed, Cluster, Daemon, Host, sh, wait_for
 
+# how packets travel is seldom the point
+pytestmark = pytest.mark.modes("direct", "nfqueue-direct")
+every_mode = pytest.mark.modes(*MODES)
 MAC = r"(?:[0-9A-F]{2}:){5}[0-9A-F]{2}"
 
 
@@ -52,6 +56,7 @@ def idle(mode: dict[str, Any]):
     c.close()
 
 
+@every_mode
 def test_host_state_after_stop(idle: Cluster) -> None:
     hosts = [idle.fe_host, *idle.be_hosts]
     before = [state(h) for h in hosts]
@@ -68,6 +73,7 @@ def test_host_state_after_stop(idle: Cluster) -> None:
         assert list(d.run_dir.iterdir()) == []
 
 
+@every_mode
 def test_host_state_after_kill_and_restart(idle: Cluster) -> None:
     hosts = [idle.fe_host, *idle.be_hosts]
     before = [state(h) for h in hosts]
@@ -207,6 +213,7 @@ def test_a_uaddr_in_use_is_refused(idle: Cluster, uaddr: str, words: str) -> Non
     assert state(be) == before
 
 
+@every_mode
 def test_nothing_reaches_the_vip_around_the_front_end(idle: Cluster) -> None:
     idle.start()
     be = idle.be_hosts[0]

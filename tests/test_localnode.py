@@ -16,6 +16,8 @@ from tcpha.lab.bed import Cluster, Daemon, Nginx, sh, wait_for
 from test_clients import connect_from
 from test_serve import LOSS, REQUEST, body, digest, read_all, settle, upload_many
 
+# back ends play a small part here
+pytestmark = pytest.mark.modes("direct", "tunnel", "nfqueue-direct", "nfqueue-tunnel")
 KEEP = REQUEST.replace(b"close", b"keep-alive")
 UNAVAILABLE = "Service Unavailable\n503"
 

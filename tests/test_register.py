@@ -15,6 +15,7 @@ from tcpha._fast import message
 from tcpha.lab.bed import Cluster, Daemon, wait_for
 from test_serve import REQUEST, body, digest, read_all, settle
 
+pytestmark = pytest.mark.modes("direct", "nfqueue-direct")  # how packets travel is not the point
 UNAVAILABLE = "Service Unavailable\n503"
 REGISTER = "dregister = 1\nfeaddr = 192.168.1.23\n"
 
