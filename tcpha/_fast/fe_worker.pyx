@@ -751,7 +751,9 @@ cdef class FrontEnd(Core):
             watch(self.c, EPOLL_CTL_ADD, d.event_fd, EPOLLIN | EPOLLET, EV_TAP, 0, 0)
 
     def accept(self):
-        """Begin to accept."""
+        """Begin to accept, if the listener was not closed meanwhile."""
+        if "listener" not in self.fds:
+            return
         watch(self.c, EPOLL_CTL_ADD, self.f.listen_fd, EPOLLIN | EPOLLET, EV_LISTENER, 0, 0)
 
     def refuse_new(self):

@@ -15,7 +15,15 @@ from tcpha.admin.server import Command
 from tcpha.backend import arp
 from tcpha.backend.registration import Registration
 from tcpha.config import ANY, Config
-from tcpha.control.hello import PATIENCE, Hello, HelloError, answer, check, new_instance
+from tcpha.control.hello import (
+    PATIENCE,
+    Hello,
+    HelloError,
+    accept_each,
+    answer,
+    check,
+    new_instance,
+)
 from tcpha.datapath import allow_adoption, choose, open_backend
 from tcpha.net.host import HostError
 from tcpha.service import Service
@@ -72,7 +80,7 @@ class BackEndService(Service):
 
     async def begin(self) -> None:
         self._look_at_application()
-        self.spawn(self._accept())
+        self.spawn(accept_each(self.listener, self._meet))
         if self.config.dregister:
             self.registering = self.spawn(self.registration.run())
 
@@ -103,11 +111,8 @@ class BackEndService(Service):
             log.warning("nothing listens on %s:%d; start the application, or mend redirectaddr "
                         "and redirectport", address, config.redirectport)
 
-    async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            sock, peer = await loop.sock_accept(self.listener)
-            self.spawn(self._greet(sock, peer[0]))
+    def _meet(self, sock: socket.socket, address: str) -> None:
+        self.spawn(self._greet(sock, address))
 
     def _judge(self, hello: Hello) -> None:
         if self.unloading:

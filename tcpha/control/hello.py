@@ -15,6 +15,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import logging
 import secrets
 import socket
 import struct
@@ -25,6 +26,7 @@ from typing import Any
 
 from tcpha._fast.message import HEADER_SIZE, HELLO, VERSION, encode_hello
 
+log = logging.getLogger("tcpha")
 LIMIT = 65536
 CLIENT, SERVER = b"client", b"server"
 STRANGER = "the peer does not speak TCPHA's control protocol"
@@ -164,6 +166,20 @@ async def answer(sock: socket.socket, mine: Hello, secret: bytes | None,
         await _verify(sock, secret, CLIENT, said)
         await _prove(sock, secret, SERVER, said)
     return hello, delta
+
+
+async def accept_each(listener: socket.socket,
+                      serve: Callable[[socket.socket, str], None]) -> None:
+    """Call serve(socket, address) for each connection, for ever."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            sock, peer = await loop.sock_accept(listener)
+        except OSError as error:
+            log.warning("cannot accept a control connection: %s", error.strerror)
+            await asyncio.sleep(1)  # out of descriptors: others must go first
+            continue
+        serve(sock, peer[0])
 
 
 def keep_alive(sock: socket.socket) -> None:

@@ -20,6 +20,7 @@ from tcpha.control.hello import (
     STRANGER,
     Hello,
     HelloError,
+    accept_each,
     answer,
     check,
     keep_alive,
@@ -41,20 +42,23 @@ class Registrar:
         self.config = config
         self.secret = secret
         self.spawn = spawn
-        self.places = asyncio.Semaphore(MOST)
+        self.strangers = 0
 
     async def run(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await self.places.acquire()
-            sock, peer = await loop.sock_accept(self.listener)
-            self.spawn(self._serve(sock, peer[0]))
+        await accept_each(self.listener, self._meet)
+
+    def _meet(self, sock: socket.socket, address: str) -> None:
+        if self.strangers < MOST:
+            self.strangers += 1
+            self.spawn(self._serve(sock, address))
+        else:
+            sock.close()
 
     async def _serve(self, sock: socket.socket, address: str) -> None:
         try:
             hello = await self._greet(sock, address)
         finally:
-            self.places.release()
+            self.strangers -= 1
         if hello is None:
             sock.close()
             return

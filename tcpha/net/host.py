@@ -280,11 +280,15 @@ class Host:
 
     def handshakes(self, address: str, port: int) -> int:
         """How many SYNs to an address and port of ours are answered, and the answer not yet
-        acknowledged. May be called from another thread."""
-        with DiagSocket() as diag:
-            diag.bind()
-            return sum(s["idiag_src"] == address and s["idiag_sport"] == port for s in
-                       diag.get_sock_stats(family=socket.AF_INET, states=1 << TCP_SYN_RECV))
+        acknowledged; 0 if the kernel does not say. May be called from another thread."""
+        try:
+            with DiagSocket() as diag:
+                diag.bind()
+                return sum(s["idiag_src"] == address and s["idiag_sport"] == port for s in
+                           diag.get_sock_stats(family=socket.AF_INET, states=1 << TCP_SYN_RECV))
+        except (OSError, NetlinkError) as error:
+            log.debug("half-open connections: %s", error)
+            return 0
 
     # Rules
 
