@@ -24,7 +24,7 @@ def extension(source: Path) -> Extension:
     packages = LIBRARIES.get(source.stem, [])
     return Extension(
         f"tcpha._fast.{source.stem}", [str(source)],
-        include_dirs=[str(BPF)], depends=[str(BPF / "tcpha.h")],
+        include_dirs=[str(BPF)], depends=[str(p) for p in BPF.glob("*.h")],
         extra_compile_args=["-O2", "-g", "-pthread", "-Wall", "-Wno-unused-function",
                             *pkg_config(packages, "--cflags")],
         extra_link_args=["-pthread", *pkg_config(packages, "--libs")])

@@ -22,6 +22,7 @@ F_FIN, F_RST, F_NEW_SYN, F_CLOSED = 1, 2, 4, 8
 DIRECT, TUNNEL, LOCAL = 1, 2, 3
 IPIP = 4
 FULL = 0x4000  # DF
+LEAP = 1 << 24  # TCPHA_LEAP
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ def flow(port: int = 4000) -> bytes:
 
 
 def entry(state: int, backend: int = 0, slot: int = 0, flags: int = 0, end_seq: int = 1000,
-          syn_seq: int = 0) -> bytes:
-    return struct.pack("=5Q8I96x", 1, 0, 0, 0, 0, state, backend, slot, flags, 0, end_seq, syn_seq,
-                       0)
+          syn_seq: int = 0, ahead: tuple[int, int] = (0, 0)) -> bytes:
+    return struct.pack("=5Q10I96x", 1, 0, 0, 0, 0, state, backend, slot, flags, 0, end_seq, *ahead,
+                       syn_seq, 0)
 
 
 class Bpf:
@@ -151,8 +152,8 @@ def number(index: int) -> bytes:
 
 def state_of(e: bytes) -> dict[str, int]:
     names = ("id", "start", "last", "packets", "bytes", "state", "backend", "slot", "flags", "rule",
-             "end_seq", "syn_seq", "target_len")
-    return dict(zip(names, struct.unpack("=5Q8I", e[:72]), strict=True))
+             "end_seq", "ahead_seq", "ahead_end", "syn_seq", "target_len")
+    return dict(zip(names, struct.unpack("=5Q10I", e[:80]), strict=True))
 
 
 # What is none of a front end's business goes to the stack, whatever it looks like.
@@ -196,12 +197,35 @@ FLOWS: dict[str, tuple[bytes, Packet, int, dict[str, int]]] = {
                            {"flags": F_FIN | F_NEW_SYN, "syn_seq": 5000}),
     "a SYN before what was sent": (entry(FORWARD, flags=F_FIN), Packet(SYN, seq=999), REDIRECT,
                                    {"flags": F_FIN}),
+    "a SYN half the way round": (entry(FORWARD, flags=F_FIN), Packet(SYN, seq=1000 + 0x70000000),
+                                 REDIRECT, {"flags": F_FIN}),
     "a SYN on a closed flow": (entry(FORWARD, flags=F_CLOSED), Packet(SYN, seq=999), STACK,
                                {"flags": F_CLOSED | F_NEW_SYN, "syn_seq": 999}),
     "of the new connection": (entry(FORWARD, flags=F_FIN | F_NEW_SYN, syn_seq=5000),
                               Packet(seq=5001), STACK, {"packets": 0}),
     "of the old connection": (entry(FORWARD, flags=F_FIN | F_NEW_SYN, syn_seq=5000),
                               Packet(seq=1001), REDIRECT, {"packets": 1}),
+    "more, after a forged RST and SYN": (
+        entry(FORWARD, flags=F_RST | F_NEW_SYN, syn_seq=5000), Packet(seq=1000, data=b"x"),
+        REDIRECT, {"flags": 0, "end_seq": 1001}),
+    "no more, after a FIN and a SYN": (
+        entry(FORWARD, flags=F_FIN | F_NEW_SYN, syn_seq=5000), Packet(seq=900, data=b"x" * 100),
+        REDIRECT, {"flags": F_FIN | F_NEW_SYN, "end_seq": 1000}),
+    "a RST with a number that cannot be": (entry(FORWARD), Packet(RST, seq=1000 + LEAP), REDIRECT,
+                                           {"flags": 0, "end_seq": 1000}),
+    "a FIN with a number that cannot be": (
+        entry(FORWARD), Packet(FIN, seq=(999 - LEAP) % 2**32), REDIRECT,
+        {"flags": 0, "end_seq": 1000}),
+    "data that cannot be": (entry(FORWARD), Packet(seq=1000 + LEAP, data=b"x"), REDIRECT,
+                            {"end_seq": 1000, "ahead_seq": 0, "ahead_end": 0}),
+    "data behind a gap": (entry(FORWARD), Packet(seq=1200, data=b"x" * 100), REDIRECT,
+                          {"end_seq": 1000, "ahead_seq": 1200, "ahead_end": 1300}),
+    "more behind a gap": (entry(FORWARD, ahead=(1200, 1300)), Packet(seq=1300, data=b"x" * 100),
+                          REDIRECT, {"end_seq": 1000, "ahead_seq": 1200, "ahead_end": 1400}),
+    "the gap half closed": (entry(FORWARD, ahead=(1200, 1300)), Packet(data=b"x" * 100), REDIRECT,
+                            {"end_seq": 1100, "ahead_seq": 1200, "ahead_end": 1300}),
+    "the gap closed": (entry(FORWARD, ahead=(1100, 1300)), Packet(data=b"x" * 100), REDIRECT,
+                       {"end_seq": 1300, "ahead_seq": 0, "ahead_end": 0}),
     "a SYN-ACK": (entry(FORWARD, flags=F_FIN), Packet(SYN | ACK, seq=5000), REDIRECT,
                   {"packets": 1}),
     "of the Local Node": (entry(FORWARD, backend=255), Packet(data=b"z" * 9), STACK,

@@ -208,6 +208,29 @@ def test_connections_outlive_their_daemon(pair: Cluster) -> None:
             assert read_all(s).startswith(b"HTTP/1.1 200 ")
 
 
+def test_what_a_control_connection_carried_when_it_was_cut(pair: Cluster) -> None:
+    """A back end said CLOSED, and the front end never heard it: it asks when they meet again."""
+    assert pair.fe
+    fe = pair.fe
+    settle(pair)
+    with pair.client.connect(pair.VIP) as s:
+        s.sendall(REQUEST.replace(b"close", b"keep-alive"))
+        s.recv(65536)
+        (row,) = wait_for(lambda: fe.ctl("conns"), "the connection table")
+        victim = [h.address for h in pair.be_hosts].index(row["server"])
+        pair.be_hosts[victim].nft("""table ip lab {
+            chain out { type filter hook output priority 0; tcp sport 666 drop; }
+        }""")
+    try:
+        wait_for(lambda: pair.be[victim].ctl("status")["live"] == 0, "the connection's end")
+        wait_for(lambda: servers(pair)[victim]["state"] == "down", "the cut to be noticed")
+        assert fe.ctl("status")["live"] == 1
+    finally:
+        pair.be_hosts[victim].nft("")
+    wait_for(lambda: servers(pair)[victim]["state"] == "up", "the back end in use again", 15)
+    settle(pair)
+
+
 def test_back_end_unreachable(pair: Cluster) -> None:
     port = pair.be_hosts[0].port
     sh("ip", "-n", pair.bed.switch, "link", "set", port, "down")
@@ -457,3 +480,21 @@ def test_uploads_while_back_ends_come_and_go(pair: Cluster) -> None:
     pair.fe.ctl("drain", pair.be_hosts[1].address)
     upload_many(pair, 24, 1 << 20, "-H", "Expect:")
     pair.fe.ctl("undrain", pair.be_hosts[1].address)
+
+
+def test_restart_after_an_answer_of_its_own(mode: dict[str, Any]) -> None:
+    """The socket of a connection that was offered in vain is in TIME_WAIT when the front end starts
+    anew, and does not hold its port."""
+    c = Cluster(1, **mode, rules=[(0, ".*")], fe_conf="dtcinterval = 0")
+    try:
+        assert c.fe
+        c.nginx[0].stop()
+        with c.client.connect(c.VIP) as s:  # the front end closes first
+            s.sendall(REQUEST)
+            assert b" 503 " in read_all(s)
+        wait_for(lambda: c.fe_host.run("ss", "-Htan", "state", "time-wait", "sport = :80").stdout,
+                 "the socket in TIME_WAIT")
+        assert c.fe.stop() == 0
+        c.fe.start()
+    finally:
+        c.close()

@@ -6,6 +6,7 @@
  * fe_tap	tc ingress of the daemon's TAP device: operations, and packets that were held
  */
 #include "common.bpf.h"
+#include "flow.h"
 
 const volatile struct tcpha_fe_conf conf SEC(".rodata.conf");
 
@@ -105,20 +106,13 @@ static __always_inline int hold(struct __sk_buff *skb, const struct tcpha_entry 
 	return bpf_redirect(conf.tap, 0);
 }
 
-/*
- * The entry of the packet's flow, or 0: the packet is for the stack.
- *
- * A SYN on a flow is the client's host reusing its port, or an attacker. Once the connection is over, or
- * the client has closed (FIN or RST seen) and the SYN lies behind all that it has sent (RFC 6191), it goes
- * to the listener. What lies behind such a SYN belongs to the newer connection, what does not to the old
- * one, whose entry stays until the back end says CLOSED: a forged SYN cuts nothing. Any other SYN belongs
- * to the back end, whose kernel answers with a challenge ACK (RFC 5961 section 4).
- */
+/* The entry of the packet's flow, or 0: the packet is for the stack. */
 static __always_inline struct tcpha_entry *classify(const struct headers *h)
 {
 	struct tcpha_flow flow;
 	struct tcpha_entry *e;
-	__u32 seq, end;
+	__u32 length;
+	__u8 flags;
 
 	if (h->ip->daddr != unmap_v4(conf.vaddr) || h->tcp->dest != conf.vport)
 		return 0;
@@ -129,29 +123,14 @@ static __always_inline struct tcpha_entry *classify(const struct headers *h)
 	e = bpf_map_lookup_elem(&flows, &flow);
 	if (!e)
 		return 0;
-	seq = bpf_ntohl(h->tcp->seq);
-	if (h->tcp->syn && !h->tcp->ack) {
-		if (e->state == TCPHA_FORWARD &&
-		    ((e->flags & TCPHA_F_CLOSED) ||
-		     ((e->flags & (TCPHA_F_FIN | TCPHA_F_RST)) &&
-		      (__s32)(seq - e->end_seq) >= 0))) {
-			e->syn_seq = seq;
-			e->flags |= TCPHA_F_NEW_SYN;
-			return 0;
-		}
-		COUNT(live_syn, 1);
-		return e;
-	}
-	if ((e->flags & TCPHA_F_NEW_SYN) && (__s32)(seq - e->syn_seq) > 0)
+	flags = ((__u8 *)h->tcp)[13];
+	length = bpf_ntohs(h->ip->tot_len) - h->ip->ihl * 4 - h->tcp->doff * 4;
+	switch (tcpha_classify(e, flags, bpf_ntohl(h->tcp->seq), length, bpf_ktime_get_ns())) {
+	case TCPHA_TO_STACK:
 		return 0;
-	end = seq + bpf_ntohs(h->ip->tot_len) - h->ip->ihl * 4 - h->tcp->doff * 4 + h->tcp->fin;
-	if ((__s32)(end - e->end_seq) > 0)
-		e->end_seq = end;
-	e->last_ns = bpf_ktime_get_ns();
-	if (h->tcp->fin)
-		e->flags |= TCPHA_F_FIN;
-	if (h->tcp->rst)
-		e->flags |= TCPHA_F_RST;
+	case TCPHA_TO_LIVE:
+		COUNT(live_syn, 1);
+	}
 	return e;
 }
 

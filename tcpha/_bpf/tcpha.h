@@ -52,7 +52,9 @@ struct tcpha_entry {
 	__u32 slot;	/* connection slot in user space while in TCPHA_HOLD */
 	__u32 flags;
 	__u32 rule;	/* index of the rule that matched */
-	__u32 end_seq;	/* behind the last byte or FIN that the client has sent */
+	__u32 end_seq;	/* behind the last byte or FIN that the client has sent; see flow.h */
+	__u32 ahead_seq; /* what was seen behind a gap; none if both are equal */
+	__u32 ahead_end;
 	__u32 syn_seq;
 	__u32 target_len;
 	char target[TCPHA_TARGET_MAX];

@@ -49,6 +49,8 @@ cdef extern from "tcpha.h" nogil:
         uint32_t flags
         uint32_t rule
         uint32_t end_seq
+        uint32_t ahead_seq
+        uint32_t ahead_end
         uint32_t syn_seq
         uint32_t target_len
         char target[96]
@@ -106,3 +108,11 @@ cdef extern from "tcpha.h" nogil:
         uint8_t vaddr[16]
         uint8_t raddr[16]
         uint32_t tap
+
+
+cdef extern from "flow.h" nogil:
+    enum:
+        TCPHA_TO_STACK
+        TCPHA_TO_FLOW
+        TCPHA_TO_LIVE
+    int tcpha_classify(tcpha_entry *e, uint8_t flags, uint32_t seq, uint32_t length, uint64_t now)

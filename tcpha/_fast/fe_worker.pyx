@@ -77,6 +77,7 @@ cdef enum:
     TCP_REPAIR_QUEUE = 20
     TCP_RECV_QUEUE = 1
     SOL_SOCKET = 1
+    SO_REUSEADDR = 2
     SO_ATTACH_FILTER = 26
     SLOT_BITS = 16         # of a handoff id
     NO_RULE = -1           # of what the Local Node takes because nobody else does
@@ -159,10 +160,13 @@ cdef bint _discard(conn *k) noexcept nogil:
 
 cdef void _answer(frontend *f, conn *k, const char *text, uint64_t *counter) noexcept nogil:
     """Send a response and close in the lingering way."""
-    cdef int off = -1      # without a window probe
+    cdef int off = -1, one = 1  # -1: without a window probe
     cdef size_t n
     if k.frozen:
         setsockopt(k.fd, IPPROTO_TCP, TCP_REPAIR, &off, sizeof(off))
+        # The kernel takes this from a socket that was in repair mode, and even in TIME_WAIT it would
+        # keep our next run from its port.
+        setsockopt(k.fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one))
         k.frozen = False
     if k.diverted:
         f.dp.give_back(f.dp.self, &k.snap.flow, k.index)

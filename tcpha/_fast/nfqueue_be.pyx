@@ -10,7 +10,7 @@ import socket
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcmp, memcpy, memmove, memset
 
 from tcpha._fast.datapath cimport (
     DP_ALIVE, DP_CLOSING, DP_MORE, DP_TIME_WAIT, BeDatapath)
@@ -25,7 +25,7 @@ from tcpha._fast.nfqueue cimport (
     Queue, packet, queue)
 from tcpha._fast.packet cimport (
     ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_FIN, TCP_PSH, TCP_RST, TCP_SIZE, TCP_SYN,
-    VNET_SIZE, address_bytes, forge, segment, segment_from)
+    VNET_SIZE, address_bytes, forge, ip_checksum, segment, segment_from)
 from tcpha._fast.rewrite cimport (
     SUM_FULL, SUM_LEAVE, SUM_UPDATE, checksum_full, get32, tcp_parse, tcp_parse_head, tcp_view,
     translate, translation)
@@ -113,17 +113,17 @@ cdef be_flow *_flow_to(be_nfqueue *d, const tcp_view *v) noexcept nogil:
 cdef int _inward(be_nfqueue *d, packet *p) noexcept nogil:
     """From the network: tunnelled by a front end, or to the VIP."""
     cdef uint8_t *inner = p.data
-    cdef uint32_t length = p.len, ihl, outer_src, i
+    cdef uint32_t length = p.len, outer_src, i
+    cdef uint16_t word
     cdef bint tunnelled = False
     cdef be_flow *f
     cdef tcp_view v
     if length >= IP_SIZE and inner[9] == 4:  # IPIP
         memcpy(&outer_src, inner + 12, 4)
-        ihl = (inner[0] & 15) * 4u
-        if ihl < IP_SIZE or length < ihl + IP_SIZE:
-            return V_ACCEPT
-        inner += ihl
-        length -= ihl
+        if inner[0] != 0x45 or length < 2 * IP_SIZE:
+            return V_ACCEPT  # no front end of ours sends options there
+        inner += IP_SIZE
+        length -= IP_SIZE
         tunnelled = True
     if tcp_parse(inner, length, &v) < 0 or memcmp(v.ip + 16, d.vaddr + 12, 4) != 0:
         return V_ACCEPT    # none of ours
@@ -135,6 +135,19 @@ cdef int _inward(be_nfqueue *d, packet *p) noexcept nogil:
             add64(<uint64_t *>&d.n.foreign, 1)
             return V_DROP
         add64(<uint64_t *>&d.n.decapsulated, 1)
+        if v.tcp - v.ip > IP_SIZE:
+            # The kernel has noted where the outer packet's payload begins. So the inner header must
+            # have the same size: its options, which nobody reads here, go.
+            inner = v.tcp - IP_SIZE
+            length -= <uint32_t>(inner - v.ip)
+            memmove(inner, v.ip, IP_SIZE)
+            inner[0] = 0x45
+            word = htons(<uint16_t>length)
+            memcpy(inner + 2, &word, 2)
+            memset(inner + 10, 0, 2)
+            word = ip_checksum(inner, IP_SIZE)
+            memcpy(inner + 10, &word, 2)
+            tcp_parse(inner, length, &v)
     f = _flow_to(d, &v)
     if f == NULL:
         return V_DROP

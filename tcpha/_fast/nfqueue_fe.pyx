@@ -15,8 +15,8 @@ from libc.string cimport memcmp, memcpy, memset
 
 from tcpha._fast.datapath cimport FeDatapath, flow_row
 from tcpha._fast.defs cimport (
-    TCPHA_F_CLOSED, TCPHA_F_FIN, TCPHA_F_NEW_SYN, TCPHA_F_RST, TCPHA_FORWARD,
-    TCPHA_LOCAL_NODE, TCPHA_MAX_BACKENDS, tcpha_counters, tcpha_entry, tcpha_flow)
+    TCPHA_F_CLOSED, TCPHA_FORWARD, TCPHA_LOCAL_NODE, TCPHA_MAX_BACKENDS, TCPHA_TO_LIVE,
+    TCPHA_TO_STACK, tcpha_classify, tcpha_counters, tcpha_entry, tcpha_flow)
 from tcpha._fast.ledger cimport (
     PUT_NEW, PUT_OLD, ledger, ledger_close, ledger_divert, ledger_forget, ledger_open,
     ledger_remove, ledger_sweep)
@@ -24,7 +24,7 @@ from tcpha._fast.nfqueue cimport (
     SKB_CSUM_NOT_READY, SKB_GSO, V_ACCEPT, V_DROP, V_KEEP, Queue, packet, queue, queue_verdict)
 from tcpha._fast.nfqueue_be cimport BeNfqueue, be_nfqueue, local_inject, local_inward
 from tcpha._fast.packet cimport (
-    ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_FIN, TCP_PSH, TCP_RST, TCP_SIZE, TCP_SYN, VNET_SIZE,
+    ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_FIN, TCP_PSH, TCP_SIZE, VNET_SIZE,
     address_bytes, forge, ip_checksum, segment, segment_from)
 from tcpha._fast.repair cimport repair_freeze, saved_syn_mss
 from tcpha._fast.rewrite cimport get32, pseudo_sum, sum_bytes, tcp_parse, tcp_view
@@ -281,30 +281,12 @@ cdef inline uint32_t _place(const tcpha_flow *flow) noexcept nogil:
     return (h >> 8) & (RECENT - 1)
 
 
-cdef bint _classify(fe_nfqueue *d, const tcpha_flow *flow, tcpha_entry *e,
-                    const tcp_view *v) noexcept nogil:
-    """True: the packet belongs to the flow that was handed over. See classify() in fe.bpf.c."""
-    cdef uint32_t seq = get32(v.tcp + 4), end
-    if v.flags & TCP_SYN and not v.flags & TCP_ACK:
-        if e.state == TCPHA_FORWARD and (
-                e.flags & TCPHA_F_CLOSED or (e.flags & (TCPHA_F_FIN | TCPHA_F_RST) and
-                                             <int>(seq - e.end_seq) >= 0)):
-            e.syn_seq = seq
-            e.flags |= TCPHA_F_NEW_SYN
-            return False
+cdef bint _classify(fe_nfqueue *d, tcpha_entry *e, const tcp_view *v) noexcept nogil:
+    """True: the packet belongs to the flow that was handed over. See flow.h."""
+    cdef int where = tcpha_classify(e, v.flags, get32(v.tcp + 4), v.data_len, now_ns())
+    if where == TCPHA_TO_LIVE:
         add64(<uint64_t *>&d.n.live_syn, 1)
-        return True
-    if e.flags & TCPHA_F_NEW_SYN and <int>(seq - e.syn_seq) > 0:
-        return False
-    end = seq + v.data_len + (1 if v.flags & TCP_FIN else 0)
-    if <int>(end - e.end_seq) > 0:
-        e.end_seq = end
-    e.last_ns = now_ns()
-    if v.flags & TCP_FIN:
-        e.flags |= TCPHA_F_FIN
-    if v.flags & TCP_RST:
-        e.flags |= TCPHA_F_RST
-    return True
+    return where != TCPHA_TO_STACK
 
 
 cdef bint _keep(fe_nfqueue *d, uint32_t slot, queue *q, const packet *p) noexcept nogil:
@@ -394,7 +376,7 @@ cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
     memcpy(&flow.cport, v.tcp, 2)
     memcpy(&flow.vport, v.tcp + 2, 2)
     e = <tcpha_entry *>table_find(&d.flows, &flow)
-    if e == NULL or not _classify(d, &flow, e, &v):
+    if e == NULL or not _classify(d, e, &v):
         if v.ts != NULL:
             r = &d.seen[_place(&flow)]
             r.flow = flow
@@ -479,7 +461,7 @@ cdef int _forward(void *self, tcpha_entry *entry, const snapshot *now, const uin
     k = _take(d, entry.slot)
     while k != NULL:
         following = k.next
-        if tcp_parse(k.data, k.len, &v) == 0 and _classify(d, &now.flow, e, &v):
+        if tcp_parse(k.data, k.len, &v) == 0 and _classify(d, e, &v):
             _to_backend(d, e, &v, k.skb_info)
             queue_verdict(k.q, k.id, V_DROP)
         else:

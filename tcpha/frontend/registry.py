@@ -43,6 +43,7 @@ class BackEndEntry:
         self.timeout = HOST  # and if an attempt to connect takes too long, at its present step
         self.detail = ""  # how that showed
         self.instance = ""  # of its present run
+        self.missed = False  # a connection broke: what it said of ended flows may be lost
         self.task: asyncio.Task[None] | None = None
         self.wake = asyncio.Event()
         self.tried = asyncio.Event()  # at least once, to connect
@@ -194,7 +195,8 @@ class Registry:
             self._set_path(entry, sock.getsockname()[0])
             index = self.core.add_link(sock, entry.index, delta)
             self.core.backend_add_link(entry.index, index)
-            if entry.instance not in ("", hello.instance):
+            if entry.missed or entry.instance not in ("", hello.instance):
+                entry.missed = False
                 self.core.send_owned(entry.index, index)
             if entry.instance != hello.instance:
                 self.core.backend_server(entry.index, hello.server)
@@ -221,8 +223,9 @@ class Registry:
         for entry in self.entries.values():
             if self.core.backend_stats(entry.index)["dead"]:
                 self._give_up(entry, "did not answer a handoff in time")
-        reap()
+        broken = {peer for _, peer in reap()}
         for entry in self.entries.values():
+            entry.missed |= entry.index in broken
             self._judge(entry)
             if self.core.backend_stats(entry.index)["links"] < self.config.connperbe:
                 entry.wake.set()

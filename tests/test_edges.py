@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Corners of TCP: what clients rarely do, and what attackers do who cannot see the traffic."""
+from __future__ import annotations
+
+import os
+import random
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tcpha.lab.bed import Cluster, Host, wait_for
+from test_serve import REQUEST, body, read_all, settle
+
+pytestmark = pytest.mark.modes("direct", "tunnel", "nfqueue-direct", "nfqueue-tunnel")
+KEEP = REQUEST.replace(b"close", b"keep-alive")
+RST, SYN, ACK, FIN = 4, 2, 16, 1
+
+
+def put(name: str, data: bytes) -> bytes:
+    return (b"PUT /up/%s HTTP/1.1\r\nHost: lab\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+            % (name.encode(), len(data)))
+
+
+def resets(c: Cluster) -> int:
+    """RSTs that the client has received on live connections."""
+    for line in c.client.run("cat", "/proc/net/snmp").stdout.splitlines():
+        if line.startswith("Tcp: ") and line.split()[1].isdigit():
+            return int(line.split()[8])  # EstabResets
+    raise AssertionError("no TCP statistics")
+
+
+@pytest.fixture
+def calm(cluster: Cluster) -> Iterator[Cluster]:
+    """No client is reset, and nothing is left over."""
+    before = resets(cluster)
+    yield cluster
+    settle(cluster)
+    assert resets(cluster) == before
+
+
+def test_zero_window(calm: Cluster) -> None:
+    """A client that does not read for a while: window probes, then the rest."""
+    want = (calm.nginx[0].root / "big").read_bytes()
+
+    def dial() -> socket.socket:
+        s = socket.socket()
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        s.settimeout(60)
+        s.connect((calm.VIP, 80))
+        return s
+    with calm.client.inside(dial) as s:
+        s.sendall(REQUEST.replace(b"1k", b"big"))
+        host = calm.be_hosts[0]
+        wait_for(lambda: "timer:(persist" in host.run("ss", "-Htno", "sport", "= :80").stdout,
+                 "the server to probe a closed window")
+        assert body(read_all(s)) == want
+
+
+def test_keep_alive_probes(calm: Cluster) -> None:
+    """Before the request, they are the front end's to answer; after it, the back end's."""
+    with calm.client.connect(calm.VIP) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1),
+                              (socket.TCP_KEEPCNT, 2)):
+            s.setsockopt(socket.IPPROTO_TCP, option, value)
+        for _ in range(2):
+            time.sleep(4.5)  # what is tested is that a silent time does no harm
+            s.sendall(KEEP)
+            assert s.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_fin_with_the_request(calm: Cluster) -> None:
+    for _ in range(20):
+        with calm.client.connect(calm.VIP) as s:
+            s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
+            s.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+            s.send(REQUEST, socket.MSG_MORE)
+            s.shutdown(socket.SHUT_WR)  # data and FIN in one segment
+            assert len(body(read_all(s))) == 1024
+
+
+def test_both_close_at_once(calm: Cluster) -> None:
+    for _ in range(100):
+        with calm.client.connect(calm.VIP) as s:
+            s.sendall(REQUEST)
+            got = b""
+            while len(got.partition(b"\r\n\r\n")[2]) < 1024:
+                got += s.recv(65536)
+        # closed here while the server's FIN is on its way
+
+
+def test_fast_open(calm: Cluster) -> None:
+    """The listener knows no cookies: the SYN's data comes again behind the handshake."""
+    calm.client.sysctl("net.ipv4.tcp_fastopen", "1")
+
+    def ask() -> bytes:
+        with socket.socket() as s:  # one that waits: settimeout() would not let it
+            s.sendto(REQUEST, socket.MSG_FASTOPEN, (calm.VIP, 80))
+            return read_all(s)
+    for _ in range(3):
+        assert len(body(calm.client.inside(ask))) == 1024
+
+
+def test_multipath(calm: Cluster) -> None:
+    """A client that offers MPTCP gets TCP."""
+    def ask() -> bytes:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262) as s:
+            s.settimeout(30)
+            s.connect((calm.VIP, 80))
+            s.sendall(REQUEST.replace(b"1k", b"big"))
+            return read_all(s)
+    answer = calm.client.inside(ask)
+    assert body(answer) == (calm.nginx[0].root / "big").read_bytes()
+
+
+def test_ip_options(calm: Cluster) -> None:
+    data = os.urandom(1_000_000)
+
+    def ask() -> bytes:
+        with socket.socket() as s:
+            s.settimeout(30)
+            s.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, b"\1\1\1\0")
+            s.connect((calm.VIP, 80))
+            s.sendall(put("options", data))
+            s.sendall(data)
+            return read_all(s)
+    assert calm.client.inside(ask).split()[1] in (b"201", b"204")
+    assert (calm.nginx[0].root / "up" / "options").read_bytes() == data
+
+
+# Packets of somebody who guesses
+
+class Forger:
+    """A host on the segment that sends in the client's name. It knows the addresses and ports."""
+
+    def __init__(self, host: Host, c: Cluster, port: int):
+        self.ends = socket.inet_aton(c.client.address), socket.inet_aton(c.VIP), port
+        self.raw = host.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW,
+                                                     socket.IPPROTO_RAW))
+        self.vip = c.VIP
+
+    def send(self, flags: int, seq: int, data: bytes = b"") -> None:
+        source, destination, port = self.ends
+        tcp = struct.pack("!HHIIBBHHH", port, 80, seq, random.getrandbits(32), 5 << 4, flags, 512,
+                          0, 0) + data
+        pseudo = source + destination + struct.pack("!HH", 6, len(tcp)) + tcp
+        pseudo += b"\0" * (len(tcp) & 1)
+        total = sum(struct.unpack(f"!{len(pseudo) // 2}H", pseudo))
+        while total >> 16:
+            total = (total & 0xFFFF) + (total >> 16)
+        tcp = tcp[:16] + struct.pack("!H", ~total & 0xFFFF) + tcp[18:]
+        head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(tcp), 0, 0x4000, 64, 6, 0, source,
+                           destination)
+        self.raw.sendto(head + tcp, (self.vip, 0))
+
+
+def test_blind_injection(mode: dict[str, Any]) -> None:
+    """RST, SYN, FIN, ACK and data with numbers that are guessed: uploads and downloads go on (RFC
+    5961). A RST and a SYN in turn would cut an upload at a front end that believed both."""
+    c = Cluster(1, **mode, rules=[(0, ".*")])
+    try:
+        attacker = c.bed.host("attacker", "192.168.1.66")
+        want = c.nginx[0].file("big", size=24 << 20).read_bytes()
+        rate = ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "60mbit", "burst",
+                "64kb", "latency", "200ms"]
+        c.client.run(*rate)
+        c.be_hosts[0].run(*rate)
+        for upload in (True, False):
+            with c.client.connect(c.VIP) as s:
+                forger = Forger(attacker, c, s.getsockname()[1])
+                s.settimeout(0.02)
+                out = memoryview(put("big", want) + want if upload else
+                                 REQUEST.replace(b"1k", b"big"))
+                got, sent = b"", 0
+                while True:
+                    for flags in (RST, SYN, RST | ACK, FIN | ACK, ACK, SYN | ACK):
+                        forger.send(flags, random.getrandbits(32), b"x" * 10 * (flags == ACK))
+                    if sent < len(out):
+                        try:
+                            sent += s.send(out[sent:sent + 65536])
+                        except TimeoutError:
+                            continue
+                    else:
+                        try:
+                            piece = s.recv(65536)
+                        except TimeoutError:
+                            continue
+                        if not piece:
+                            break
+                        got += piece
+            if upload:
+                assert got.split()[1] in (b"201", b"204")
+                assert (c.nginx[0].root / "up" / "big").read_bytes() == want
+            else:
+                assert body(got) == want
+    finally:
+        c.close()
