@@ -164,8 +164,8 @@ cdef void _answer(frontend *f, conn *k, const char *text, uint64_t *counter) noe
     cdef size_t n
     if k.frozen:
         setsockopt(k.fd, IPPROTO_TCP, TCP_REPAIR, &off, sizeof(off))
-        # The kernel takes this from a socket that was in repair mode, and even in TIME_WAIT it would
-        # keep our next run from its port.
+        # The kernel takes this from a socket that was in repair mode, which would keep our next run
+        # from its port even in TIME_WAIT.
         setsockopt(k.fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one))
         k.frozen = False
     if k.diverted:
