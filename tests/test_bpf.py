@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,6 +113,8 @@ class Bpf:
         return int(done["retval"]), out.read_bytes()
 
     def put(self, name: str, key: bytes, value: bytes) -> None:
+        if name == "flows":  # last seen now, or the daemon takes it for idle and removes it
+            value = value[:16] + struct.pack("=Q", time.monotonic_ns()) + value[24:]
         self.host.run("bpftool", "map", "update", "id", self.maps[name],
                       "key", *map(str, key), "value", *map(str, value))
 

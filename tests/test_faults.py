@@ -70,8 +70,7 @@ def test_equal_patterns_share_the_load(pair: Cluster) -> None:
 def test_server_not_listening(pair: Cluster) -> None:
     pair.nginx[0].stop()
     try:
-        assert names(pair, 10) == {"be2"}
-        assert pair.be[0].ctl("status")["counters"]["refusals"]["no listener"] > 0
+        assert names(pair, 10) == {"be2"}  # by refusals, until the back end has said so
     finally:
         pair.nginx[0].start()
     wait_for(lambda: names(pair, 4) == {"be1", "be2"}, "be1 in use again")
