@@ -14,7 +14,7 @@ import pytest
 
 from tcpha.lab.bed import Cluster, Daemon, Nginx, sh, wait_for
 from test_clients import connect_from
-from test_serve import LOSS, REQUEST, body, digest, read_all, settle, upload_many
+from test_serve import REQUEST, body, digest, links, read_all, settle, upload_many
 
 # back ends play a small part here
 pytestmark = pytest.mark.modes("direct", "tunnel", "nfqueue-direct", "nfqueue-tunnel")
@@ -53,10 +53,8 @@ def cluster(node: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture(params=["clean", "lossy"])
 def path(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    if request.param == "lossy":
-        cluster.client.nft(LOSS)
-    yield cluster
-    cluster.client.nft("")
+    with links(cluster, request.param):
+        yield cluster
 
 
 def front(c: Cluster) -> Daemon:

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,21 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@contextmanager
+def links(c: Cluster, kind: str) -> Iterator[None]:
+    """The client's link 'clean' or 'lossy' for a while."""
+    if kind == "lossy":
+        c.client.nft(LOSS)
+    yield
+    c.client.nft("")
+
+
 @pytest.fixture(params=["clean", "lossy"])
 def cluster(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """Everything in this file happens on sound links, and where 1 % of the packets is lost each
     way between the client and the switch."""
-    if request.param == "lossy":
-        cluster.client.nft(LOSS)
-    yield cluster
-    cluster.client.nft("")
+    with links(cluster, request.param):
+        yield cluster
 
 
 def settle(c: Cluster) -> None:

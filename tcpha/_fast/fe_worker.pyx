@@ -33,11 +33,10 @@ from tcpha._fast.snapshot cimport SNAP_FIN, snapshot
 from tcpha._fast.sys cimport (
     EAGAIN, EINTR, EMFILE, ENFILE, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLET,
     EPOLLIN, EPOLLRDHUP, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, MSG_TRUNC, SHUT_WR,
-    SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, add32, add64, close, errno, getsockopt, load32, loadp,
-    now_ns,
-    htons, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, add32, add64, close, errno, getsockopt, htons,
+    iovec, load32, loadp, now_ns, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_trylock, pthread_mutex_unlock, realtime_ns, recv, send, setsockopt, shutdown,
-    sockaddr, sockaddr_in, socklen_t, store32, storep, writev, xchg32, iovec)
+    sockaddr, sockaddr_in, socklen_t, store32, storep, writev, xchg32)
 
 cdef extern from "<linux/filter.h>" nogil:
     struct sock_filter:
