@@ -17,7 +17,7 @@ from typing import Any
 from tcpha.admin import logs
 from tcpha.admin.files import ControlFiles
 from tcpha.admin.rundir import RunDir
-from tcpha.admin.server import Command, Refused, serve
+from tcpha.admin.server import Command, Refused, Server
 from tcpha.config import Config, ConfigError, load
 from tcpha.control.secret import read_secret
 from tcpha.net.host import Host, HostError
@@ -174,7 +174,8 @@ class Service:
         self.workers.begin()
         self.files = ControlFiles(self.run_dir.path / f"k{self.run_dir.name}",
                                   self.control_files())
-        server = await serve(self.run_dir.socket, self.commands())
+        server = Server(self.commands())
+        await server.listen(self.run_dir.socket)
         for number_ in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number_, self.stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._hup)
@@ -192,7 +193,7 @@ class Service:
             sd_notify("STOPPING=1")
             for task in self.tasks:
                 task.cancel()
-            server.close()
+            await server.close()
             await self.shut()
             self.workers.finish()
             self.end_log(self.core.log_lines())

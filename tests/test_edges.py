@@ -6,11 +6,14 @@ import os
 import random
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from test_nfqueue import OFF_NO_PROBE, TCP_REPAIR, TCP_TIMESTAMP, numbers, option
 
 from tcpha.lab.bed import Cluster, Host, wait_for
 from test_serve import REQUEST, body, read_all, settle
@@ -143,10 +146,11 @@ class Forger:
                                                      socket.IPPROTO_RAW))
         self.vip = c.VIP
 
-    def send(self, flags: int, seq: int, data: bytes = b"") -> None:
+    def send(self, flags: int, seq: int, data: bytes = b"", tsval: int | None = None) -> None:
         source, destination, port = self.ends
-        tcp = struct.pack("!HHIIBBHHH", port, 80, seq, random.getrandbits(32), 5 << 4, flags, 512,
-                          0, 0) + data
+        options = b"" if tsval is None else struct.pack("!BBBBII", 1, 1, 8, 10, tsval, 0)
+        tcp = struct.pack("!HHIIBBHHH", port, 80, seq, random.getrandbits(32),
+                          (20 + len(options)) // 4 << 4, flags, 512, 0, 0) + options + data
         pseudo = source + destination + struct.pack("!HH", 6, len(tcp)) + tcp
         pseudo += b"\0" * (len(tcp) & 1)
         total = sum(struct.unpack(f"!{len(pseudo) // 2}H", pseudo))
@@ -156,6 +160,37 @@ class Forger:
         head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(tcp), 0, 0x4000, 64, 6, 0, source,
                            destination)
         self.raw.sendto(head + tcp, (self.vip, 0))
+
+    def flood(self, ended: threading.Event, near: int, tsval: int) -> None:
+        """Data outside the window, with a TSval."""
+        while not ended.is_set():
+            for seq in (near + 2**20, near - 2**20, near + 2**31):
+                self.send(ACK, seq % 2**32, b"x", tsval)
+
+
+@pytest.mark.modes("nfqueue-direct", "nfqueue-tunnel")  # where no socket option tells TS.Recent
+def test_guessed_timestamps(calm: Cluster) -> None:
+    """A TSval that the front end took from anybody, and passed on, would make the back end discard
+    what the client sends (RFC 7323 section 5.3)."""
+    for n in range(100):
+        with calm.client.connect(calm.VIP) as s:
+            nxt = numbers(s)[1]
+            s.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+            tsval = (option(s, TCP_TIMESTAMP) + (-1) ** n * 2**30) % 2**32
+            s.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, OFF_NO_PROBE)
+            forger = Forger(calm.client, calm, s.getsockname()[1])
+            answered = threading.Event()
+            with ThreadPoolExecutor(1) as pool:
+                flood = pool.submit(forger.flood, answered, nxt, tsval)
+                try:
+                    for _ in range(2):
+                        s.sendall(KEEP)
+                        got = b""
+                        while len(got.partition(b"\r\n\r\n")[2]) < 1024:
+                            got += s.recv(65536)
+                finally:
+                    answered.set()
+                    flood.result()
 
 
 def test_blind_injection(mode: dict[str, Any]) -> None:

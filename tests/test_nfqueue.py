@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tcpha.lab.bed import Bed, Cluster, Host, wait_for
-from test_serve import LOSS, REQUEST, body, digest, read_all, settle, upload_many
+from test_serve import LOSS, REQUEST, body, digest, left, read_all, settle, upload_many
 
 TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_TIMESTAMP = 19, 20, 21, 24
 RECV_QUEUE, SEND_QUEUE = 1, 2
@@ -95,7 +95,10 @@ def test_timestamps_wrap(cluster: Cluster) -> None:
     for clock in (5, 2**30, 2**31 - 1, 2**31 + 2**29, 2**32 - 2, 50):
         data = b""
         while not data.endswith(want):
-            data += s.recv(65536)
+            try:
+                data += s.recv(65536)
+            except TimeoutError:
+                raise AssertionError(f"no answer before {clock}; left: {left(cluster)}") from None
         set_clock(clock)
         s.sendall(keep)
     s.recv(65536)

@@ -63,6 +63,17 @@ def cluster(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Cluste
         yield cluster
 
 
+def left(c: Cluster) -> dict[str, Any]:
+    """What a test that fails should tell: all connections, and why packets were discarded."""
+    assert c.fe
+    return {"fe": c.fe.ctl("conns"),
+            "client": (c.client.run("ss", "-tanoi", "dport", "= :80").stdout,
+                       c.client.run("nstat", "-as").stdout),
+            **{be.host.name: (be.ctl("conns"), be.host.run("nstat", "-as").stdout,
+                              be.host.run("ss", "-tanoi", "sport", "= :80").stdout)
+               for be in c.be}}
+
+
 def settle(c: Cluster) -> None:
     """Wait until both sides have forgotten all connections."""
     assert c.fe
@@ -73,10 +84,7 @@ def settle(c: Cluster) -> None:
         for be in c.be:
             wait_for(lambda be=be: be.ctl("status")["live"] == 0, "no live connections on the BE")
     except TimeoutError as error:
-        left = {"fe": fe.ctl("conns"), **{
-            be.host.name: (be.ctl("conns"), be.host.run("ss", "-tanoi", "sport", "= :80").stdout)
-            for be in c.be}}
-        raise AssertionError(f"{error}; left: {left}") from None
+        raise AssertionError(f"{error}; left: {left(c)}") from None
 
 
 def test_dispatch_by_rule(cluster: Cluster) -> None:

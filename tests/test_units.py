@@ -2,8 +2,12 @@
 """Rule matching, control messages and forged packets."""
 from __future__ import annotations
 
+import asyncio
 import re
 import struct
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +16,7 @@ from hypothesis import strategies as st
 from tcpha._fast import message
 from tcpha._fast.match import Matcher, PatternError, check_patterns
 from tcpha._fast.packet import forge_segment
+from tcpha.admin.server import Server, ask
 
 # Matching
 
@@ -130,3 +135,24 @@ def test_forged_segments(seq: int, ack: int, window: int, data: bytes,
     assert frame[:10] == struct.pack("<BBHHHH", 1, 0, 0, 0, 34, 16)
     pseudo = ip[12:20] + struct.pack("!HH", 6, len(tcp))
     assert struct.unpack("!H", tcp[16:18])[0] == ~checksum(pseudo) & 0xffff
+
+
+def test_a_command_under_way_is_answered_when_the_daemon_stops(tmp_path: Path) -> None:
+    """'unload' of an idle daemon ends it at once; the sender is told nevertheless."""
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> int:
+        asked.set()
+        await go_on.wait()
+        return 7
+
+    async def daemon(pool: ThreadPoolExecutor) -> Future[Any]:
+        server = Server({"slow": slow})
+        await server.listen(tmp_path / "socket")
+        answer = pool.submit(ask, tmp_path / "socket", "slow", [])
+        await asked.wait()
+        go_on.set()
+        await server.close()
+        return answer
+    with ThreadPoolExecutor(1) as pool:
+        assert asyncio.run(daemon(pool)).result() == 7

@@ -24,16 +24,16 @@ from tcpha._fast.nfqueue cimport (
     SKB_CSUM_NOT_READY, SKB_GSO, V_ACCEPT, V_DROP, V_KEEP, Queue, packet, queue, queue_verdict)
 from tcpha._fast.nfqueue_be cimport BeNfqueue, be_nfqueue, local_inject, local_inward
 from tcpha._fast.packet cimport (
-    ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_FIN, TCP_PSH, TCP_SIZE, VNET_SIZE,
-    address_bytes, forge, ip_checksum, segment, segment_from)
+    ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_FIN, TCP_PSH, TCP_SIZE, TCP_SYN,
+    VNET_SIZE, address_bytes, forge, ip_checksum, segment, segment_from)
 from tcpha._fast.repair cimport repair_freeze, saved_syn_mss
 from tcpha._fast.rewrite cimport get32, pseudo_sum, sum_bytes, tcp_parse, tcp_view
 from tcpha._fast.snapshot cimport SNAP_FIN, snapshot
 from tcpha._fast.sys cimport (
-    AF_PACKET, EINTR, MSG_DONTWAIT, add64, errno, htonl, htons, iovec, msghdr, now_ns,
+    AF_PACKET, EINTR, MSG_DONTWAIT, add64, errno, htonl, htons, iovec, load64, msghdr, now_ns,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock,
     pthread_rwlock_destroy, pthread_rwlock_rdlock, pthread_rwlock_t, pthread_rwlock_unlock,
-    pthread_rwlock_wrlock, rwlock_init, sendmsg)
+    pthread_rwlock_wrlock, rwlock_init, sendmsg, store64)
 from tcpha._fast.table cimport (
     flow_cell, flow_table, table_add, table_cell, table_close, table_find, table_open, table_remove)
 
@@ -44,7 +44,9 @@ cdef extern from "<linux/if_packet.h>" nogil:
         int sll_ifindex
 
 cdef enum:
-    RECENT = 1 << 16       # places in the cache of TSvals
+    RECENT = 1 << 16       # sets in the cache of TSvals
+    WAYS = 4               # places in each
+    REACH = 1 << 18        # how far a client may be ahead of what was noted: beyond its window
     TCP_CWR = 0x80
     TCP_MSS_LOW = 536
     ROWS = 4096            # entries copied under one lock
@@ -79,9 +81,11 @@ cdef struct path:
 
 
 # The latest TSval of a client that our stack serves: no socket option tells (RFC 7323: TS.Recent).
+# The queues' threads share these without a lock. What goes wrong between two of them leaves a seq
+# that does not fit, and then the TSval of the SYN does.
 cdef struct recent:
-    tcpha_flow flow
-    uint32_t tsval
+    uint64_t who           # client's address, port and ours; 0: free
+    uint64_t value         # the packet's seq, and its TSval in the lower half
 
 
 # A pure ACK of the batch at hand, not sent yet: a later one may make it superfluous.
@@ -281,6 +285,55 @@ cdef inline uint32_t _place(const tcpha_flow *flow) noexcept nogil:
     return (h >> 8) & (RECENT - 1)
 
 
+cdef inline recent *_recent(fe_nfqueue *d, const tcpha_flow *flow, uint64_t *who) noexcept nogil:
+    """The first of the WAYS places in which a flow may be found, and what it is found by."""
+    cdef uint32_t addr
+    memcpy(&addr, flow.caddr + 12, 4)
+    who[0] = (<uint64_t>addr << 32) | (<uint32_t>flow.cport << 16) | flow.vport
+    return &d.seen[_place(flow) * WAYS]
+
+
+cdef inline bint _follows(uint32_t seq, uint64_t value) noexcept nogil:
+    return seq - <uint32_t>(value >> 32) < REACH
+
+
+cdef void _note(fe_nfqueue *d, const tcpha_flow *flow, const tcp_view *v) noexcept nogil:
+    """Remember the TSval of a packet to our stack. One whose seq does not follow is left out:
+    anybody can forge such, and with a TSval of his the client would be out of time for ever."""
+    cdef uint64_t who
+    cdef recent *r = _recent(d, flow, &who)
+    cdef uint32_t i, seq = get32(v.tcp + 4), tsval = get32(v.ts)
+    cdef uint64_t new = (<uint64_t>seq << 32) | tsval, old
+    cdef bint opens = (v.flags & (TCP_SYN | TCP_ACK)) == TCP_SYN
+    for i in range(WAYS):
+        if r[i].who == who or (opens and r[i].who == 0):
+            break
+    else:
+        if not opens:
+            return
+        i = seq % WAYS
+    if opens:
+        store64(&r[i].value, new)
+        store64(&r[i].who, who)
+        return
+    old = load64(&r[i].value)
+    if _follows(seq, old) and <int>(tsval - <uint32_t>old) >= 0:
+        store64(&r[i].value, new)
+
+
+cdef void _recall(fe_nfqueue *d, snapshot *s) noexcept nogil:
+    """Set ts_recent, if what was noted fits rcv_nxt."""
+    cdef uint64_t who, value
+    cdef recent *r = _recent(d, &s.flow, &who)
+    cdef uint32_t i
+    for i in range(WAYS):
+        if load64(&r[i].who) == who:
+            value = load64(&r[i].value)
+            if _follows(s.rcv_nxt, value):
+                s.ts_recent = <uint32_t>value
+            return
+
+
 cdef bint _classify(fe_nfqueue *d, tcpha_entry *e, const tcp_view *v) noexcept nogil:
     """True: the packet belongs to the flow that was handed over. See flow.h."""
     cdef int where = tcpha_classify(e, v.flags, get32(v.tcp + 4), v.data_len, now_ns())
@@ -365,7 +418,6 @@ cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
     cdef fe_nfqueue *d = <fe_nfqueue *>self
     cdef tcpha_flow flow
     cdef tcpha_entry *e
-    cdef recent *r
     cdef tcp_view v
     if tcp_parse(p.data, p.len, &v) < 0:
         return V_ACCEPT    # our stack knows what to do with it
@@ -378,9 +430,7 @@ cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
     e = <tcpha_entry *>table_find(&d.flows, &flow)
     if e == NULL or not _classify(d, e, &v):
         if v.ts != NULL:
-            r = &d.seen[_place(&flow)]
-            r.flow = flow
-            r.tsval = get32(v.ts)
+            _note(d, &flow, &v)
         return V_ACCEPT
     if e.state == TCPHA_FORWARD and e.backend == TCPHA_LOCAL_NODE and d.local != NULL:
         e.packets += 1
@@ -407,7 +457,6 @@ cdef int _divert(void *self, const tcpha_flow *flow, tcpha_entry *entry,
 
 cdef int _freeze(void *self, uint32_t worker, int fd, snapshot *s) noexcept nogil:
     cdef fe_nfqueue *d = <fe_nfqueue *>self
-    cdef recent *r = &d.seen[_place(&s.flow)]
     cdef int rc = repair_freeze(fd, s)
     cdef uint16_t mss
     if rc != 0:
@@ -415,10 +464,7 @@ cdef int _freeze(void *self, uint32_t worker, int fd, snapshot *s) noexcept nogi
     mss = saved_syn_mss(fd, s.mss, &s.ts_recent)
     if d.tunnel:
         s.mss = mss
-    pthread_rwlock_wrlock(&d.lock)
-    if memcmp(&r.flow, &s.flow, sizeof(tcpha_flow)) == 0:
-        s.ts_recent = r.tsval
-    pthread_rwlock_unlock(&d.lock)
+    _recall(d, s)
     return 0
 
 
@@ -532,7 +578,7 @@ cdef class FeNfqueue(FeDatapath):
         self.d.book.store.remove = _remove
         self.d.nholders = slots
         self.d.holders = <holder *>calloc(slots, sizeof(holder))
-        self.d.seen = <recent *>calloc(RECENT, sizeof(recent))
+        self.d.seen = <recent *>calloc(RECENT * WAYS, sizeof(recent))
         if self.d.holders == NULL or self.d.seen == NULL:
             raise MemoryError
         address_bytes(vaddr, self.d.vaddr)

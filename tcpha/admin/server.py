@@ -15,32 +15,59 @@ from pathlib import Path
 from typing import Any
 
 Command = Callable[..., Awaitable[Any]]
+PATIENCE = 1.0  # seconds for answers under way when the daemon stops
 
 
 class Refused(Exception):
     """A command cannot be done; the message says why."""
 
 
-async def serve(path: Path, commands: dict[str, Command]) -> asyncio.AbstractServer:
-    """Listen on a Unix socket and answer commands."""
-    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+class Server:
+    """Listens on a Unix socket and answers commands."""
+
+    def __init__(self, commands: dict[str, Command]):
+        self.commands = commands
+        self.busy: set[asyncio.Task[None]] = set()  # answers that somebody waits for
+
+    async def listen(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        old = os.umask(0o177)
+        try:
+            self.server = await asyncio.start_unix_server(self._converse, path)
+        finally:
+            os.umask(old)
+
+    async def close(self) -> None:
+        """Take no more connections. The command that ends a daemon is answered too, if its sender
+        reads the answer."""
+        self.server.close()
+        if self.busy:
+            await asyncio.wait(self.busy, timeout=PATIENCE)
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while line := await reader.readline():
-                answer = await run(line)  # which may be a table of many thousand rows
-                writer.write((await asyncio.to_thread(json.dumps, answer)).encode() + b"\n")
-                await writer.drain()
+                answer = asyncio.create_task(self._answer(line, writer))
+                self.busy.add(answer)
+                answer.add_done_callback(self.busy.discard)
+                await answer
         except (ConnectionError, ValueError):
             pass
         finally:
             writer.close()
 
-    async def run(line: bytes) -> dict[str, Any]:
+    async def _answer(self, line: bytes, writer: asyncio.StreamWriter) -> None:
+        answer = await self._run(line)  # which may be a table of many thousand rows
+        writer.write((await asyncio.to_thread(json.dumps, answer)).encode() + b"\n")
+        await writer.drain()
+
+    async def _run(self, line: bytes) -> dict[str, Any]:
         try:
             request = json.loads(line)
             name, args = request["command"], [str(a) for a in request.get("args", [])]
         except (ValueError, KeyError, TypeError, AttributeError):
             return {"ok": False, "error": "malformed request"}
-        command = commands.get(name)
+        command = self.commands.get(name)
         if command is None:
             return {"ok": False, "error": f"unknown command '{name}'"}
         try:
@@ -49,13 +76,6 @@ async def serve(path: Path, commands: dict[str, Command]) -> asyncio.AbstractSer
             return {"ok": False, "error": str(error)}
         except TypeError:
             return {"ok": False, "error": f"wrong number of arguments for '{name}'"}
-
-    path.unlink(missing_ok=True)
-    old = os.umask(0o177)
-    try:
-        return await asyncio.start_unix_server(converse, path)
-    finally:
-        os.umask(old)
 
 
 def ask(path: Path, command: str, args: list[str]) -> Any:
