@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Clusters for the tests. Every test that moves packets runs for each forward mode, with each
-datapath on both sides, and with two that differ; where the way of packets is not the point, for
-each datapath."""
+"""Clusters for the tests. Every test that moves packets runs for each forward mode with the packet
+path, without it, and with datapath nfqueue; those of test_serve.py for datapaths that differ, too.
+Where the way of packets is not the point, a test runs for each datapath."""
 from __future__ import annotations
 
 import os
@@ -21,10 +21,14 @@ BIG = 64 << 20
 
 
 EBPF, NFQUEUE = "ebpf", "nfqueue"
-MODES = {
-    "direct": ("direct", EBPF, EBPF), "tunnel": ("tunnel", EBPF, EBPF),
-    "nfqueue-direct": ("direct", NFQUEUE, NFQUEUE), "nfqueue-tunnel": ("tunnel", NFQUEUE, NFQUEUE),
-    "ebpf-nfqueue": ("tunnel", EBPF, NFQUEUE), "nfqueue-ebpf": ("direct", NFQUEUE, EBPF)}
+MODES = {  # forward, datapath of the FE and of the BEs, fastpath
+    "direct": ("direct", EBPF, EBPF, True), "tunnel": ("tunnel", EBPF, EBPF, True),
+    "socket-direct": ("direct", EBPF, EBPF, False), "socket-tunnel": ("tunnel", EBPF, EBPF, False),
+    "nfqueue-direct": ("direct", NFQUEUE, NFQUEUE, False),
+    "nfqueue-tunnel": ("tunnel", NFQUEUE, NFQUEUE, False),
+    "ebpf-nfqueue": ("tunnel", EBPF, NFQUEUE, False),
+    "nfqueue-ebpf": ("direct", NFQUEUE, EBPF, False)}
+SERVE_ONLY = {"socket-tunnel", "ebpf-nfqueue", "nfqueue-ebpf"}  # in test_serve.py alone
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,6 +41,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         named = item.get_closest_marker("modes")
         if named is not None and mode not in named.args:
             return False
+        if named is None and mode in SERVE_ONLY and item.path.name != "test_serve.py":
+            return False
+        if item.get_closest_marker("socket_path") and MODES[mode][3]:
+            return False
         mark = item.get_closest_marker("queues_on")
         return mark is None or MODES[mode][("fe", "be").index(mark.args[0]) + 1] == NFQUEUE
     items[:] = [item for item in items if exists(item)]
@@ -45,8 +53,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", params=MODES)
 def mode(request: Any) -> dict[str, Any]:
     """Arguments for Cluster(): forward mode and datapaths of the front end and the back ends."""
-    forward, fe, be = MODES[request.param]
-    return {"forward": forward, "datapath": (fe, be)}
+    forward, fe, be, fastpath = MODES[request.param]
+    # where a back end cannot take the packet path, the front end finds out by itself
+    return {"forward": forward, "datapath": (fe, be), "fastpath": fastpath or be == NFQUEUE}
 
 
 @pytest.fixture(scope="session", autouse=True)

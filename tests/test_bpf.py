@@ -81,8 +81,8 @@ def flow(port: int = 4000) -> bytes:
 
 def entry(state: int, backend: int = 0, slot: int = 0, flags: int = 0, end_seq: int = 1000,
           syn_seq: int = 0, ahead: tuple[int, int] = (0, 0)) -> bytes:
-    return struct.pack("=5Q10I96x", 1, 0, 0, 0, 0, state, backend, slot, flags, 0, end_seq, *ahead,
-                       syn_seq, 0)
+    return struct.pack("=5Q13I100x", 1, 0, 0, 0, 0, state, backend, slot, flags, 0, end_seq, *ahead,
+                       syn_seq, 0, 0, 0, 0)
 
 
 class Bpf:
@@ -130,7 +130,7 @@ class Bpf:
 
 @pytest.fixture(scope="module")
 def daemons() -> Iterator[Cluster]:
-    c = Cluster(1, datapath=("ebpf", "ebpf"), rules=[(0, ".*")])
+    c = Cluster(1, datapath=("ebpf", "ebpf"), rules=[(0, ".*")], fastpath=False)
     try:
         c.nginx[0].file("index.html", b"x\n")
         c.get("/")  # both hosts know each other's MAC addresses
@@ -155,8 +155,9 @@ def number(index: int) -> bytes:
 
 def state_of(e: bytes) -> dict[str, int]:
     names = ("id", "start", "last", "packets", "bytes", "state", "backend", "slot", "flags", "rule",
-             "end_seq", "ahead_seq", "ahead_end", "syn_seq", "target_len")
-    return dict(zip(names, struct.unpack("=5Q10I", e[:80]), strict=True))
+             "end_seq", "ahead_seq", "ahead_end", "syn_seq", "first_seq", "first_ack", "rtt_ms",
+             "target_len")
+    return dict(zip(names, struct.unpack("=5Q13I", e[:92]), strict=True))
 
 
 # What is none of a front end's business goes to the stack, whatever it looks like.
@@ -262,7 +263,7 @@ def test_front_end_flow(fe: Bpf, what: str) -> None:
 def test_front_end_tunnel(fe: Bpf, daemons: Cluster) -> None:
     own = fe.get("backends", number(0))
     ifindex = struct.unpack("=I", own[:4])[0]
-    fe.put("backends", number(9), struct.pack("=II", ifindex, TUNNEL) + mapped(BE) + mapped(BE)
+    fe.put("backends", number(9), struct.pack("=IIII", ifindex, TUNNEL, 0, 0) + mapped(BE) * 2
            + mapped(FE))
     for fragment in (FULL, 0):
         fe.put("flows", flow(), entry(FORWARD, backend=9))
@@ -276,7 +277,7 @@ def test_front_end_tunnel(fe: Bpf, daemons: Cluster) -> None:
         assert outer[:4] + outer[6:10] + outer[12:] == head[:4] + head[6:10] + head[12:]
         total = sum(struct.unpack("!10H", outer))
         assert (total & 0xFFFF) + (total >> 16) == 0xFFFF
-    fe.put("backends", number(9), bytes(56))
+    fe.put("backends", number(9), bytes(64))
     fe.drop("flows", flow())
 
 

@@ -122,7 +122,8 @@ def test_full_accept_queue(pair: Cluster) -> None:
             os.kill(int(pid), signal.SIGCONT)
         codes = [int(read_all(s).split()[1]) for s in clients]
         assert codes.count(200) >= 4 and codes.count(200) + codes.count(503) == 12, codes
-        assert refused >= 1 and codes.count(503) >= 1
+        assert refused >= 1
+        assert pair.fastpath or codes.count(503) >= 1  # there, the client asks once more
     finally:
         host.sysctl("net.core.somaxconn", somaxconn)
         server.stop()
@@ -148,6 +149,7 @@ def test_maxclients_of_a_back_end(pair: Cluster) -> None:
     wait_for(lambda: names(pair, 4) == {"be1", "be2"}, "both in use again")
 
 
+@pytest.mark.socket_path  # no process of the back end is in the way of the other
 def test_back_end_stalls_between_send_and_adopted(pair: Cluster) -> None:
     pair.be[0].process.send_signal(signal.SIGSTOP)
     try:
@@ -251,6 +253,7 @@ def test_silence_is_detected_without_traffic(pair: Cluster) -> None:
     wait_for(lambda: servers(pair)[0]["state"] == "up", "be1 up again", 15)
 
 
+@pytest.mark.socket_path
 def test_an_offer_that_was_given_up_is_not_adopted_late(pair: Cluster) -> None:
     """A back end is stopped with offers in its control connections, and goes on as soon as the
     front end has given it up."""
@@ -433,8 +436,10 @@ def test_handshakes_end_before_unload_does(pair: Cluster) -> None:
     }""")
     try:
         with pair.client.connect(pair.VIP) as s:
-            wait_for(lambda: "SYN-RECV" in pair.fe_host.run("ss", "-Htan", "sport = :80").stdout,
-                     "half a connection")
+            if not pair.fastpath:  # which knows nothing of it
+                listed = "ss", "-Htan", "sport = :80"
+                wait_for(lambda: "SYN-RECV" in pair.fe_host.run(*listed).stdout,
+                         "half a connection")
             fe.ctl("unload")
             s.sendall(REQUEST)
             assert len(body(read_all(s))) == 1024

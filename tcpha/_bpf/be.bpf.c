@@ -6,34 +6,13 @@
  *		existing sockets reach the VIP
  * be_tap	tc ingress of the daemon's TAP device: operations and forged packets
  */
-#include "common.bpf.h"
+#include "cookie.bpf.h"
 
 #ifndef BPF_F_ADJ_ROOM_DECAP_L3_IPV4 /* Linux 6.3 */
 #define BPF_F_ADJ_ROOM_DECAP_L3_IPV4 (1ULL << 7)
 #endif
 
 const volatile struct tcpha_be_conf conf SEC(".rodata.conf");
-
-struct bpf_tcp_req_attrs { /* include/net/tcp.h of the kernel, since 6.9 */
-	__u32 rcv_tsval;
-	__u32 rcv_tsecr;
-	__u16 mss;
-	__u8 rcv_wscale;
-	__u8 snd_wscale;
-	__u8 ecn_ok;
-	__u8 wscale_ok;
-	__u8 sack_ok;
-	__u8 tstamp_ok;
-	__u8 usec_ts_ok;
-	__u8 reserved[3];
-};
-
-struct sock { /* complete, since libbpf compares the kinds of a kfunc's arguments */
-	struct sock_common __sk_common;
-} __attribute__((preserve_access_index));
-
-extern int bpf_sk_assign_tcp_reqsk(struct __sk_buff *skb, struct sock *sk,
-				   struct bpf_tcp_req_attrs *attrs, int attrs__sz) __ksym;
 
 /* Front ends that may send us tunnelled packets; the value is not used. */
 struct {
@@ -43,6 +22,135 @@ struct {
 	__type(value, __u32);
 } frontends SEC(".maps");
 
+/* The cookie keys of each front end that uses the packet path. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, TCPHA_MAX_FAST);
+	__type(key, __u32);
+	__type(value, struct tcpha_keys);
+} keys SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct tcpha_gate);
+} gate SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 22);
+} events SEC(".maps");
+
+/*
+ * RST instead of the packet: it ends a socket that expects just this number (RFC 5961 section 3.2). The
+ * payload stays, and means nothing: bpf_skb_change_tail() refuses what was tunnelled.
+ */
+static __always_inline int into_reset(struct __sk_buff *skb, const struct headers *h, __u32 seq)
+{
+	__u32 at = ETH_HLEN + h->ip->ihl * 4, check = at + __builtin_offsetof(struct tcphdr, check);
+	__be32 old_seq = h->tcp->seq, new_seq = bpf_htonl(seq);
+	__be16 old_flags = ((__be16 *)h->tcp)[6];
+	__be16 new_flags = bpf_htons((bpf_ntohs(old_flags) & 0xf000) | 4); /* keeps the data offset */
+
+	if (bpf_l4_csum_replace(skb, check, old_seq, new_seq, 4) < 0 ||
+	    bpf_l4_csum_replace(skb, check, old_flags, new_flags, 2) < 0 ||
+	    bpf_skb_store_bytes(skb, at + __builtin_offsetof(struct tcphdr, seq), &new_seq, 4, 0) < 0 ||
+	    bpf_skb_store_bytes(skb, at + 12, &new_flags, 2, 0) < 0)
+		return TC_ACT_SHOT;
+	return TC_ACT_UNSPEC;
+}
+
+/* Tell user space. Adoptions may wait for its next look; a refusal is passed on at once. */
+static __always_inline void report(const struct tcpha_flow *flow, const struct cookie *c, __u32 frontend,
+				   __u32 result)
+{
+	struct tcpha_event *event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
+
+	if (!event)
+		return;
+	event->flow = *flow;
+	event->isn = c->isn;
+	event->ours = c->ours;
+	event->frontend = frontend;
+	event->result = result;
+	bpf_ringbuf_submit(event, result == TCPHA_R_OK ? BPF_RB_NO_WAKEUP : BPF_RB_FORCE_WAKEUP);
+}
+
+/*
+ * A segment that no socket of ours expects. If it has the cookie of one of our front ends, it becomes
+ * the socket. old: the sequence number that would end an older socket on the tuple, if there is one.
+ */
+static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct headers *h,
+					   const __u32 *old)
+{
+	struct bpf_sock_tuple t = {};
+	struct tcpha_keys *k = 0;
+	struct tcpha_gate *g;
+	struct tcpha_flow flow;
+	struct cookie c = {};
+	struct headers again;
+	__u32 i, n = 0, zero = 0, seq, ack, rtt, mark;
+	int result;
+
+	if (!conf.fast || h->tcp->syn || h->tcp->rst || !h->tcp->ack || h->tcp->doff < 5)
+		return TC_ACT_SHOT;
+	map_v4(flow.caddr, h->ip->saddr);
+	map_v4(flow.vaddr, h->ip->daddr);
+	flow.cport = h->tcp->source;
+	flow.vport = h->tcp->dest;
+	seq = bpf_ntohl(h->tcp->seq);
+	ack = bpf_ntohl(h->tcp->ack_seq);
+	rtt = bpf_ntohs(h->ip->id);
+	g = bpf_map_lookup_elem(&gate, &zero);
+	if (!g || read_options(skb, ETH_HLEN + h->ip->ihl * 4 + sizeof(struct tcphdr),
+			       h->tcp->doff * 4 - sizeof(struct tcphdr), &c.opt) < 0)
+		return TC_ACT_SHOT;
+	for (i = 0; i < TCPHA_MAX_FAST; i++) {
+		n = i;
+		k = bpf_map_lookup_elem(&keys, &n);
+		if (k && k->used && cookie_check(&flow, k, seq, ack, &c))
+			break;
+	}
+	if (i == TCPHA_MAX_FAST || !k)
+		return TC_ACT_SHOT;
+	if (old) {
+		/* end the older one first; this segment comes again, behind that, by the same way */
+		if (skb->mark == TCPHA_MARK_AGAIN)
+			return TC_ACT_SHOT; /* it did not end: the client's next attempt finds it out */
+		mark = skb->mark;
+		skb->mark = TCPHA_MARK_AGAIN;
+		if (bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS) < 0)
+			return TC_ACT_SHOT;
+		skb->mark = mark;
+		COUNT(yielded, 1);
+		if (parse_tcp(skb, 0, &again) < 0)
+			return TC_ACT_SHOT;
+		return into_reset(skb, &again, *old);
+	}
+	if (g->live + g->coming >= g->max) {
+		report(&flow, &c, n, TCPHA_R_FULL);
+		return TC_ACT_SHOT;
+	}
+	t.ipv4.saddr = unmap_v4(flow.caddr);
+	t.ipv4.sport = flow.cport;
+	t.ipv4.daddr = unmap_v4(g->listen_addr);
+	t.ipv4.dport = g->listen_port;
+	result = cookie_accept(skb, &t, &c, k->wscale, rtt);
+	if (result) {
+		report(&flow, &c, n, result);
+		return TC_ACT_SHOT;
+	}
+	if (skb->mark == TCPHA_MARK_AGAIN)
+		skb->mark = 0;
+	__sync_fetch_and_add(&g->coming, 1);
+	COUNT(adopted, 1);
+	report(&flow, &c, n, TCPHA_R_OK);
+	return TC_ACT_UNSPEC;
+}
+
 /*
  * Only what belongs to a socket may pass. A packet that found just the listener would be answered
  * with a RST, a SYN with a SYN-ACK, and both are the front end's business.
@@ -50,8 +158,11 @@ struct {
 static __always_inline int guard(struct __sk_buff *skb, const struct headers *h)
 {
 	struct bpf_sock_tuple t = {};
+	struct tcp_timewait_sock *tw;
 	struct bpf_sock *skc;
-	int pass = 0;
+	struct tcp_sock *tp;
+	__u32 state = 0, old = 0, ack = bpf_ntohl(h->tcp->ack_seq);
+	int pass = 0, other = 0, verdict;
 
 	t.ipv4.saddr = h->ip->saddr;
 	t.ipv4.daddr = h->ip->daddr;
@@ -59,14 +170,31 @@ static __always_inline int guard(struct __sk_buff *skb, const struct headers *h)
 	t.ipv4.dport = h->tcp->dest;
 	skc = bpf_skc_lookup_tcp(skb, &t, sizeof(t.ipv4), BPF_F_CURRENT_NETNS, 0);
 	if (skc) {
-		pass = skc->state != BPF_TCP_LISTEN &&
-		       !(skc->state == BPF_TCP_TIME_WAIT && h->tcp->syn);
+		state = skc->state;
+		if (state == BPF_TCP_TIME_WAIT) {
+			tw = bpf_skc_to_tcp_timewait_sock(skc);
+			if (tw)
+				old = tw->tw_sk.__tw_common.skc_tw_rcv_nxt;
+			other = tw != 0;
+		} else if (conf.fast && state != BPF_TCP_LISTEN) {
+			tp = bpf_skc_to_tcp_sock(skc);
+			if (tp) { /* what it acknowledges was never sent by that one */
+				old = tp->rcv_nxt;
+				other = (__s32)(ack - tp->write_seq) > 0 ||
+					(__s32)(tp->snd_una - ack) > (1 << 20);
+			}
+		}
 		bpf_sk_release(skc);
 	}
-	if (pass)
+	pass = state && state != BPF_TCP_LISTEN && !(state == BPF_TCP_TIME_WAIT && h->tcp->syn);
+	if (pass && !other)
 		return TC_ACT_UNSPEC;
-	COUNT(guarded, 1);
-	return TC_ACT_SHOT;
+	verdict = adopt_by_cookie(skb, h, other ? &old : 0);
+	if (verdict == TC_ACT_SHOT && pass)
+		return TC_ACT_UNSPEC;
+	if (verdict == TC_ACT_SHOT)
+		COUNT(guarded, 1);
+	return verdict;
 }
 
 SEC("tc")

@@ -28,7 +28,26 @@ struct tcp_options_received {
 	__u16 mss_clamp;
 } __attribute__((preserve_access_index));
 
+struct sock_common {
+	__u32 skc_tw_rcv_nxt;
+} __attribute__((preserve_access_index));
+
+struct sock { /* complete, since libbpf compares the kinds of a kfunc's arguments */
+	struct sock_common __sk_common;
+	__u32 sk_ack_backlog;
+	__u32 sk_max_ack_backlog;
+} __attribute__((preserve_access_index));
+
+struct inet_sock {
+	struct sock sk;
+} __attribute__((preserve_access_index));
+
+struct inet_connection_sock {
+	struct inet_sock icsk_inet;
+} __attribute__((preserve_access_index));
+
 struct tcp_sock {
+	struct inet_connection_sock inet_conn;
 	__u32 tsoffset;
 	__u32 snd_wnd;
 	__u32 copied_seq;
@@ -41,10 +60,6 @@ struct tcp_sock {
 	__u32 rcv_wnd;
 	__u8 repair : 1, tcp_usec_ts : 1;
 	struct tcp_options_received rx_opt;
-} __attribute__((preserve_access_index));
-
-struct sock_common {
-	__u32 skc_tw_rcv_nxt;
 } __attribute__((preserve_access_index));
 
 struct inet_timewait_sock {

@@ -4,8 +4,14 @@
  *
  * fe_ingress	tc ingress of the network interfaces
  * fe_tap	tc ingress of the daemon's TAP device: operations, and packets that were held
+ * fe_fast	tc ingress of its other TAP device: requests of the packet path, decided
+ *
+ * The packet path: a SYN is answered here, by cookie; the segment that brings the request goes to user
+ * space; what comes back from there goes to a back end as it is, or to a socket of our own.
  */
-#include "common.bpf.h"
+#include <stdbool.h>
+
+#include "cookie.bpf.h"
 #include "flow.h"
 
 const volatile struct tcpha_fe_conf conf SEC(".rodata.conf");
@@ -24,6 +30,37 @@ struct {
 	__type(key, __u32);
 	__type(value, struct tcpha_backend);
 } backends SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct tcpha_keys);
+} keys SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, TCPHA_MAX_OPS);
+	__type(key, __u32);
+	__type(value, struct tcpha_offer);
+} offers SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct tcpha_flow);
+	__type(value, struct tcpha_shaken);
+} shaken SEC(".maps");
+
+/* Room for an entry in the making; the stack has too little. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct tcpha_entry);
+} scratch SEC(".maps");
 
 static __always_inline int encapsulate(struct __sk_buff *skb, const struct tcpha_backend *be)
 {
@@ -54,6 +91,19 @@ static __always_inline int encapsulate(struct __sk_buff *skb, const struct tcpha
 					BPF_F_ADJ_ROOM_NO_CSUM_RESET) < 0)
 		return -1;
 	return bpf_skb_store_bytes(skb, ETH_HLEN, &outer, sizeof(outer), 0);
+}
+
+/* The RTT of the handshake, for the back end, in a field that has no use in packets with DF (RFC 6864). */
+static __always_inline void tell_rtt(struct __sk_buff *skb, __u32 rtt_ms)
+{
+	struct iphdr *ip;
+	__u16 id = bpf_htons(rtt_ms > 0xffff ? 0xffff : rtt_ms);
+
+	ip = (void *)(long)skb->data + ETH_HLEN;
+	if ((void *)(ip + 1) > (void *)(long)skb->data_end)
+		return;
+	bpf_l3_csum_replace(skb, ETH_HLEN + __builtin_offsetof(struct iphdr, check), ip->id, id, 2);
+	bpf_skb_store_bytes(skb, ETH_HLEN + __builtin_offsetof(struct iphdr, id), &id, sizeof(id), 0);
 }
 
 static __always_inline int forward(struct __sk_buff *skb, struct tcpha_entry *e)
@@ -106,63 +156,434 @@ static __always_inline int hold(struct __sk_buff *skb, const struct tcpha_entry 
 	return bpf_redirect(conf.tap, 0);
 }
 
-/* The entry of the packet's flow, or 0: the packet is for the stack. */
-static __always_inline struct tcpha_entry *classify(const struct headers *h)
+static __always_inline void flow_of(const struct headers *h, struct tcpha_flow *flow)
 {
-	struct tcpha_flow flow;
-	struct tcpha_entry *e;
-	__u32 length;
-	__u8 flags;
+	map_v4(flow->caddr, h->ip->saddr);
+	map_v4(flow->vaddr, h->ip->daddr);
+	flow->cport = h->tcp->source;
+	flow->vport = h->tcp->dest;
+}
 
-	if (h->ip->daddr != unmap_v4(conf.vaddr) || h->tcp->dest != conf.vport)
-		return 0;
-	map_v4(flow.caddr, h->ip->saddr);
-	map_v4(flow.vaddr, h->ip->daddr);
-	flow.cport = h->tcp->source;
-	flow.vport = h->tcp->dest;
-	e = bpf_map_lookup_elem(&flows, &flow);
-	if (!e)
-		return 0;
-	flags = ((__u8 *)h->tcp)[13];
-	length = bpf_ntohs(h->ip->tot_len) - h->ip->ihl * 4 - h->tcp->doff * 4;
-	switch (tcpha_classify(e, flags, bpf_ntohl(h->tcp->seq), length, bpf_ktime_get_ns())) {
+static __always_inline __u32 payload(const struct headers *h)
+{
+	return bpf_ntohs(h->ip->tot_len) - h->ip->ihl * 4 - h->tcp->doff * 4;
+}
+
+/* Whether a packet belongs to the flow of an entry of its name, and not to our stack. */
+static __always_inline bool is_of(struct tcpha_entry *e, const struct headers *h)
+{
+	switch (tcpha_classify(e, ((__u8 *)h->tcp)[13], bpf_ntohl(h->tcp->seq), payload(h),
+			       bpf_ktime_get_ns())) {
 	case TCPHA_TO_STACK:
-		return 0;
+		return false;
 	case TCPHA_TO_LIVE:
 		COUNT(live_syn, 1);
 	}
-	return e;
+	return true;
+}
+
+/* To the back end, to user space, or nowhere, as the entry says. */
+static __always_inline int follow_entry(struct __sk_buff *skb, struct tcpha_entry *e)
+{
+	if (e->state == TCPHA_FORWARD)
+		return forward(skb, e);
+	if (e->state == TCPHA_HOLD)
+		return hold(skb, e);
+	return TC_ACT_SHOT;
+}
+
+/* The packet path */
+
+/* A frame for a worker. */
+static __always_inline int to_worker(struct __sk_buff *skb, __u8 kind)
+{
+	__u8 mac[ETH_ALEN] = {TCPHA_MAC_FAST >> 8, TCPHA_MAC_FAST & 0xff, kind};
+
+	if (bpf_skb_store_bytes(skb, 0, mac, sizeof(mac), 0) < 0)
+		return TC_ACT_SHOT;
+	return bpf_redirect(conf.fast_tap, 0);
+}
+
+struct sk_buff {
+	__u8 ip_summed : 2;
+} __attribute__((preserve_access_index));
+
+extern void *bpf_cast_to_kern_ctx(void *obj) __ksym __weak;
+
+#define CHECKSUM_PARTIAL 3
+
+/*
+ * Answer a SYN with a cookie, in place. No IP options in it. The checksum is left to whoever would have
+ * completed that of the SYN, if it was not complete: our TCP header stands where that one stood.
+ */
+static __always_inline int answer_syn(struct __sk_buff *skb, const struct headers *h,
+				      const struct tcpha_flow *flow, const struct tcpha_keys *k)
+{
+	struct {
+		__u16 align;
+		struct ethhdr eth;
+		struct iphdr ip;
+		struct tcphdr tcp;
+		__be32 opt[6];
+	} out = {};
+	const struct sk_buff *kernel = bpf_cast_to_kern_ctx(skb);
+	struct options o;
+	__u32 key = k->current & 1, meta = key, isn, n = 1, tcp_len, i, found, sum = 0;
+	__u64 hash;
+	__s64 check;
+	bool ecn;
+
+	out.eth = *h->eth;
+	__builtin_memcpy(out.eth.h_dest, h->eth->h_source, ETH_ALEN);
+	__builtin_memcpy(out.eth.h_source, h->eth->h_dest, ETH_ALEN);
+	out.ip.saddr = h->ip->daddr;
+	out.ip.daddr = h->ip->saddr;
+	out.tcp.source = h->tcp->dest;
+	out.tcp.dest = h->tcp->source;
+	isn = bpf_ntohl(h->tcp->seq);
+	ecn = h->tcp->ece && h->tcp->cwr && (conf.options & 8);
+	if (read_options(skb, ETH_HLEN + sizeof(struct iphdr) + sizeof(struct tcphdr),
+			 h->tcp->doff * 4 - sizeof(struct tcphdr), &o) < 0)
+		return TC_ACT_SHOT;
+	if (o.mss == 0)
+		o.mss = 536; /* RFC 9293 section 3.7.1 */
+	if (o.mss < MSS_VALUES[0])
+		return TC_ACT_UNSPEC; /* the kernel's adoption takes no such connection */
+	found = o.found & conf.options;
+#pragma unroll
+	for (i = 1; i < 8; i++)
+		if (o.mss >= MSS_VALUES[i])
+			meta = (meta & ~(7U << META_MSS)) | i << META_MSS;
+	meta |= (found & OPT_WSCALE ? o.wscale : NO_WSCALE) << META_WSCALE;
+	meta |= found & OPT_SACK ? META_SACK : 0;
+	meta |= ecn ? META_ECN : 0;
+	hash = cookie_hash(flow, k->key[key][0], k->key[key][1], isn, meta);
+
+	out.opt[0] = bpf_htonl(0x02040000 | conf.mss);
+	if (found & OPT_TS) {
+		out.opt[1] = bpf_htonl(found & OPT_SACK ? 0x0402080a : 0x0101080a);
+		out.opt[2] = bpf_htonl(clock_ms() + (__u32)(hash >> 32));
+		out.opt[3] = bpf_htonl(o.tsval);
+		n = 4;
+		if (found & OPT_WSCALE)
+			out.opt[n++] = bpf_htonl(0x01030300 | conf.wscale);
+	} else {
+		if (found & OPT_SACK)
+			out.opt[n++] = bpf_htonl(0x01010402);
+		if (found & OPT_WSCALE)
+			out.opt[n++ & 3] = bpf_htonl(0x01030300 | conf.wscale);
+	}
+	tcp_len = sizeof(struct tcphdr) + n * 4;
+	out.ip.version = 4;
+	out.ip.ihl = 5;
+	out.ip.tot_len = bpf_htons(sizeof(struct iphdr) + tcp_len);
+	out.ip.frag_off = bpf_htons(0x4000); /* DF */
+	out.ip.ttl = 64;
+	out.ip.protocol = IPPROTO_TCP;
+#pragma unroll
+	for (i = 0; i < 10; i++)
+		sum += ((__u16 *)&out.ip)[i];
+	sum = (sum & 0xffff) + (sum >> 16);
+	out.ip.check = ~((sum & 0xffff) + (sum >> 16));
+	out.tcp.seq = bpf_htonl(((__u32)hash & ~META_MASK) | meta);
+	out.tcp.ack_seq = bpf_htonl(isn + 1);
+	out.tcp.doff = 5 + n;
+	out.tcp.syn = 1;
+	out.tcp.ack = 1;
+	out.tcp.ece = ecn;
+	out.tcp.window = bpf_htons(conf.window);
+	/* the pseudo-header: RFC 9293 section 3.1 */
+	check = (__u64)out.ip.saddr + out.ip.daddr + bpf_htons(IPPROTO_TCP) + bpf_htons(tcp_len);
+	check = (check & 0xffffffff) + (check >> 32);
+	if (BPF_CORE_READ_BITFIELD(kernel, ip_summed) != CHECKSUM_PARTIAL) {
+		/* all 24 bytes of options: what is not used is zero */
+		check = bpf_csum_diff(0, 0, (void *)&out.tcp, sizeof(out.tcp) + sizeof(out.opt), check);
+		if (check < 0)
+			return TC_ACT_SHOT;
+		check = (check & 0xffff) + (check >> 16);
+		out.tcp.check = ~(__u16)((check & 0xffff) + (check >> 16));
+	} else {
+		check = (check & 0xffff) + ((check >> 16) & 0xffff);
+		out.tcp.check = (check & 0xffff) + (check >> 16);
+	}
+	if (bpf_skb_change_tail(skb, ETH_HLEN + sizeof(struct iphdr) + tcp_len, 0) < 0 ||
+	    bpf_skb_store_bytes(skb, 0, &out.eth, sizeof(out.eth) + sizeof(out.ip) + sizeof(out.tcp) + 4, 0) < 0)
+		return TC_ACT_SHOT;
+	if (n > 1 && bpf_skb_store_bytes(skb, sizeof(out.eth) + sizeof(out.ip) + sizeof(out.tcp) + 4,
+					 &out.opt[1], ((n - 1) & 7) * 4, 0) < 0)
+		return TC_ACT_SHOT;
+	COUNT(cookies, 1);
+	return bpf_redirect(skb->ifindex, 0);
+}
+
+/* The state of the socket that owns a flow on this host; 0: none does. */
+static __always_inline __u32 owner(struct __sk_buff *skb, struct bpf_sock_tuple *t)
+{
+	struct bpf_sock *skc = bpf_skc_lookup_tcp(skb, t, sizeof(t->ipv4), BPF_F_CURRENT_NETNS, 0);
+	__u32 state;
+
+	if (!skc)
+		return 0;
+	state = skc->state;
+	bpf_sk_release(skc);
+	return state;
+}
+
+/*
+ * A packet to the VIP that belongs to no back end; e: the entry of an older flow of its name, or 0.
+ * Whatever is unusual goes to our stack.
+ */
+static __always_inline int without_flow(struct __sk_buff *skb, const struct headers *h,
+					struct tcpha_entry *e)
+{
+	struct bpf_sock_tuple t = {};
+	struct tcpha_shaken *before, now = {};
+	struct tcpha_entry *fresh;
+	struct tcpha_keys *k;
+	struct tcpha_flow flow;
+	struct cookie c = {};
+	__u32 zero = 0, state, length, seq, ack, doff;
+	__be16 window;
+	__u8 flags = ((__u8 *)h->tcp)[13];
+
+	k = bpf_map_lookup_elem(&keys, &zero);
+	if (!k)
+		return TC_ACT_UNSPEC;
+	flow_of(h, &flow);
+	tuple_of(&flow, &t);
+	state = owner(skb, &t);
+	if (state != BPF_TCP_LISTEN)
+		return TC_ACT_UNSPEC;
+	if (flags & TCPHA_T_SYN) {
+		if ((flags & (TCPHA_T_ACK | TCPHA_T_RST | TCPHA_T_FIN)) || h->ip->ihl != 5 ||
+		    h->tcp->doff < 5 || !k->used)
+			return TC_ACT_UNSPEC;
+		return answer_syn(skb, h, &flow, k);
+	}
+	if (!(flags & TCPHA_T_ACK) || h->tcp->doff < 5)
+		return TC_ACT_UNSPEC;
+	length = payload(h);
+	seq = bpf_ntohl(h->tcp->seq);
+	ack = bpf_ntohl(h->tcp->ack_seq);
+	window = h->tcp->window;
+	doff = h->tcp->doff * 4;
+	if (read_options(skb, ETH_HLEN + h->ip->ihl * 4 + sizeof(struct tcphdr),
+			 doff - sizeof(struct tcphdr), &c.opt) < 0)
+		return TC_ACT_SHOT;
+	before = bpf_map_lookup_elem(&shaken, &flow);
+	if (!cookie_check(&flow, k, seq, ack, &c)) {
+		if (before && seq - before->isn < TCPHA_LEAP)
+			return TC_ACT_SHOT; /* a later segment has come first, or a keep-alive probe */
+		COUNT(forged, 1);
+		return TC_ACT_UNSPEC; /* which says so with a RST */
+	}
+	if (flags & TCPHA_T_RST) {
+		bpf_map_delete_elem(&shaken, &flow);
+		return TC_ACT_SHOT;
+	}
+	if (flags & TCPHA_T_FIN) {
+		cookie_accept(skb, &t, &c, conf.wscale, c.rtt_ms);
+		return TC_ACT_UNSPEC;
+	}
+	if (length == 0) {
+		if (!before || before->isn != c.isn) {
+			now.since_ns = bpf_ktime_get_ns();
+			now.isn = c.isn;
+			now.ours = c.ours;
+			now.rtt_ms = c.rtt_ms;
+			now.tsval = c.opt.tsval;
+			now.tsecr = c.opt.tsecr;
+			now.timestamps = (c.opt.found & OPT_TS) != 0;
+			now.window = bpf_ntohs(window);
+			bpf_map_update_elem(&shaken, &flow, &now, BPF_ANY);
+		}
+		return TC_ACT_SHOT;
+	}
+	fresh = bpf_map_lookup_elem(&scratch, &zero);
+	if (!fresh)
+		return TC_ACT_SHOT;
+	__builtin_memset(fresh, 0, sizeof(*fresh));
+	fresh->state = TCPHA_PENDING;
+	fresh->flags = TCPHA_F_FAST;
+	fresh->start_ns = fresh->last_ns = bpf_ktime_get_ns();
+	fresh->end_seq = fresh->first_seq = seq;
+	fresh->first_ack = ack;
+	fresh->rtt_ms = before && before->isn == c.isn ? before->rtt_ms : c.rtt_ms;
+	if (e && !(e->flags & TCPHA_F_CLOSED))
+		fresh->slot = e->backend + 1;
+	if (bpf_map_update_elem(&flows, &flow, fresh, BPF_ANY) < 0)
+		return TC_ACT_SHOT;
+	bpf_map_delete_elem(&shaken, &flow);
+	COUNT(requests, 1);
+	return to_worker(skb, TCPHA_FAST_FIRST);
+}
+
+/* A packet of a flow that took the packet path. */
+static __always_inline int fast_flow(struct __sk_buff *skb, struct tcpha_entry *e, __u32 seq, __u32 ack,
+				     __u32 length)
+{
+	bool first = seq == e->first_seq && length;
+	struct tcpha_backend *be;
+	__u32 index = e->backend;
+
+	if (e->state == TCPHA_PENDING)
+		return to_worker(skb, first ? TCPHA_FAST_FIRST : TCPHA_FAST_LATER);
+	if (ack != e->first_ack)
+		e->flags |= TCPHA_F_ANSWERED;
+	if (first && !(e->flags & TCPHA_F_ANSWERED)) {
+		be = bpf_map_lookup_elem(&backends, &index);
+		if (be && be->down) { /* it was not served: another back end may */
+			e->slot = (e->flags & TCPHA_F_CLOSED) ? 0 : index + 1;
+			e->id = 0;
+			e->flags = TCPHA_F_FAST;
+			e->state = TCPHA_PENDING;
+			return to_worker(skb, TCPHA_FAST_FIRST);
+		}
+		tell_rtt(skb, e->rtt_ms);
+	}
+	return forward(skb, e);
 }
 
 SEC("tc")
 int fe_ingress(struct __sk_buff *skb)
 {
 	struct tcpha_entry *e;
+	struct tcpha_flow flow;
 	struct headers h;
+	__u32 seq, ack, length;
 
 	if (skb->pkt_type != PACKET_HOST || skb->protocol != bpf_htons(ETH_P_IP) ||
 	    parse_tcp(skb, 0, &h) < 0)
 		return TC_ACT_UNSPEC;
-	e = classify(&h);
-	if (!e)
+	if (h.ip->daddr != unmap_v4(conf.vaddr) || h.tcp->dest != conf.vport)
 		return TC_ACT_UNSPEC;
-	return e->state == TCPHA_FORWARD ? forward(skb, e) : hold(skb, e);
+	flow_of(&h, &flow);
+	seq = bpf_ntohl(h.tcp->seq);
+	ack = bpf_ntohl(h.tcp->ack_seq);
+	length = h.tcp->syn ? 0 : payload(&h);
+	e = bpf_map_lookup_elem(&flows, &flow);
+	if (e && is_of(e, &h)) {
+		if (e->flags & TCPHA_F_FAST)
+			return fast_flow(skb, e, seq, h.tcp->ack ? ack : e->first_ack, length);
+		return follow_entry(skb, e);
+	}
+	if (conf.mss)
+		return without_flow(skb, &h, e);
+	return TC_ACT_UNSPEC;
 }
 
 SEC("tc")
 int fe_tap(struct __sk_buff *skb)
 {
 	struct tcpha_entry *e;
+	struct tcpha_flow flow;
 	struct headers h;
 
 	if (skb->protocol == bpf_htons(TCPHA_ETH_OP))
 		return run_op_frame(skb);
 	if (skb->protocol != bpf_htons(ETH_P_IP) || parse_tcp(skb, 0, &h) < 0)
 		return TC_ACT_SHOT;
-	e = classify(&h);
-	if (e)
-		return e->state == TCPHA_FORWARD ? forward(skb, e) : hold(skb, e);
+	flow_of(&h, &flow);
+	e = bpf_map_lookup_elem(&flows, &flow);
+	if (e && is_of(e, &h))
+		return follow_entry(skb, e);
 	/* given back to our own stack: the frame still bears the mark instead of our address */
+	bpf_skb_change_type(skb, PACKET_HOST);
+	return TC_ACT_OK;
+}
+
+/* The offer that a frame names. */
+static __always_inline struct tcpha_offer *offer_of(struct __sk_buff *skb)
+{
+	__u32 index;
+	__u16 n;
+
+	if (bpf_skb_load_bytes(skb, 3, &n, sizeof(n)) < 0)
+		return 0;
+	index = n;
+	return bpf_map_lookup_elem(&offers, &index);
+}
+
+/* A worker has chosen: make the entry what it says. Returns whether the packet may go on by it. */
+static __always_inline bool take_offer(struct tcpha_offer *o, struct tcpha_entry *e)
+{
+	o->old = 0;
+	o->start_ns = e->start_ns;
+	o->result = e->state == TCPHA_FORWARD ? 2 : 0;
+	if (e->state != TCPHA_PENDING)
+		return o->result;
+	o->old = e->slot;
+	e->slot = 0;
+	e->id = o->id;
+	e->backend = o->backend;
+	e->rule = o->rule;
+	e->target_len = o->target_len;
+	__builtin_memcpy(e->target, o->target, sizeof(e->target));
+	e->state = TCPHA_FORWARD;
+	o->result = 1;
+	return true;
+}
+
+SEC("tc")
+int fe_fast(struct __sk_buff *skb)
+{
+	struct bpf_sock_tuple t = {};
+	struct tcpha_offer *o;
+	struct tcpha_keys *k;
+	struct tcpha_entry *e;
+	struct tcpha_flow flow;
+	struct cookie c = {};
+	struct headers h;
+	__u32 zero = 0, seq, ack, length;
+	__u8 kind;
+
+	if (skb->protocol != bpf_htons(ETH_P_IP) || bpf_skb_load_bytes(skb, 2, &kind, 1) < 0 ||
+	    parse_tcp(skb, 0, &h) < 0 || h.tcp->doff < 5)
+		return TC_ACT_SHOT;
+	flow_of(&h, &flow);
+	seq = bpf_ntohl(h.tcp->seq);
+	ack = bpf_ntohl(h.tcp->ack_seq);
+	length = payload(&h);
+	e = bpf_map_lookup_elem(&flows, &flow);
+	o = offer_of(skb);
+	if (!o)
+		return TC_ACT_SHOT;
+	tuple_of(&flow, &t);
+	if (kind == TCPHA_FAST_SEND) {
+		if (e && owner(skb, &t) != BPF_TCP_LISTEN) { /* it was silent for long, and has one by now */
+			bpf_map_delete_elem(&flows, &flow);
+			bpf_skb_change_type(skb, PACKET_HOST);
+			return TC_ACT_OK;
+		}
+		if (!e || !take_offer(o, e) || !is_of(e, &h))
+			return TC_ACT_SHOT;
+		return fast_flow(skb, e, seq, ack, length);
+	}
+	if (kind == TCPHA_FAST_SOCKET) {
+		k = bpf_map_lookup_elem(&keys, &zero);
+		if (!k || (length ? !e || e->state != TCPHA_PENDING || seq != e->first_seq : e != 0))
+			return TC_ACT_SHOT;
+		if (read_options(skb, ETH_HLEN + h.ip->ihl * 4 + sizeof(struct tcphdr),
+				 h.tcp->doff * 4 - sizeof(struct tcphdr), &c.opt) < 0)
+			return TC_ACT_SHOT;
+		if (!cookie_check(&flow, k, seq, ack, &c) && !e)
+			return TC_ACT_SHOT;
+		if (!e) { /* a client that has been silent since the handshake: user space forged its ACK */
+			if (owner(skb, &t) != BPF_TCP_LISTEN)
+				return TC_ACT_SHOT;
+			cookie_accept(skb, &t, &c, conf.wscale, bpf_ntohs(h.ip->id));
+		} else {
+			if (cookie_accept(skb, &t, &c, conf.wscale, e->rtt_ms))
+				return TC_ACT_SHOT; /* the client's next attempt may find room */
+			/* the worker removes the entry, once there is a socket */
+			o->old = e->slot;
+			o->result = 1;
+		}
+	} else if (e && is_of(e, &h)) {
+		if (e->flags & TCPHA_F_FAST && e->state == TCPHA_FORWARD)
+			return fast_flow(skb, e, seq, ack, length);
+		return follow_entry(skb, e);
+	}
 	bpf_skb_change_type(skb, PACKET_HOST);
 	return TC_ACT_OK;
 }

@@ -17,6 +17,10 @@
 #define TCPHA_ETH_OP 0x88b5	 /* IEEE 802 local experimental EtherType: operation frames on the TAP */
 #define TCPHA_MAC_MARK 0x0274	 /* first two bytes of the MAC of a frame that BPF put on the TAP */
 #define TCPHA_IPID_PLAIN 0xffff	 /* IP id of forged packets that want no adoption */
+#define TCPHA_MAC_FAST 0x0276	 /* first two bytes of the MAC of a frame on the fast TAP; then TCPHA_FAST_* */
+#define TCPHA_MARK_AGAIN 0x7c9a0002 /* of a packet that comes a second time, behind the end of an old socket */
+#define TCPHA_COOKIE_MS 120000	 /* the oldest SYN-ACK that a request may answer, milliseconds */
+#define TCPHA_MAX_FAST 8	 /* front ends of a back end that may use the packet path */
 
 /* A flow, as a hash key. */
 struct tcpha_flow {
@@ -30,6 +34,7 @@ struct tcpha_flow {
 enum {
 	TCPHA_HOLD = 1,	   /* being handed over: packets go to user space, which keeps them */
 	TCPHA_FORWARD = 2, /* handed over: packets go to the back end */
+	TCPHA_PENDING = 3, /* the request is on its way to user space, and what follows goes there too */
 };
 
 /* Flags of struct tcpha_entry, set by BPF unless said otherwise. */
@@ -38,6 +43,8 @@ enum {
 	TCPHA_F_RST = 2,      /* the client has sent a RST */
 	TCPHA_F_NEW_SYN = 4,  /* a SYN of a newer connection went to the listener: see syn_seq */
 	TCPHA_F_CLOSED = 8,   /* by user space: the back end has only a TIME_WAIT socket left */
+	TCPHA_F_FAST = 16,    /* took the packet path: the client's first segment may create the socket */
+	TCPHA_F_ANSWERED = 32, /* of such: the client has acknowledged something of the back end's */
 };
 
 /* A flow that the front end has diverted. */
@@ -49,13 +56,17 @@ struct tcpha_entry {
 	__u64 bytes;	/* forwarded, L3 and up */
 	__u32 state;
 	__u32 backend;	/* index into the table of back ends */
-	__u32 slot;	/* connection slot in user space while in TCPHA_HOLD */
+	__u32 slot;	/* connection slot in user space while in TCPHA_HOLD; in TCPHA_PENDING: back end
+			   of an older flow whose place this takes, + 1 */
 	__u32 flags;
 	__u32 rule;	/* index of the rule that matched */
 	__u32 end_seq;	/* behind the last byte or FIN that the client has sent; see flow.h */
 	__u32 ahead_seq; /* what was seen behind a gap; none if both are equal */
 	__u32 ahead_end;
 	__u32 syn_seq;
+	__u32 first_seq; /* TCPHA_F_FAST: of the request */
+	__u32 first_ack;
+	__u32 rtt_ms;	 /* TCPHA_F_FAST: of the handshake; 0: not known */
 	__u32 target_len;
 	char target[TCPHA_TARGET_MAX];
 };
@@ -70,6 +81,8 @@ enum {
 struct tcpha_backend {
 	__u32 ifindex;
 	__u32 mode;
+	__u32 down; /* takes nothing at the moment: a request that it has not answered goes elsewhere */
+	__u32 pad;
 	__u8 nexthop[16];
 	__u8 addr[16];
 	__u8 src[16]; /* tunnel: outer source address */
@@ -90,6 +103,8 @@ enum {
 	TCPHA_R_NO_SOCKET = 4,
 	TCPHA_R_TIME_WAIT = 5, /* a TIME_WAIT socket owns the tuple: see rcv_nxt */
 	TCPHA_R_LIVE = 6,      /* another socket owns the tuple: see state, rcv_nxt */
+	TCPHA_R_BACKLOG = 7,   /* the listener's accept queue is full */
+	TCPHA_R_FULL = 8,      /* no more connections wanted */
 };
 
 /*
@@ -138,19 +153,91 @@ struct tcpha_counters {
 	__u64 guarded;	   /* back end: no socket for it, dropped */
 	__u64 foreign;	   /* back end: tunnelled by a host that is no front end of ours, dropped */
 	__u64 decapsulated;
+	__u64 cookies;	   /* front end: SYNs answered */
+	__u64 requests;	   /* front end: requests that went to user space */
+	__u64 forged;	   /* segments of no known flow that had no valid cookie */
+	__u64 adopted;	   /* back end: by a client's own segment */
+	__u64 yielded;	   /* back end: older sockets on the tuple that were ended for that */
+};
+
+/* The cookie keys of one front end, in memory shared with user space. */
+struct tcpha_keys {
+	__u64 key[2][2];
+	__u32 current; /* front end: the one for new cookies */
+	__u32 used;    /* front end: SYNs are answered; back end: the keys are known */
+	__u32 wscale;  /* that the front end offers */
+	__u32 pad;
+};
+
+/* What a worker says of a request, and what the program answers; in memory shared with it. */
+struct tcpha_offer {
+	__u64 id;
+	__u64 start_ns;
+	__u32 backend;
+	__u32 rule;
+	__u32 target_len;
+	__u32 result; /* out: 1: the flow is the back end's; 2: so it was before; 0: neither */
+	__u32 old;    /* out: back end of an older flow, whose end is known by this; + 1 */
+	__u32 pad;
+	char target[TCPHA_TARGET_MAX];
+};
+
+/* What a worker wants of a frame that it writes to the fast TAP, or what one is that it reads there. */
+enum {
+	TCPHA_FAST_FIRST = 1,  /* read: a request */
+	TCPHA_FAST_LATER = 2,  /* read, written: another segment of its flow; it goes where its entry says */
+	TCPHA_FAST_SEND = 3,   /* written: to the back end of offer n; n is in the next two bytes */
+	TCPHA_FAST_SOCKET = 4, /* written: to a socket of our own */
+};
+
+/* A handshake that has ended, without a request yet. */
+struct tcpha_shaken {
+	__u64 since_ns;
+	__u32 isn;  /* client's */
+	__u32 ours; /* our initial sequence number */
+	__u32 rtt_ms;
+	__u32 tsval; /* of the client's ACK */
+	__u32 tsecr;
+	__u16 window;
+	__u8 timestamps;
+	__u8 pad;
+};
+
+/* Room for adoptions at the back end, in memory shared with user space. */
+struct tcpha_gate {
+	__u32 max;
+	__u32 live;   /* connections that user space knows of */
+	__u32 coming; /* of those it does not know of yet */
+	__be16 listen_port;
+	__u16 pad;
+	__u8 listen_addr[16];
+};
+
+/* What the back end's program did with a client's segment. */
+struct tcpha_event {
+	struct tcpha_flow flow;
+	__u32 isn;  /* client's */
+	__u32 ours; /* our initial sequence number */
+	__u32 frontend;
+	__u32 result; /* TCPHA_R_OK, or why not */
 };
 
 struct tcpha_fe_conf {
 	__u8 vaddr[16];
 	__be16 vport;
-	__u16 pad;
+	__u16 mss;    /* packet path: that we offer; 0: no packet path */
 	__u32 tap;
+	__u32 fast_tap;
+	__u16 window; /* of the SYN-ACK */
+	__u8 wscale;
+	__u8 options; /* 1: timestamps, 2: SACK, 4: window scale, 8: ECN */
 };
 
 struct tcpha_be_conf {
 	__u8 vaddr[16];
 	__u8 raddr[16];
 	__u32 tap;
+	__u32 fast; /* the packet path is there */
 };
 
 #endif

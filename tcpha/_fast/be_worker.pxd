@@ -31,6 +31,7 @@ cdef struct adopted:
 
 cdef struct be_counters:
     uint64_t adopted
+    uint64_t fast          # of those: by the packet path
     uint64_t closed
     uint64_t refused[16]   # by reason
     uint64_t late          # adopted with bytes fed afterwards
@@ -53,6 +54,8 @@ cdef struct backend_state:
     pthread_mutex_t reap_lock
     uint64_t reaped_ns     # the last look through the whole table
     uint32_t unloading     # refuse what comes
+    pthread_mutex_t ring_lock  # the packet path's events
+    uint32_t swept         # bucket that _sweep() has come to
     pthread_mutex_t feed_lock
     leftover *leftovers
     be_counters n

@@ -12,21 +12,24 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
 from tcpha._fast.core cimport (
-    EV_NETLINK, LINK_UP, MAX_LINKS, SCRATCH, Core, core, half_closed, link,
+    EV_NETLINK, EV_RING, LINK_UP, MAX_LINKS, SCRATCH, Core, core, half_closed, link,
     link_put, say_flow, say_more, say_number, watch, worker)
 from tcpha._fast.datapath cimport (
     DP_ALIVE, DP_CLOSING, DP_MORE, DP_TIME_WAIT, BeDatapath)
-from tcpha._fast.defs cimport tcpha_flow
+from tcpha._fast.defs cimport (
+    TCPHA_MAX_FAST, TCPHA_R_ASSIGN, TCPHA_R_BACKLOG, TCPHA_R_FULL, TCPHA_R_NO_LISTENER, TCPHA_R_OK,
+    tcpha_event, tcpha_flow)
 from tcpha._fast.diag cimport inet_diag_msg
 from tcpha._fast.message cimport (
-    END_GONE, END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED_SIZE, MSG_HANDOFF, MSG_OWNED,
-    MSG_REFUSED_SIZE, MSG_SERVER, REFUSE_FULL, REFUSE_STALE, message, message_closed,
-    message_refused, message_short, refusal_text)
+    END_GONE, END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED_SIZE, MSG_HANDOFF, MSG_KEYED, MSG_KEYS,
+    MSG_OWNED, MSG_REFUSED_SIZE, MSG_SERVER, REFUSE_BACKLOG, REFUSE_FULL, REFUSE_LISTENER,
+    REFUSE_STALE, REFUSE_UNSUPPORTED, fast_id, message, message_closed, message_refused,
+    message_return, message_short, refusal_text)
 from tcpha._fast.packet cimport address_text
 from tcpha._fast.sys cimport (
-    EINTR, ENOBUFS, EPOLL_CTL_ADD, EPOLLET, EPOLLIN, MSG_DONTWAIT, add64, errno, now_ns, ntohs,
+    EINTR, ENOBUFS, EPOLL_CTL_ADD, EPOLLET, EPOLLIN, MSG_DONTWAIT, add32, add64, errno, now_ns, ntohs,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock,
-    pthread_mutex_unlock, recv)
+    pthread_mutex_unlock, recv, store32)
 
 cdef extern from "<linux/netlink.h>" nogil:
     struct nlmsghdr:
@@ -37,7 +40,9 @@ cdef extern from "<linux/netlink.h>" nogil:
 
 cdef enum:
     PIECE = 1024           # buckets that are read under one lock
+    SWEEP = 64             # buckets that are looked through at one turn of the timer
 
+cdef uint64_t SETTLED_NS = 1000000000  # older connections surely have a socket, or none any more
 cdef int64_t DELAYED_NS = 50000000  # an offer this old may have been made to another one since
 cdef uint64_t REAP_NS = 1000000     # at most one look through the whole table in this time
 
@@ -58,14 +63,28 @@ cdef adopted *_find(backend_state *b, const tcpha_flow *flow) noexcept nogil:
     return a
 
 
+cdef inline void _tell_live(backend_state *b) noexcept nogil:
+    """The packet path asks nobody: it reads how many there are, and may be."""
+    if b.dp.gate != NULL:
+        store32(&b.dp.gate.max, 0 if b.unloading else max(b.max, b.live + b.room))
+        store32(&b.dp.gate.live, b.live)
+
+
 cdef adopted *_insert(backend_state *b, const tcpha_flow *flow) noexcept nogil:
     """NULL if maxclients is reached."""
-    cdef adopted *a = b.free_list
-    cdef adopted **head
-    if a == NULL or (b.live >= b.max and b.room == 0):
+    if b.live >= b.max and b.room == 0:
         return NULL
     if b.live >= b.max:
         b.room -= 1
+    return _insert_any(b, flow)
+
+
+cdef adopted *_insert_any(backend_state *b, const tcpha_flow *flow) noexcept nogil:
+    """NULL if there is no memory left."""
+    cdef adopted *a = b.free_list
+    cdef adopted **head
+    if a == NULL:
+        return NULL
     b.free_list = a.next
     a.flow = flow[0]
     a.over = a.adopting = a.recheck = False
@@ -73,6 +92,7 @@ cdef adopted *_insert(backend_state *b, const tcpha_flow *flow) noexcept nogil:
     a.next = head[0]
     head[0] = a
     b.live += 1
+    _tell_live(b)
     return a
 
 
@@ -84,6 +104,7 @@ cdef void _remove(backend_state *b, adopted *a) noexcept nogil:
     a.next = b.free_list
     b.free_list = a
     b.live -= 1
+    _tell_live(b)
 
 
 cdef inline bint _living(int owner) noexcept nogil:
@@ -154,6 +175,7 @@ cdef void _reap(backend_state *b, worker *w) noexcept nogil:
         opened = _check_all(b, w)
         pthread_mutex_lock(&b.lock)
         b.room = b.max - opened if opened < b.max else 0
+        _tell_live(b)
         pthread_mutex_unlock(&b.lock)
         b.reaped_ns = now_ns()
     pthread_mutex_unlock(&b.reap_lock)
@@ -225,6 +247,13 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
     if m.type == MSG_OWNED:
         _claim(b, w, l, m)
         return 0
+    if m.type == MSG_KEYS:
+        if b.dp.keys != NULL and l.peer < TCPHA_MAX_FAST:
+            memcpy(b.dp.keys[l.peer].key[m.id >> 8 & 1], m.data, 16)
+            store32(&b.dp.keys[l.peer].wscale, m.id & 0xff)
+            store32(&b.dp.keys[l.peer].used, 1)
+            link_put(c, w, l, buf, message_short(buf, MSG_KEYED, m.id), NULL, 0)
+        return 0
     if m.type != MSG_HANDOFF:
         return -1
     say_number(c, 4, &m.snap.flow, b"HANDOFF of %ld bytes", m.data_len)
@@ -232,6 +261,7 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
     if age > <int64_t>b.stale_ns or (age > DELAYED_NS and half_closed(l.fd)):
         rc = REFUSE_STALE  # the front end has given up on it, or is about to
     else:
+        _on_ring(b, w)     # what came before this one is in the table
         # In the table before the socket exists: its end may be reported at any moment after.
         pthread_mutex_lock(&b.lock)
         a = _find(b, &m.snap.flow)
@@ -274,6 +304,90 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
     return 0
 
 
+# The packet path
+
+cdef void _take_event(backend_state *b, worker *w, const tcpha_event *e) noexcept nogil:
+    """The program has adopted a connection, or refused it."""
+    cdef adopted *a
+    cdef uint64_t id = fast_id(e.isn, e.ours)
+    cdef uint32_t reason = REFUSE_FULL
+    cdef uint8_t buf[MSG_CLOSED_SIZE]
+    cdef link *l
+    cdef int i
+    if e.result == TCPHA_R_OK:
+        pthread_mutex_lock(&b.lock)
+        a = _find(b, &e.flow)
+        if a != NULL and a.id != id:
+            _ended(b, w, a, END_GONE)  # the client could not have connected anew otherwise
+            if a.over:
+                _remove(b, a)
+            a = NULL
+        if a == NULL:
+            a = _insert_any(b, &e.flow)
+            if a != NULL:
+                a.id = id
+                a.since_ns = now_ns()
+                a.link = a.link_gen = 0  # any: no link has generation 0
+                a.peer = e.frontend
+                add64(&b.n.adopted, 1)
+                add64(&b.n.fast, 1)
+                say_flow(b.c, 2, &e.flow, b"adopted")
+        pthread_mutex_unlock(&b.lock)
+        add32(&b.dp.gate.coming, -1)
+        return
+    if e.result == TCPHA_R_FULL:
+        if not b.unloading:
+            _reap(b, w)
+            if b.room:
+                return     # the client's next attempt finds it
+    elif e.result == TCPHA_R_BACKLOG:
+        reason = REFUSE_BACKLOG
+    elif e.result == TCPHA_R_NO_LISTENER:
+        reason = REFUSE_LISTENER
+    elif e.result == TCPHA_R_ASSIGN:
+        reason = REFUSE_UNSUPPORTED
+    add64(&b.n.refused[reason], 1)
+    say_more(b.c, 1, &e.flow, b"refused: %s", refusal_text(reason), 0)
+    for i in range(MAX_LINKS):
+        l = &b.c.links[i]
+        if l.state == LINK_UP and l.peer == e.frontend and link_put(
+                b.c, w, l, buf, message_return(buf, id, &e.flow, reason), NULL, 0) == 0:
+            return
+
+
+cdef void _on_ring(backend_state *b, worker *w) noexcept nogil:
+    cdef tcpha_event e
+    if b.dp.gate == NULL:
+        return
+    pthread_mutex_lock(&b.ring_lock)
+    while b.dp.next_event(b.dp.self, &e):
+        _take_event(b, w, &e)
+    pthread_mutex_unlock(&b.ring_lock)
+
+
+cdef void _sweep(backend_state *b, worker *w, uint64_t now) noexcept nogil:
+    """Look through a part of the table. The packet path's program is not told whether the kernel made a
+    socket of what it adopted."""
+    cdef adopted *a
+    cdef adopted *following
+    cdef int owner
+    cdef uint32_t _i
+    if b.dp.gate == NULL or b.live == 0:
+        return
+    pthread_mutex_lock(&b.lock)
+    for _i in range(SWEEP):
+        b.swept = (b.swept + 1) & b.mask
+        a = b.buckets[b.swept]
+        while a != NULL:
+            following = a.next
+            if not a.adopting and not a.over and now > a.since_ns + SETTLED_NS:
+                owner = b.dp.alive(b.dp.self, w.index, &a.flow)
+                if not _living(owner):
+                    _ended(b, w, a, END_TIME_WAIT if owner == DP_TIME_WAIT else END_GONE)
+            a = following
+    pthread_mutex_unlock(&b.lock)
+
+
 # The end of connections
 
 cdef void _check(backend_state *b, worker *w, const tcpha_flow *flow) noexcept nogil:
@@ -306,6 +420,7 @@ cdef void _on_netlink(backend_state *b, worker *w) noexcept nogil:
             if errno == EINTR:
                 continue
             break
+        _on_ring(b, w)     # before its end is reported, each adoption was noted there
         p = w.scratch
         while n >= <ssize_t>(NLMSG_HDRLEN + sizeof(inet_diag_msg)):
             h = <nlmsghdr *>p
@@ -342,6 +457,8 @@ cdef void _on_event(core *c, worker *w, int kind, uint32_t index, uint32_t gen,
                     uint32_t events) noexcept nogil:
     if kind == EV_NETLINK:
         _on_netlink(<backend_state *>c.role, w)
+    elif kind == EV_RING:
+        _on_ring(<backend_state *>c.role, w)
 
 
 cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
@@ -350,6 +467,8 @@ cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
     cdef leftover **at
     cdef leftover *p
     b.dp.sweep(b.dp.self, now)
+    _on_ring(b, w)
+    _sweep(b, w, now)
     if b.leftovers == NULL or pthread_mutex_trylock(&b.feed_lock) != 0:
         return
     at = &b.leftovers
@@ -399,6 +518,7 @@ cdef class BackEnd(Core):
         pthread_mutex_init(&self.b.lock, NULL)
         pthread_mutex_init(&self.b.feed_lock, NULL)
         pthread_mutex_init(&self.b.reap_lock, NULL)
+        pthread_mutex_init(&self.b.ring_lock, NULL)
         self.b.c = self.c
         self.b.stale_ns = <uint64_t>(stale * 1e9)
         self.b.netlink_fd = -1
@@ -421,6 +541,7 @@ cdef class BackEnd(Core):
         pthread_mutex_destroy(&self.b.lock)
         pthread_mutex_destroy(&self.b.feed_lock)
         pthread_mutex_destroy(&self.b.reap_lock)
+        pthread_mutex_destroy(&self.b.ring_lock)
         free(self.b.pool)
         free(self.b.buckets)
         free(self.b)
@@ -436,6 +557,9 @@ cdef class BackEnd(Core):
         nl.setblocking(False)
         self.fds["netlink"] = self.b.netlink_fd = nl.detach()
         watch(self.c, EPOLL_CTL_ADD, self.b.netlink_fd, EPOLLIN | EPOLLET, EV_NETLINK, 0, 0)
+        if self.b.dp.gate != NULL:
+            watch(self.c, EPOLL_CTL_ADD, self.b.dp.event_fd, EPOLLIN | EPOLLET, EV_RING, 0, 0)
+            _tell_live(self.b)
 
     def tell_server(self, uint64_t said):
         """SERVER to all front ends: see message.pxd."""
@@ -452,6 +576,7 @@ cdef class BackEnd(Core):
     def refuse_all(self):
         """Adopt nothing more (FULL is the answer); what lives goes on."""
         self.b.unloading = 1
+        _tell_live(self.b)
 
     def check_all(self):
         """Tell front ends of connections that ended while they were away."""
@@ -460,10 +585,17 @@ cdef class BackEnd(Core):
             _check_all(self.b, w)
             self.flush_outsider()
 
+    def catch_up(self):
+        """Take note of what the packet path has adopted up to now."""
+        cdef worker *w = self.outsider()
+        with nogil:
+            _on_ring(self.b, w)
+            self.flush_outsider()
+
     def counters(self):
         cdef be_counters *n = &self.b.n
         from tcpha._fast.message import REFUSALS
-        out = {"adopted": n.adopted, "closed": n.closed, "live": self.b.live,
+        out = {"adopted": n.adopted, "fast": n.fast, "closed": n.closed, "live": self.b.live,
                "refused": sum([n.refused[i] for i in range(16)]), "late_feeds": n.late,
                "resyncs": n.resyncs}
         out["refusals"] = {text.decode(): n.refused[i] for i, text in enumerate(REFUSALS)

@@ -19,3 +19,4 @@ cdef class Object:
     cdef dict links
     cdef int map_fd(self, str name) except -1
     cdef void *map_memory(self, str name, size_t size) except NULL
+    cdef void *ring_memory(self, str name, long offset, bint writable, size_t size) except NULL

@@ -171,6 +171,15 @@ cdef class Object:
             raise BpfError(12, f"cannot map {name} into memory")
         return p
 
+    cdef void *ring_memory(self, str name, long offset, bint writable, size_t size) except NULL:
+        """A part of a ring buffer: its consumer's page at 0, its producer's and the data, twice in a
+        row, behind that."""
+        cdef void *p = mmap(NULL, size, PROT_READ | (PROT_WRITE if writable else 0), MAP_SHARED,
+                            self.map_fd(name), offset)
+        if p == MAP_FAILED:
+            raise BpfError(12, f"cannot map {name} into memory")
+        return p
+
     def program_fd(self, str name):
         cdef bytes raw = name.encode()
         cdef bpf_program *p = bpf_object__find_program_by_name(<bpf_object *>self.obj, raw)

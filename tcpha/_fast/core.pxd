@@ -20,6 +20,8 @@ cdef enum event_kind:      # top byte of epoll's data
     EV_CLIENT = 5
     EV_TAP = 6
     EV_NETLINK = 7
+    EV_FAST = 8            # requests of the packet path
+    EV_RING = 9            # adoptions by the packet path
 
 cdef enum link_state:
     LINK_FREE = 0

@@ -469,12 +469,13 @@ cdef class Core:
 
     def links(self):
         """[(index, peer, up, seconds since the last message), ...] of all links not yet reaped."""
-        cdef uint64_t now = now_ns()
+        cdef uint64_t heard
         out = []
         for i in range(MAX_LINKS):
             if self.c.links[i].state != LINK_FREE:
+                heard = load64(&self.c.links[i].last_rx_ns)  # before the clock: a worker sets it
                 out.append((i, self.c.links[i].peer, self.c.links[i].state == LINK_UP,
-                            (now - self.c.links[i].last_rx_ns) / 1e9))
+                            (now_ns() - heard) / 1e9))
         return out
 
     cdef worker *outsider(self) except NULL:

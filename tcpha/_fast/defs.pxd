@@ -11,13 +11,21 @@ cdef extern from "tcpha.h" nogil:
         TCPHA_TARGET_MAX
         TCPHA_ETH_OP
         TCPHA_MAC_MARK
+        TCPHA_MAC_FAST
+        TCPHA_MAX_FAST
+        TCPHA_FAST_FIRST
+        TCPHA_FAST_LATER
+        TCPHA_FAST_SEND
+        TCPHA_FAST_SOCKET
         TCPHA_IPID_PLAIN
         TCPHA_HOLD
         TCPHA_FORWARD
+        TCPHA_PENDING
         TCPHA_F_FIN
         TCPHA_F_RST
         TCPHA_F_NEW_SYN
         TCPHA_F_CLOSED
+        TCPHA_F_FAST
         TCPHA_DIRECT
         TCPHA_TUNNEL
         TCPHA_LOCAL
@@ -30,6 +38,8 @@ cdef extern from "tcpha.h" nogil:
         TCPHA_R_NO_SOCKET
         TCPHA_R_TIME_WAIT
         TCPHA_R_LIVE
+        TCPHA_R_BACKLOG
+        TCPHA_R_FULL
 
     struct tcpha_flow:
         uint8_t caddr[16]
@@ -52,12 +62,16 @@ cdef extern from "tcpha.h" nogil:
         uint32_t ahead_seq
         uint32_t ahead_end
         uint32_t syn_seq
+        uint32_t first_seq
+        uint32_t first_ack
+        uint32_t rtt_ms
         uint32_t target_len
         char target[96]
 
     struct tcpha_backend:
         uint32_t ifindex
         uint32_t mode
+        uint32_t down
         uint8_t nexthop[16]
         uint8_t addr[16]
         uint8_t src[16]
@@ -98,16 +112,67 @@ cdef extern from "tcpha.h" nogil:
         uint64_t guarded
         uint64_t foreign
         uint64_t decapsulated
+        uint64_t cookies
+        uint64_t requests
+        uint64_t forged
+        uint64_t adopted
+        uint64_t yielded
+
+    struct tcpha_keys:
+        uint64_t key[2][2]
+        uint32_t current
+        uint32_t used
+        uint32_t wscale
+
+    struct tcpha_offer:
+        uint64_t id
+        uint64_t start_ns
+        uint32_t backend
+        uint32_t rule
+        uint32_t target_len
+        uint32_t result
+        uint32_t old
+        char target[96]
+
+    struct tcpha_shaken:
+        uint64_t since_ns
+        uint32_t isn
+        uint32_t ours
+        uint32_t rtt_ms
+        uint32_t tsval
+        uint32_t tsecr
+        uint16_t window
+        uint8_t timestamps
+
+    struct tcpha_gate:
+        uint32_t max
+        uint32_t live
+        uint32_t coming
+        uint16_t listen_port
+        uint8_t listen_addr[16]
+
+    struct tcpha_event:
+        tcpha_flow flow
+        uint32_t isn
+        uint32_t ours
+        uint32_t frontend
+        uint32_t result
 
     struct tcpha_fe_conf:
         uint8_t vaddr[16]
         uint16_t vport
+        uint16_t mss
         uint32_t tap
+        uint32_t fast_tap
+        uint16_t window
+        uint8_t wscale
+        uint8_t options
 
     struct tcpha_be_conf:
         uint8_t vaddr[16]
         uint8_t raddr[16]
         uint32_t tap
+        uint32_t fast
 
 
 cdef extern from "flow.h" nogil:

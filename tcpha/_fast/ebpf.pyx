@@ -15,28 +15,32 @@ from tcpha._fast.bpf cimport (
 from tcpha._fast.bpf import possible_cpus
 from tcpha._fast.core cimport SCRATCH
 from tcpha._fast.datapath cimport (
-    DP_ALIVE, DP_CLOSING, DP_GONE, DP_MORE, DP_TIME_WAIT, BeDatapath, FeDatapath, flow_row)
+    DP_ALIVE, DP_CLOSING, DP_GONE, DP_MORE, DP_TIME_WAIT, FAST_QUEUES, BeDatapath, FeDatapath,
+    flow_row)
 from tcpha._fast.defs cimport (
     TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_F_CLOSED, TCPHA_FORWARD, TCPHA_LOCAL, TCPHA_LOCAL_NODE,
-    TCPHA_IPID_PLAIN, TCPHA_MAC_MARK, TCPHA_MAX_OPS, TCPHA_OP_ADOPT, TCPHA_OP_QUERY,
-    TCPHA_R_ASSIGN, TCPHA_R_LIVE, TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_NONE,
-    TCPHA_R_OK, TCPHA_R_TIME_WAIT, TCPHA_TUNNEL, tcpha_backend, tcpha_be_conf,
-    tcpha_counters, tcpha_entry, tcpha_fe_conf, tcpha_flow, tcpha_op)
+    TCPHA_IPID_PLAIN, TCPHA_MAC_FAST, TCPHA_MAC_MARK, TCPHA_MAX_FAST, TCPHA_MAX_OPS,
+    TCPHA_OP_ADOPT, TCPHA_OP_QUERY, TCPHA_PENDING, TCPHA_R_ASSIGN, TCPHA_R_LIVE,
+    TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_NONE, TCPHA_R_OK, TCPHA_R_TIME_WAIT,
+    TCPHA_TUNNEL, tcpha_backend, tcpha_be_conf, tcpha_counters, tcpha_entry, tcpha_event,
+    tcpha_fe_conf, tcpha_flow, tcpha_gate, tcpha_keys, tcpha_offer, tcpha_op, tcpha_shaken,
+    TCPHA_FAST_SOCKET)
 from tcpha._fast.diag cimport SockDiag, diag, diag_refusal
 from tcpha._fast.ledger cimport (
     PUT_NEW, PUT_OLD, ledger, ledger_close, ledger_divert, ledger_forget, ledger_open,
-    ledger_remove, ledger_sweep)
+    ledger_drop_pending, ledger_remove, ledger_sweep, ledger_take_back)
 from tcpha._fast.message cimport (
     REFUSE_BACKLOG, REFUSE_ERROR, REFUSE_LISTENER, REFUSE_UNSUPPORTED)
 from tcpha._fast.packet cimport (
     ETH_SIZE, FRAME_HEAD, TCP_ACK, TCP_FIN, TCP_PSH, TCP_RST, VNET_SIZE, address_bytes,
     forge, segment, segment_from, tap_send)
 from tcpha._fast.repair cimport saved_syn_mss
+from tcpha._fast.rewrite cimport tcp_parse_head, tcp_view
 from tcpha._fast.snapshot cimport (
     SNAP_ECN, SNAP_FIN, SNAP_SACK, SNAP_TIMESTAMP, SNAP_USEC_TS, SNAP_WSCALE, snapshot)
 from tcpha._fast.sys cimport (
-    EINTR, ENOENT, IPPROTO_TCP, add64, errno, htons, now_ns, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_t, pthread_mutex_unlock, read, setsockopt)
+    EINTR, ENOENT, IPPROTO_TCP, add64, errno, htons, load32, load64, now_ns, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, read, setsockopt, store64)
 
 cdef extern from "<unistd.h>" nogil:
     int usleep(unsigned int usec)
@@ -48,7 +52,14 @@ cdef enum:
     BATCH = 4096           # entries read by one system call
     CHUNK = 60000          # payload of a forged segment; one skb, so that overhead is small
     MSS_MIN = 536          # the kernel adopts nothing below (RFC 9293 section 3.7.1)
+    WINDOW = 64240         # of a SYN-ACK: 44 segments of 1460 bytes, as Linux offers
+    RING = 1 << 22         # bytes in the events' ring buffer
+    RING_HEAD = 8          # before each record: length and flags (struct bpf_ringbuf_hdr)
+    RING_BUSY = 1u << 31
+    RING_DISCARD = 1u << 30
 
+# a request that no back end has taken, and that its client has not sent again
+cdef uint64_t PENDING_NS = 60000000000
 cdef uint64_t PATIENCE_NS = 1000000000   # of the Local Node, for its server's accept queue
 
 
@@ -94,6 +105,8 @@ cdef struct fe_ebpf:
     uint32_t nholders
     holder *holders
     ledger book
+    int fast_fd[FAST_QUEUES]
+    tcpha_offer *offers
 
 
 cdef int _find(void *self, const tcpha_flow *flow, tcpha_entry *entry) noexcept nogil:
@@ -260,13 +273,56 @@ cdef void _on_packets(void *self, uint8_t *scratch) noexcept nogil:
     pthread_mutex_unlock(&d.lock)
 
 
+# The packet path
+
+cdef int _fast_next(void *self, uint32_t queue, uint8_t *frame, uint32_t *length,
+                    tcp_view *v) noexcept nogil:
+    cdef fe_ebpf *d = <fe_ebpf *>self
+    cdef ssize_t n
+    while True:
+        n = read(d.fast_fd[queue], frame, SCRATCH)
+        if n < 0 and errno == EINTR:
+            continue
+        if n < 0:
+            return 0
+        if n < VNET_SIZE + ETH_SIZE or frame[VNET_SIZE] != TCPHA_MAC_FAST >> 8 or \
+                frame[VNET_SIZE + 1] != (TCPHA_MAC_FAST & 0xff):
+            continue  # something the kernel itself sent out of the device
+        length[0] = <uint32_t>n
+        n -= VNET_SIZE + ETH_SIZE
+        if tcp_parse_head(frame + VNET_SIZE + ETH_SIZE, <uint32_t>n, <uint32_t>n, v) == 0:
+            return frame[VNET_SIZE + 2]
+
+
+cdef void _fast_socket(void *self, uint32_t queue, uint32_t worker, uint8_t *frame, uint32_t length,
+                       const tcpha_flow *flow) noexcept nogil:
+    cdef fe_ebpf *d = <fe_ebpf *>self
+    _fast_pass(self, queue, worker, frame, length, TCPHA_FAST_SOCKET)
+    if d.offers[worker].result == 1:  # the socket is there by now; what followed came here until then
+        ledger_drop_pending(&d.book, flow)
+
+
+cdef int _take_back(void *self, const tcpha_flow *flow, uint64_t id,
+                    tcpha_entry *entry) noexcept nogil:
+    return ledger_take_back(&(<fe_ebpf *>self).book, flow, id, entry)
+
+
+cdef void _fast_pass(void *self, uint32_t queue, uint32_t worker, uint8_t *frame, uint32_t length,
+                     int kind) noexcept nogil:
+    cdef uint16_t n = <uint16_t>worker
+    frame[VNET_SIZE + 2] = <uint8_t>kind
+    memcpy(frame + VNET_SIZE + 3, &n, 2)
+    tap_send((<fe_ebpf *>self).fast_fd[queue], frame, length, NULL, 0)
+
+
 cdef dict _counters(Object obj):
     """The per-CPU counters of an object, summed."""
     cdef tcpha_counters c[1024]
     cdef uint32_t zero = 0
     cdef int i, cpus = min(possible_cpus(), 1024)
     total = dict.fromkeys(("forwarded", "forwarded_bytes", "held", "live_syn", "unreachable",
-                           "guarded", "foreign", "decapsulated"), 0)
+                           "guarded", "foreign", "decapsulated", "cookies", "requests", "forged",
+                           "adopted", "yielded"), 0)
     if bpf_map_lookup_elem(obj.map_fd("counters"), &zero, c) == 0:
         for i in range(cpus):
             total["forwarded"] += c[i].forwarded
@@ -277,18 +333,26 @@ cdef dict _counters(Object obj):
             total["guarded"] += c[i].guarded
             total["foreign"] += c[i].foreign
             total["decapsulated"] += c[i].decapsulated
+            total["cookies"] += c[i].cookies
+            total["requests"] += c[i].requests
+            total["forged"] += c[i].forged
+            total["adopted"] += c[i].adopted
+            total["yielded"] += c[i].yielded
     return total
 
 
 cdef class FeEbpf(FeDatapath):
-    """The front end's half. tap: (descriptor, ifindex) of its TAP device."""
+    """The front end's half. tap: (descriptor, ifindex) of its TAP device; fast: None, or
+    (descriptors, ifindex, MSS, window scale, options as in struct tcpha_fe_conf) of the packet
+    path."""
 
     cdef fe_ebpf *d
     cdef readonly Object obj
-    cdef object tap_fd
 
-    def __cinit__(self, str path, tap, str vaddr, int port, int slots, int maxflows, bint tunnel):
+    def __cinit__(self, str path, tap, str vaddr, int port, int slots, int maxflows, bint tunnel,
+                  fast=None):
         cdef tcpha_fe_conf conf
+        cdef int i
         self.d = <fe_ebpf *>calloc(1, sizeof(fe_ebpf))
         if self.d == NULL:
             raise MemoryError
@@ -306,6 +370,9 @@ cdef class FeEbpf(FeDatapath):
         address_bytes(vaddr, conf.vaddr)
         conf.vport = htons(port)
         conf.tap = tap[1]
+        if fast is not None:
+            conf.fast_tap, conf.mss, conf.wscale, conf.options = fast[1:]
+            conf.window = WINDOW
         self.obj = Object(path, (<char *>&conf)[:sizeof(conf)], {"flows": maxflows})
         self.d.tap = self.event_fd = tap[0]
         self.d.tunnel = tunnel
@@ -319,6 +386,19 @@ cdef class FeEbpf(FeDatapath):
         self.table.forget = _forget
         self.table.sweep = _sweep
         self.table.on_packets = _on_packets
+        if fast is not None:
+            for i, fd in enumerate(fast[0]):
+                self.d.fast_fd[i] = self.table.fast_fd[i] = fd
+            self.table.nfast = <uint32_t>len(fast[0])
+            self.table.keys = <tcpha_keys *>self.obj.map_memory("keys", sizeof(tcpha_keys))
+            self.table.keys.wscale = conf.wscale
+            self.table.offers = <tcpha_offer *>self.obj.map_memory(
+                "offers", TCPHA_MAX_OPS * sizeof(tcpha_offer))
+            self.table.fast_next = _fast_next
+            self.table.fast_pass = _fast_pass
+            self.table.take_back = _take_back
+            self.table.fast_socket = _fast_socket
+            self.d.offers = self.table.offers
 
     def __dealloc__(self):
         if self.d != NULL:
@@ -337,6 +417,13 @@ cdef class FeEbpf(FeDatapath):
             address_bytes(path[3], b.addr)
             address_bytes(path[4], b.src)
         bpf_map_update_elem(self.obj.map_fd("backends"), &index, &b, BPF_ANY)
+
+    def set_down(self, uint32_t index, bint down):
+        """Say whether requests that a back end has not answered may go to another one."""
+        cdef tcpha_backend b
+        if bpf_map_lookup_elem(self.obj.map_fd("backends"), &index, &b) == 0 and b.down != down:
+            b.down = down
+            bpf_map_update_elem(self.obj.map_fd("backends"), &index, &b, BPF_ANY)
 
     def set_local(self):
         """Flows of the Local Node are left to our own stack from now on."""
@@ -377,6 +464,80 @@ cdef class FeEbpf(FeDatapath):
         return out
 
 
+    def take_silent(self, double seconds):
+        """Make sockets of connections whose client has said nothing for so long since the handshake:
+        they are accepted like any other. Returns how many."""
+        cdef tcpha_flow *keys = <tcpha_flow *>malloc(BATCH * sizeof(tcpha_flow))
+        cdef tcpha_shaken *records = <tcpha_shaken *>malloc(BATCH * sizeof(tcpha_shaken))
+        cdef uint8_t frame[FRAME_HEAD]
+        cdef uint32_t cursor = 0, count, i, taken = 0
+        cdef uint64_t before = now_ns() - <uint64_t>(seconds * 1e9)
+        cdef bint first = True
+        cdef int rc = 0, map_fd = self.obj.map_fd("shaken")
+        cdef segment g
+        try:
+            if keys == NULL or records == NULL:
+                raise MemoryError
+            with nogil:
+                while rc == 0:
+                    count = BATCH
+                    rc = bpf_map_lookup_batch(map_fd, NULL if first else &cursor, &cursor, keys,
+                                              records, &count, NULL)
+                    first = False
+                    for i in range(count if rc == 0 or rc == -ENOENT else 0):
+                        if records[i].since_ns > before or \
+                                bpf_map_delete_elem(map_fd, &keys[i]) < 0:
+                            continue
+                        memset(&g, 0, sizeof(g))
+                        g.flow = &keys[i]
+                        g.seq = records[i].isn + 1
+                        g.ack = records[i].ours + 1
+                        g.flags = TCP_ACK
+                        g.window = records[i].window
+                        g.timestamps = records[i].timestamps
+                        g.tsval = records[i].tsval
+                        g.tsecr = records[i].tsecr
+                        g.ip_id = <uint16_t>min(records[i].rtt_ms, <uint32_t>0xffff)
+                        forge(frame, &g)
+                        _fast_pass(self.d, 0, TCPHA_MAX_OPS - 1, frame, FRAME_HEAD if g.timestamps
+                                   else FRAME_HEAD - 12, TCPHA_FAST_SOCKET)
+                        taken += 1
+        finally:
+            free(keys)
+            free(records)
+        return taken
+
+    def drop_pending(self):
+        """Remove the entries of requests that came to nothing on the way through user space. Returns
+        the back ends of older flows whose places they had taken."""
+        cdef tcpha_flow *keys = <tcpha_flow *>malloc(BATCH * sizeof(tcpha_flow))
+        cdef tcpha_entry *entries = <tcpha_entry *>malloc(BATCH * sizeof(tcpha_entry))
+        cdef uint32_t cursor = 0, count, i
+        cdef uint64_t now = now_ns()
+        cdef bint first = True
+        cdef int rc = 0
+        out = []
+        try:
+            if keys == NULL or entries == NULL:
+                raise MemoryError
+            while rc == 0:
+                count = BATCH
+                with nogil:
+                    rc = bpf_map_lookup_batch(self.d.flows, NULL if first else &cursor, &cursor,
+                                              keys, entries, &count, NULL)
+                first = False
+                for i in range(count if rc == 0 or rc == -ENOENT else 0):
+                    if entries[i].state == TCPHA_PENDING and \
+                            now > entries[i].last_ns + PENDING_NS:
+                        bpf_map_delete_elem(self.d.flows, &keys[i])
+                        if entries[i].slot:
+                            out.append(entries[i].slot - 1)
+        finally:
+            free(keys)
+            free(entries)
+        return out
+
+
 cdef struct be_ebpf:
     int tap
     tcpha_op *ops
@@ -385,6 +546,9 @@ cdef struct be_ebpf:
     uint16_t listen_port   # network byte order
     uint64_t killed        # older sockets on the same 4-tuple
     diag *sockets          # of the Local Node, where the front end's socket has the same 4-tuple
+    uint64_t *consumed     # the events' ring buffer: where we are, and where the program is
+    uint64_t *produced
+    uint8_t *ring
 
 
 cdef int _attach(be_ebpf *d, uint32_t worker, const snapshot *s, const uint8_t *data, segment *g,
@@ -515,6 +679,24 @@ cdef int _alive(void *self, uint32_t worker, const tcpha_flow *flow) noexcept no
     return DP_TIME_WAIT if op.result == TCPHA_R_TIME_WAIT else 0
 
 
+cdef bint _next_event(void *self, tcpha_event *event) noexcept nogil:
+    """Take one record off the ring buffer (kernel: kernel/bpf/ringbuf.c)."""
+    cdef be_ebpf *d = <be_ebpf *>self
+    cdef uint64_t at = d.consumed[0]
+    cdef uint32_t head
+    while at < load64(d.produced):
+        head = load32(<uint32_t *>(d.ring + (at & (RING - 1))))
+        if head & RING_BUSY:
+            return False
+        if not head & RING_DISCARD:
+            memcpy(event, d.ring + (at & (RING - 1)) + RING_HEAD, sizeof(tcpha_event))
+        at += ((head & ~(RING_BUSY | RING_DISCARD)) + RING_HEAD + 7) & ~<uint64_t>7
+        store64(d.consumed, at)
+        if not head & RING_DISCARD:
+            return True
+    return False
+
+
 cdef bint _outside(void *self, tcpha_flow *flow) noexcept nogil:
     return memcmp(flow.vaddr, (<be_ebpf *>self).vaddr, 16) == 0
 
@@ -528,14 +710,15 @@ cdef void _nothing(void *self, uint64_t now) noexcept nogil:
 
 
 cdef class BeEbpf(BeDatapath):
-    """The back end's half. sockets: given on the front end, for its Local Node."""
+    """The back end's half. sockets: given on the front end, for its Local Node; fast: with the
+    packet path."""
 
     cdef be_ebpf *d
     cdef readonly Object obj
     cdef SockDiag sockets
 
     def __cinit__(self, str path, tap, str vaddr, str raddr, str listen_addr, int listen_port,
-                  SockDiag sockets=None):
+                  SockDiag sockets=None, bint fast=False):
         cdef tcpha_be_conf conf
         self.d = <be_ebpf *>calloc(1, sizeof(be_ebpf))
         if self.d == NULL:
@@ -544,6 +727,7 @@ cdef class BeEbpf(BeDatapath):
         address_bytes(vaddr, conf.vaddr)
         address_bytes(raddr, conf.raddr)
         conf.tap = tap[1]
+        conf.fast = fast
         self.obj = Object(path, (<char *>&conf)[:sizeof(conf)])
         self.d.tap = tap[0]
         self.d.ops = <tcpha_op *>self.obj.map_memory("ops", TCPHA_MAX_OPS * sizeof(tcpha_op))
@@ -560,6 +744,19 @@ cdef class BeEbpf(BeDatapath):
         self.table.outside = _outside
         self.table.ended = _ended
         self.table.sweep = _nothing
+        self.table.event_fd = -1
+        if fast:
+            self.table.event_fd = self.obj.map_fd("events")
+            self.d.consumed = <uint64_t *>self.obj.ring_memory("events", 0, True, 4096)
+            self.d.produced = <uint64_t *>self.obj.ring_memory("events", 4096, False,
+                                                               4096 + 2 * RING)
+            self.d.ring = <uint8_t *>self.d.produced + 4096
+            self.table.next_event = _next_event
+            self.table.keys = <tcpha_keys *>self.obj.map_memory(
+                "keys", TCPHA_MAX_FAST * sizeof(tcpha_keys))
+            self.table.gate = <tcpha_gate *>self.obj.map_memory("gate", sizeof(tcpha_gate))
+            memcpy(self.table.gate.listen_addr, self.d.listen_addr, 16)
+            self.table.gate.listen_port = self.d.listen_port
 
     def __dealloc__(self):
         free(self.d)

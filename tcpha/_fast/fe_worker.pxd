@@ -2,7 +2,7 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from tcpha._fast.core cimport Core, core
-from tcpha._fast.datapath cimport fe_datapath
+from tcpha._fast.datapath cimport FAST_QUEUES, fe_datapath
 from tcpha._fast.defs cimport TCPHA_MAX_BACKENDS, tcpha_entry
 from tcpha._fast.http cimport http_head
 from tcpha._fast.match cimport hs_scratch_t, ruleset
@@ -12,6 +12,7 @@ from tcpha._fast.sys cimport pthread_mutex_t
 cdef enum:
     TRIED_WORDS = 4        # TCPHA_MAX_BACKENDS bits
     LINKS_MAX = 16         # control connections to one back end
+    RETURNED = 1024        # requests that are remembered
 
 cdef enum conn_state:
     CONN_FREE = 0
@@ -50,6 +51,7 @@ cdef struct backend:
     uint32_t dead          # by detection
     uint32_t app_down      # nothing listens there
     uint64_t server_said   # the newest SERVER
+    uint64_t keyed         # number of the newest cookie key that it has
     char name[48]          # its address, for messages
     uint32_t next_link
     uint32_t link[LINKS_MAX]      # indexes into core.links
@@ -72,6 +74,7 @@ cdef struct fe_counters:
     uint64_t answered_408
     uint64_t answered_431
     uint64_t answered_503
+    uint64_t fast          # of those handed over: by the packet path
     uint64_t late_bytes    # our stack took them after the snapshot; shipped behind it
 
 
@@ -80,6 +83,13 @@ cdef struct fe_worker:
     uint64_t scratch_of    # generation of the rules
     uint64_t *bits
     uint32_t words
+    conn request           # of the packet path; no slot of 'conns'
+
+
+# A request of the packet path that back ends have returned: who has. The client sends it again.
+cdef struct returned:
+    uint64_t id
+    uint64_t tried[TRIED_WORDS]
 
 
 cdef struct frontend:
@@ -102,6 +112,11 @@ cdef struct frontend:
     int access_fd          # of the access log; -1: none
     uint64_t next_id
     ruleset *rules
+    uint64_t key           # number of the cookie key in use
+    uint32_t fast_readers[FAST_QUEUES]
+    pthread_mutex_t return_lock
+    uint32_t returns       # ever
+    returned back[RETURNED]
     backend backends[TCPHA_MAX_BACKENDS]
     fe_counters n
 

@@ -13,30 +13,32 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp, memcpy, memset, strlen, strstr
 
 from tcpha._fast.core cimport (
-    EV_CLIENT, EV_LISTENER, EV_TAP, LINK_UP, MAX_LINKS, SCRATCH, Core, core, half_closed, link,
+    EV_CLIENT, EV_FAST, EV_LISTENER, EV_TAP, LINK_UP, MAX_LINKS, SCRATCH, Core, core, half_closed, link,
     link_put, notice, say, say_flow, say_more, say_number, watch, worker)
 from tcpha._fast.datapath cimport DP_GONE, FeDatapath
 from tcpha._fast.defs cimport (
-    TCPHA_F_CLOSED, TCPHA_F_FIN, TCPHA_HOLD, TCPHA_LOCAL_NODE, TCPHA_TARGET_MAX, tcpha_entry,
-    tcpha_flow)
-from tcpha._fast.http cimport HTTP_BAD, HTTP_MORE, http_parse
+    TCPHA_F_CLOSED, TCPHA_F_FIN, TCPHA_FAST_FIRST, TCPHA_FAST_SEND, TCPHA_HOLD,
+    TCPHA_LOCAL_NODE, TCPHA_TARGET_MAX, tcpha_entry, tcpha_flow, tcpha_offer)
+from tcpha._fast.http cimport HTTP_BAD, HTTP_DONE, HTTP_MORE, http_parse
 from tcpha._fast.match cimport (
     HS_SUCCESS, choice, hs_clone_scratch, hs_free_scratch, hs_scratch_t, match_scan, ruleset,
     ruleset_free, ruleset_new)
 from tcpha._fast.message cimport (
-    END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED, MSG_HANDOFF_FIXED, MSG_OWNED_SIZE, MSG_REFUSED,
-    MSG_SERVER, REFUSE_FULL, REFUSE_LINK, REFUSE_TIMEOUT, message, message_handoff, message_owned,
-    refusal_text)
+    END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED, MSG_HANDOFF_FIXED, MSG_KEYED, MSG_KEYS_SIZE,
+    MSG_OWNED_SIZE, MSG_REFUSED, MSG_RETURN, MSG_SERVER, REFUSE_FULL, REFUSE_LINK,
+    REFUSE_TIMEOUT, REFUSE_UNSUPPORTED, fast_id, message, message_handoff, message_keys,
+    message_owned, refusal_text)
 from tcpha._fast.packet cimport address_bytes, flow_text
 from tcpha._fast.repair cimport repair_received
+from tcpha._fast.rewrite cimport get32, tcp_view
 from tcpha._fast.snapshot cimport SNAP_FIN, snapshot
 from tcpha._fast.sys cimport (
     EAGAIN, EINTR, EMFILE, ENFILE, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLET,
     EPOLLIN, EPOLLRDHUP, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, MSG_TRUNC, SHUT_WR,
     SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, add32, add64, close, errno, getsockopt, htons,
-    iovec, load32, loadp, now_ns, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    iovec, load32, load64, loadp, now_ns, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_trylock, pthread_mutex_unlock, realtime_ns, recv, send, setsockopt, shutdown,
-    sockaddr, sockaddr_in, socklen_t, store32, storep, writev, xchg32)
+    sockaddr, sockaddr_in, socklen_t, store32, store64, storep, writev, xchg32)
 
 cdef extern from "<linux/filter.h>" nogil:
     struct sock_filter:
@@ -222,17 +224,20 @@ cdef bint _pick(frontend *f, conn *k, const ruleset *rules, const uint64_t *matc
     return False
 
 
+cdef fe_worker *_of_worker(worker *w) noexcept nogil:
+    """What a worker keeps, or NULL: out of memory."""
+    if w.role == NULL:
+        w.role = calloc(1, sizeof(fe_worker))
+    return <fe_worker *>w.role
+
+
 cdef bint _by_rules(frontend *f, worker *w, conn *k, const uint8_t *buf) noexcept nogil:
     """Match the rules and pick a back end. False: there is none."""
     cdef ruleset *rules = <ruleset *>loadp(<void **>&f.rules)
-    cdef fe_worker *fw = <fe_worker *>w.role
+    cdef fe_worker *fw = _of_worker(w)
     cdef hs_scratch_t *fresh = NULL
-    if rules == NULL or rules.groups == 0:
+    if rules == NULL or rules.groups == 0 or fw == NULL:
         return False
-    if fw == NULL:
-        w.role = fw = <fe_worker *>calloc(1, sizeof(fe_worker))
-        if fw == NULL:
-            return False
     if fw.scratch_of != rules.generation:
         if hs_clone_scratch(rules.scratch, &fresh) != HS_SUCCESS:
             return False
@@ -268,9 +273,9 @@ cdef void _count_closed(frontend *f, uint32_t b) noexcept nogil:
     add32(&f.backends[b].live, -1)
 
 
-cdef void _undo_offer(frontend *f, conn *k, uint32_t reason) noexcept nogil:
-    """The current offer came to nothing."""
-    cdef backend *be = &f.backends[k.entry.backend]
+cdef void _refused(frontend *f, uint32_t b, const tcpha_flow *flow, uint32_t reason) noexcept nogil:
+    """An offer to a back end came to nothing."""
+    cdef backend *be = &f.backends[b]
     cdef char line[160]
     add32(&be.live, -1)
     add64(&be.refused, 1)
@@ -278,11 +283,16 @@ cdef void _undo_offer(frontend *f, conn *k, uint32_t reason) noexcept nogil:
     if reason == REFUSE_FULL:
         be.full_live = load32(&be.live)
         be.full_until_ns = now_ns() + FULL_NS
-    k.tried[k.entry.backend >> 6] |= <uint64_t>1 << (k.entry.backend & 63)
     if f.c.dbglevel >= 1:
         snprintf(line, sizeof(line), b"back end %s does not take it: %s", be.name,
                  refusal_text(reason))
-        say_flow(f.c, 1, &k.snap.flow, line)
+        say_flow(f.c, 1, flow, line)
+
+
+cdef void _undo_offer(frontend *f, conn *k, uint32_t reason) noexcept nogil:
+    """The current offer came to nothing."""
+    k.tried[k.entry.backend >> 6] |= <uint64_t>1 << (k.entry.backend & 63)
+    _refused(f, k.entry.backend, &k.snap.flow, reason)
 
 
 cdef bint _send_offer(frontend *f, worker *w, conn *k, const uint8_t *data) noexcept nogil:
@@ -382,7 +392,7 @@ cdef void _offer_again(frontend *f, worker *w, conn *k, uint32_t reason) noexcep
     _offer(f, w, k, w.scratch)
 
 
-cdef void _log_access(frontend *f, worker *w, conn *k) noexcept nogil:
+cdef void _log_access(frontend *f, conn *k, const uint8_t *head_bytes) noexcept nogil:
     """One line: time, client, request-target, number of the rule (or -), back end, microseconds in
     the front end. Lines of workers do not mix, since each is one write (O_APPEND)."""
     cdef char head[96]
@@ -392,13 +402,8 @@ cdef void _log_access(frontend *f, worker *w, conn *k) noexcept nogil:
     cdef uint64_t now = realtime_ns()
     cdef time_t seconds = <time_t>(now // 1000000000)
     cdef tm at
-    cdef int n, one = TCP_RECV_QUEUE
+    cdef int n
     memcpy(rule, b"-", 2)
-    setsockopt(k.fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, &one, sizeof(one))
-    if recv(k.fd, w.scratch, SCRATCH, MSG_PEEK | MSG_DONTWAIT) < \
-            <ssize_t>(k.head.target + k.head.target_len):
-        add32(&f.c.log_lost, 1)
-        return
     gmtime_r(&seconds, &at)
     n = <int>strftime(head, sizeof(head), b"%Y-%m-%dT%H:%M:%S", &at)
     n += snprintf(head + n, sizeof(head) - n, b".%06uZ ",
@@ -407,7 +412,7 @@ cdef void _log_access(frontend *f, worker *w, conn *k) noexcept nogil:
     head[n] = c" "
     iov[0].iov_base = head
     iov[0].iov_len = n + 1
-    iov[1].iov_base = w.scratch + k.head.target
+    iov[1].iov_base = <uint8_t *>head_bytes + k.head.target
     iov[1].iov_len = k.head.target_len
     if k.entry.rule != <uint32_t>NO_RULE:
         snprintf(rule, sizeof(rule), b"%u", k.entry.rule)
@@ -472,7 +477,12 @@ cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
     say_more(f.c, 2, &k.snap.flow, b"handed over to %s by rule %ld",
              f.backends[k.entry.backend].name, <int>k.entry.rule)
     if f.access_fd >= 0:
-        _log_access(f, w, k)
+        setsockopt(k.fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, &one, sizeof(one))
+        if recv(k.fd, w.scratch, SCRATCH, MSG_PEEK | MSG_DONTWAIT) < \
+                <ssize_t>(k.head.target + k.head.target_len):
+            add32(&f.c.log_lost, 1)
+        else:
+            _log_access(f, k, w.scratch)
     _close(f, k)
 
 
@@ -559,12 +569,96 @@ cdef void _accept(frontend *f, worker *w) noexcept nogil:
     watch(f.c, EPOLL_CTL_MOD, f.listen_fd, EPOLLIN | EPOLLET, EV_LISTENER, 0, 0)
 
 
+# The packet path
+
+cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint32_t length,
+                    const tcp_view *v) noexcept nogil:
+    """A request in one segment: to a back end. Whatever is not plain becomes a socket of ours, from
+    this very segment, and is accepted."""
+    cdef fe_worker *fw = _of_worker(w)
+    cdef tcpha_offer *o = &f.dp.offers[w.index]
+    cdef backend *be
+    cdef conn *k
+    cdef bint chosen
+    if fw == NULL:
+        return                 # out of memory: the client sends it again
+    k = &fw.request
+    o.id = fast_id(get32(v.tcp + 4) - 1, get32(v.tcp + 8) - 1)
+    _recall_returns(f, k, o.id)
+    memset(&k.head, 0, sizeof(k.head))
+    memset(&k.snap.flow, 0, sizeof(k.snap.flow))
+    k.snap.flow.caddr[10] = k.snap.flow.caddr[11] = 0xff
+    memcpy(k.snap.flow.caddr + 12, v.ip + 12, 4)
+    memcpy(&k.snap.flow.cport, v.tcp, 2)
+    memcpy(k.snap.flow.vaddr, f.vaddr, 16)
+    k.snap.flow.vport = f.vport
+    say_number(f.c, 6, &k.snap.flow, b"a first segment of %ld bytes", v.data_len)
+    o.old = o.result = 0
+    be = NULL
+    chosen = http_parse(&k.head, v.data, min(v.data_len, f.headlimit)) == HTTP_DONE and \
+        _choose(f, w, k, v.data)
+    if chosen:
+        be = &f.backends[k.entry.backend]
+        chosen = load64(&be.keyed) >= load64(&f.key)  # never the Local Node
+    if not chosen:
+        say_flow(f.c, 5, &k.snap.flow, b"to a socket")
+        f.dp.fast_socket(f.dp.self, queue, w.index, frame, length, &k.snap.flow)
+        if o.old:
+            _count_closed(f, o.old - 1)
+        return
+    add64(&f.next_id, 1)       # equal loads take turns
+    say_more(f.c, 5, &k.snap.flow, b"chosen: back end %s, rule %ld", be.name, <int>k.entry.rule)
+    o.backend = k.entry.backend
+    o.rule = k.entry.rule
+    o.target_len = k.head.target_len
+    memcpy(o.target, v.data + k.head.target, min(k.head.target_len, TCPHA_TARGET_MAX))
+    add32(&be.live, 1)
+    f.dp.fast_pass(f.dp.self, queue, w.index, frame, length, TCPHA_FAST_SEND)
+    if o.old:
+        _count_closed(f, o.old - 1)
+    if o.result != 1:
+        add32(&be.live, -1)    # a copy of a segment that was there before, or of a flow that is over
+        return
+    add64(&f.n.accepted, 1)
+    add64(&f.n.handed, 1)
+    add64(&f.n.fast, 1)
+    add64(&be.handed, 1)
+    say_more(f.c, 2, &k.snap.flow, b"handed over to %s by rule %ld", be.name, <int>k.entry.rule)
+    if f.access_fd >= 0:
+        k.accept_ns = o.start_ns
+        _log_access(f, k, v.data)
+
+
+cdef void _on_requests(frontend *f, worker *w, uint32_t queue) noexcept nogil:
+    """All that a queue holds. One reader at a time keeps the segments of a flow in order; who comes
+    second makes the first look again."""
+    cdef tcp_view v
+    cdef uint32_t length
+    cdef int kind
+    if add32(&f.fast_readers[queue], 1) != 1:
+        return
+    while True:
+        store32(&f.fast_readers[queue], 1)
+        while True:
+            kind = f.dp.fast_next(f.dp.self, queue, w.scratch, &length, &v)
+            if kind == 0:
+                break
+            if kind == TCPHA_FAST_FIRST:
+                _dispatch(f, w, queue, w.scratch, length, &v)
+            else:
+                f.dp.fast_pass(f.dp.self, queue, w.index, w.scratch, length, kind)
+        if add32(&f.fast_readers[queue], -1) == 0:
+            return
+
+
 cdef void _on_event(core *c, worker *w, int kind, uint32_t index, uint32_t gen,
                     uint32_t events) noexcept nogil:
     cdef frontend *f = <frontend *>c.role
     cdef conn *k
     if kind == EV_LISTENER:
         _accept(f, w)
+    elif kind == EV_FAST:
+        _on_requests(f, w, index)
     elif kind == EV_TAP:
         f.dp.on_packets(f.dp.self, w.scratch)
     elif kind == EV_CLIENT:
@@ -577,6 +671,38 @@ cdef void _on_event(core *c, worker *w, int kind, uint32_t index, uint32_t gen,
                 if not _discard(k):
                     _close(f, k)
         pthread_mutex_unlock(&k.lock)
+
+
+cdef void _on_return(frontend *f, uint32_t b, message *m) noexcept nogil:
+    """A request of the packet path that the back end did not take: the client sends it again, and
+    then it is dispatched anew."""
+    cdef backend *be = &f.backends[b]
+    cdef returned *r = &f.back[m.id % RETURNED]
+    cdef tcpha_entry entry
+    if f.dp.nfast == 0 or f.dp.take_back(f.dp.self, &m.snap.flow, m.id, &entry) != 1:
+        return
+    pthread_mutex_lock(&f.return_lock)
+    if r.id != m.id:
+        r.id = m.id
+        memset(r.tried, 0, sizeof(r.tried))
+    r.tried[b >> 6] |= <uint64_t>1 << (b & 63)
+    pthread_mutex_unlock(&f.return_lock)
+    add32(&f.returns, 1)
+    if m.reason == REFUSE_UNSUPPORTED:
+        store64(&be.keyed, 0)  # of the connections that our cookies make
+    _refused(f, entry.backend, &m.snap.flow, m.reason)
+
+
+cdef void _recall_returns(frontend *f, conn *k, uint64_t id) noexcept nogil:
+    """Set k.tried."""
+    cdef returned *r = &f.back[id % RETURNED]
+    memset(k.tried, 0, sizeof(k.tried))
+    if f.returns == 0:
+        return
+    pthread_mutex_lock(&f.return_lock)
+    if r.id == id:
+        memcpy(k.tried, r.tried, sizeof(k.tried))
+    pthread_mutex_unlock(&f.return_lock)
 
 
 cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
@@ -594,6 +720,13 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
         if f.dp.forget(f.dp.self, &m.snap.flow, m.id, m.reason == END_TIME_WAIT, &entry) == 1:
             _count_closed(f, entry.backend)
             say_flow(c, 2, &m.snap.flow, b"closed")
+        return 0
+    if m.type == MSG_KEYED:
+        if m.id >> 8 > f.backends[l.peer].keyed:  # several connections bring it
+            store64(&f.backends[l.peer].keyed, m.id >> 8)
+        return 0
+    if m.type == MSG_RETURN:
+        _on_return(f, l.peer, m)
         return 0
     if m.type != MSG_ADOPTED and m.type != MSG_REFUSED:
         return -1
@@ -706,6 +839,7 @@ cdef class FrontEnd(Core):
         if self.f.conns == NULL or self.f.pool == NULL:
             raise MemoryError
         pthread_mutex_init(&self.f.pool_lock, NULL)
+        pthread_mutex_init(&self.f.return_lock, NULL)
         for i in range(self.f.nconns):
             self.f.conns[i].index = i
             self.f.conns[i].fd = -1
@@ -735,6 +869,7 @@ cdef class FrontEnd(Core):
             for i in range(self.f.nconns):
                 pthread_mutex_destroy(&self.f.conns[i].lock)
         pthread_mutex_destroy(&self.f.pool_lock)
+        pthread_mutex_destroy(&self.f.return_lock)
         ruleset_free(self.f.rules)
         free(self.f.conns)
         free(self.f.pool)
@@ -743,8 +878,10 @@ cdef class FrontEnd(Core):
     def start(self, datapath, listener, str vaddr):
         """Take over a listening socket on vaddr and an opened datapath: see accept()."""
         cdef FeDatapath d = datapath
+        cdef uint32_t i
         self.datapath = d
         self.f.dp = d.table
+        self.f.key = 1         # and so no back end has it
         address_bytes(vaddr, self.f.vaddr)
         self.f.vport = htons(listener.getsockname()[1])
         listener.setblocking(False)
@@ -752,6 +889,44 @@ cdef class FrontEnd(Core):
         self.fds["listener"] = self.f.listen_fd
         if d.event_fd >= 0:
             watch(self.c, EPOLL_CTL_ADD, d.event_fd, EPOLLIN | EPOLLET, EV_TAP, 0, 0)
+        for i in range(d.table.nfast):
+            watch(self.c, EPOLL_CTL_ADD, d.table.fast_fd[i], EPOLLIN | EPOLLET, EV_FAST, i, 0)
+
+    def set_key(self, uint64_t number, bytes key):
+        """Know a cookie key (16 bytes) by its number: it replaces the last but one."""
+        memcpy(self.f.dp.keys.key[number & 1], <const char *>key, 16)
+
+    def use_key(self, uint64_t number):
+        """Make cookies with a key from now on."""
+        store64(&self.f.key, number)
+        store32(&self.f.dp.keys.current, number & 1)
+
+    def answer_syns(self, bint answer):
+        """Answer SYNs by cookie from now on, or leave them to the listener."""
+        if self.f.dp.nfast:
+            store32(&self.f.dp.keys.used, answer)
+
+    def send_key(self, uint32_t link_index, uint64_t number):
+        """Tell a back end a cookie key."""
+        cdef worker *w = self.outsider()
+        cdef uint8_t buf[MSG_KEYS_SIZE]
+        with nogil:
+            link_put(self.c, w, &self.c.links[link_index], buf, message_keys(
+                buf, number << 8 | self.f.dp.keys.wscale, self.f.dp.keys.key[number & 1]), NULL, 0)
+            self.flush_outsider()
+
+    def fast_backends(self):
+        """How many back ends could take a request of the packet path now."""
+        cdef uint32_t i, n = 0
+        for i in range(TCPHA_LOCAL_NODE):
+            n += self.f.backends[i].used and self.f.backends[i].links and \
+                self.f.backends[i].keyed >= self.f.key
+        return n
+
+    def drop_pending(self):
+        """See FeEbpf.drop_pending()."""
+        for b in self.datapath.drop_pending():
+            _count_closed(self.f, b)
 
     def accept(self):
         """Begin to accept, if the listener was not closed meanwhile."""
@@ -854,6 +1029,10 @@ cdef class FrontEnd(Core):
         """What HELLO told of the application, as SERVER does."""
         self.f.backends[b].server_said = said
 
+    def backend_forgets_keys(self, uint32_t b):
+        """A new run of it, or one that cannot have them."""
+        store64(&self.f.backends[b].keyed, 0)
+
     def backend_flags(self, uint32_t b, draining=None, dead=None, app_down=None):
         if draining is not None:
             store32(&self.f.backends[b].draining, draining)
@@ -886,7 +1065,7 @@ cdef class FrontEnd(Core):
         return {"accepted": n.accepted, "handed": n.handed, "closed": n.closed,
                 "refused": n.refused, "lost": n.lost, "expired": n.expired,
                 "answered_400": n.answered_400, "answered_408": n.answered_408,
-                "answered_431": n.answered_431, "answered_503": n.answered_503,
+                "fast": n.fast, "answered_431": n.answered_431, "answered_503": n.answered_503,
                 "late_bytes": n.late_bytes}
 
     def in_hand(self):

@@ -47,4 +47,7 @@ cdef int ledger_divert(ledger *l, const tcpha_flow *flow, tcpha_entry *entry,
 cdef void ledger_remove(ledger *l, const tcpha_flow *flow) noexcept nogil
 cdef int ledger_forget(ledger *l, const tcpha_flow *flow, uint64_t id, bint linger,
                        tcpha_entry *entry) noexcept nogil
+cdef int ledger_take_back(ledger *l, const tcpha_flow *flow, uint64_t id,
+                          tcpha_entry *entry) noexcept nogil
+cdef void ledger_drop_pending(ledger *l, const tcpha_flow *flow) noexcept nogil
 cdef void ledger_sweep(ledger *l, uint64_t now) noexcept nogil

@@ -3,7 +3,9 @@
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from tcpha._fast.defs cimport TCPHA_F_CLOSED, TCPHA_F_FIN, TCPHA_F_RST, tcpha_entry, tcpha_flow
+from tcpha._fast.defs cimport (
+    TCPHA_F_CLOSED, TCPHA_F_FAST, TCPHA_F_FIN, TCPHA_F_RST, TCPHA_FORWARD, TCPHA_PENDING,
+    tcpha_entry, tcpha_flow)
 from tcpha._fast.sys cimport (
     now_ns, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock)
 
@@ -39,7 +41,7 @@ cdef int ledger_divert(ledger *l, const tcpha_flow *flow, tcpha_entry *entry,
     pthread_mutex_lock(_stripe(l, flow))
     rc = l.store.put(l.store.self, flow, entry, PUT_NEW)
     if rc < 0 and l.store.find(l.store.self, flow, old) == 0:
-        replaced = 1
+        replaced = old.state != TCPHA_PENDING
         rc = l.store.put(l.store.self, flow, entry, PUT_ANY)
     pthread_mutex_unlock(_stripe(l, flow))
     return -1 if rc < 0 else replaced
@@ -84,6 +86,35 @@ cdef int ledger_forget(ledger *l, const tcpha_flow *flow, uint64_t id, bint ling
             l.store.remove(l.store.self, flow)
     pthread_mutex_unlock(_stripe(l, flow))
     return known
+
+
+cdef int ledger_take_back(ledger *l, const tcpha_flow *flow, uint64_t id,
+                          tcpha_entry *entry) noexcept nogil:
+    """The back end did not take the request of handoff 'id', of the packet path. The entry stays, so
+    that what the client still sends is not mistaken for a stranger's; its next attempt is decided
+    anew. 1: it was known, and entry is its last state."""
+    cdef int known = 0
+    cdef tcpha_entry fresh
+    pthread_mutex_lock(_stripe(l, flow))
+    if l.store.find(l.store.self, flow, entry) == 0 and entry.id == id and \
+            entry.state == TCPHA_FORWARD and not entry.flags & TCPHA_F_CLOSED:
+        known = 1
+        fresh = entry[0]
+        fresh.id = fresh.slot = 0
+        fresh.flags = TCPHA_F_FAST
+        fresh.state = TCPHA_PENDING
+        l.store.put(l.store.self, flow, &fresh, PUT_OLD)
+    pthread_mutex_unlock(_stripe(l, flow))
+    return known
+
+
+cdef void ledger_drop_pending(ledger *l, const tcpha_flow *flow) noexcept nogil:
+    """A request became a socket of ours. Its entry goes, if it was not replaced already."""
+    cdef tcpha_entry entry
+    pthread_mutex_lock(_stripe(l, flow))
+    if l.store.find(l.store.self, flow, &entry) == 0 and entry.state == TCPHA_PENDING:
+        l.store.remove(l.store.self, flow)
+    pthread_mutex_unlock(_stripe(l, flow))
 
 
 cdef void ledger_sweep(ledger *l, uint64_t now) noexcept nogil:

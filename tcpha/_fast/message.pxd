@@ -6,12 +6,13 @@ from tcpha._fast.snapshot cimport snapshot
 
 cdef enum:
     MSG_MAGIC = 0x5443          # "TC"
-    MSG_VERSION = 2
+    MSG_VERSION = 3
     MSG_HEADER = 16
     MSG_HANDOFF_FIXED = MSG_HEADER + 8 + 36 + 7 * 4 + 2 + 2 + 2
     MSG_CLOSED_SIZE = MSG_HEADER + 36 + 4
     MSG_OWNED_SIZE = MSG_HEADER + 36
     MSG_REFUSED_SIZE = MSG_HEADER + 4
+    MSG_KEYS_SIZE = MSG_HEADER + 16
     MSG_MAX_DATA = 1 << 18
     MSG_MAX = MSG_HANDOFF_FIXED + MSG_MAX_DATA
 
@@ -24,6 +25,9 @@ cdef enum message_type:
     MSG_PING = 6       # both: id: sender's clock
     MSG_PONG = 7       # both: id: the ping's
     MSG_OWNED = 8      # FE, to a BE that was started anew: id: handoff id; body: flow
+    MSG_KEYS = 10      # FE: id: see key_id(); body: a cookie key
+    MSG_KEYED = 11     # BE: id: the one of KEYS; from now on it knows cookies made with it
+    MSG_RETURN = 12    # BE: id, flow as in CLOSED; body: reason. A request of the packet path, not taken
     MSG_SERVER = 9     # BE: id: 2 * a growing number, + 1 if the application listens
 
 cdef enum refusal:
@@ -48,9 +52,9 @@ cdef struct message:
     uint32_t length
     uint64_t id
     uint64_t sent_ns       # HANDOFF: the sender's CLOCK_MONOTONIC
-    uint32_t reason        # REFUSED: a refusal; CLOSED: an ending
-    snapshot snap          # HANDOFF; CLOSED, OWNED: flow only
-    const uint8_t *data    # HANDOFF, HELLO
+    uint32_t reason        # REFUSED, RETURN: a refusal; CLOSED: an ending
+    snapshot snap          # HANDOFF; CLOSED, OWNED, RETURN: flow only
+    const uint8_t *data    # HANDOFF, HELLO, KEYS
     uint32_t data_len
 
 
@@ -59,6 +63,10 @@ cdef uint32_t message_short(uint8_t *to, uint8_t kind, uint64_t id) noexcept nog
 cdef uint32_t message_refused(uint8_t *to, uint64_t id, uint32_t reason) noexcept nogil
 cdef uint32_t message_closed(uint8_t *to, uint64_t id, const tcpha_flow *flow,
                              uint32_t reason) noexcept nogil
+cdef uint32_t message_return(uint8_t *to, uint64_t id, const tcpha_flow *flow,
+                             uint32_t reason) noexcept nogil
+cdef uint32_t message_keys(uint8_t *to, uint64_t id, const uint64_t *key) noexcept nogil
+cdef uint64_t fast_id(uint32_t isn, uint32_t ours) noexcept nogil
 cdef uint32_t message_owned(uint8_t *to, uint64_t id, const tcpha_flow *flow) noexcept nogil
 cdef const char *refusal_text(uint32_t reason) noexcept nogil
 cdef int message_decode(const uint8_t *buf, uint32_t length, message *m) noexcept nogil

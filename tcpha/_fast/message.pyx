@@ -5,7 +5,9 @@ Header, 16 bytes: magic (16 bits), version (8), type (8), length of the whole me
 HANDOFF body: sent_ns (64), flow (36 bytes, as struct tcpha_flow), snd_nxt, rcv_nxt, snd_wnd,
 rcv_wnd, tsval, ts_recent, srtt_us (32 each), mss (16), snd_wscale, rcv_wscale (8 each), flags (16),
 then the request bytes. CLOSED body: flow, ending (32). OWNED body: flow. REFUSED body: reason (32).
-ADOPTED, PING, PONG and SERVER have none.
+RETURN body: flow, reason (32). KEYS body: 16 bytes of key; its id is the key's number (56 bits; the
+lowest one says which of two it replaces), then the window scale that goes with its cookies (8).
+ADOPTED, PING, PONG, SERVER and KEYED have none.
 HELLO body: JSON.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -125,12 +127,33 @@ cdef uint32_t message_refused(uint8_t *to, uint64_t id, uint32_t reason) noexcep
     return MSG_REFUSED_SIZE
 
 
-cdef uint32_t message_closed(uint8_t *to, uint64_t id, const tcpha_flow *flow,
-                             uint32_t reason) noexcept nogil:
-    cdef uint8_t *p = _header(to, MSG_CLOSED, MSG_CLOSED_SIZE, id)
+cdef uint32_t _end(uint8_t *to, uint8_t kind, uint64_t id, const tcpha_flow *flow,
+                   uint32_t reason) noexcept nogil:
+    cdef uint8_t *p = _header(to, kind, MSG_CLOSED_SIZE, id)
     memcpy(p, flow, sizeof(tcpha_flow))
     _put32(p + sizeof(tcpha_flow), reason)
     return MSG_CLOSED_SIZE
+
+
+cdef uint32_t message_closed(uint8_t *to, uint64_t id, const tcpha_flow *flow,
+                             uint32_t reason) noexcept nogil:
+    return _end(to, MSG_CLOSED, id, flow, reason)
+
+
+cdef uint32_t message_return(uint8_t *to, uint64_t id, const tcpha_flow *flow,
+                             uint32_t reason) noexcept nogil:
+    return _end(to, MSG_RETURN, id, flow, reason)
+
+
+cdef uint32_t message_keys(uint8_t *to, uint64_t id, const uint64_t *key) noexcept nogil:
+    memcpy(_header(to, MSG_KEYS, MSG_KEYS_SIZE, id), key, 16)
+    return MSG_KEYS_SIZE
+
+
+cdef uint64_t fast_id(uint32_t isn, uint32_t ours) noexcept nogil:
+    """The id of a handoff that no message announced: both sides know it from the handshake's sequence
+    numbers, the client's and ours."""
+    return <uint64_t>1 << 63 | <uint64_t>isn << 31 | ours >> 1
 
 
 cdef uint32_t message_owned(uint8_t *to, uint64_t id, const tcpha_flow *flow) noexcept nogil:
@@ -199,16 +222,21 @@ cdef int message_decode(const uint8_t *buf, uint32_t length, message *m) noexcep
         m.data_len = c.left
     elif m.type == MSG_REFUSED:
         m.reason = _get32(&c)
-    elif m.type == MSG_CLOSED or m.type == MSG_OWNED:
+    elif m.type == MSG_KEYS:
+        m.data = _take(&c, 16)
+        m.data_len = 16
+        if m.data == NULL or m.id & 0xff > 14:
+            return -1
+    elif m.type == MSG_CLOSED or m.type == MSG_OWNED or m.type == MSG_RETURN:
         p = _take(&c, sizeof(tcpha_flow))
         if p != NULL:
             memcpy(&s.flow, p, sizeof(tcpha_flow))
-        if m.type == MSG_CLOSED:
+        if m.type != MSG_OWNED:
             m.reason = _get32(&c)
     elif m.type != MSG_ADOPTED and m.type != MSG_PING and m.type != MSG_PONG and \
-            m.type != MSG_SERVER:
+            m.type != MSG_SERVER and m.type != MSG_KEYED:
         return -1
-    if c.bad or (m.data == NULL and c.left):
+    if c.bad or ((m.data == NULL or m.type == MSG_KEYS) and c.left):
         return -1
     return <int>m.length
 
@@ -286,9 +314,10 @@ def decode(bytes data):
     out = {"type": m.type, "length": m.length, "id": m.id}
     if m.data != NULL:
         out["data"] = m.data[:m.data_len]
-    if m.type == MSG_REFUSED or m.type == MSG_CLOSED:
+    if m.type == MSG_REFUSED or m.type == MSG_CLOSED or m.type == MSG_RETURN:
         out["reason"] = m.reason
-    if m.type == MSG_HANDOFF or m.type == MSG_CLOSED or m.type == MSG_OWNED:
+    if m.type == MSG_HANDOFF or m.type == MSG_CLOSED or m.type == MSG_OWNED or \
+            m.type == MSG_RETURN:
         out["flow"] = (<uint8_t *>&m.snap.flow)[:sizeof(tcpha_flow)]
     if m.type == MSG_HANDOFF:
         out.update(sent_ns=m.sent_ns, snd_nxt=m.snap.snd_nxt, rcv_nxt=m.snap.rcv_nxt,

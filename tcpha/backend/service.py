@@ -121,7 +121,8 @@ class BackEndService(Service):
 
     async def _greet(self, sock: socket.socket, address: str) -> None:
         mine = Hello("be", self.config.vaddr, self.config.port,
-                     datapath=self.datapath.name, instance=self.instance, server=self.said)
+                     datapath=self.datapath.name, instance=self.instance,
+                     fastpath=self.datapath.fastpath, server=self.said)
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -171,6 +172,7 @@ class BackEndService(Service):
 
     async def status(self) -> dict[str, Any]:
         config = self.config
+        self.core.catch_up()
         return {
             "raddr": config.raddr, "vaddr": config.vaddr, "uaddr": config.uaddr,
             "port": config.port, "redirectaddr": config.redirectaddr,
@@ -188,6 +190,7 @@ class BackEndService(Service):
                 for n, (_, a) in enumerate(self.frontends)]}
 
     async def conns(self) -> list[dict[str, Any]]:
+        self.core.catch_up()
         rows = await asyncio.to_thread(self.core.flows)
         return [{"client": f"{r['client']}:{r['port']}", "vaddr": f"{r['vaddr']}:{r['vport']}",
                  "frontend": self.frontends[r["frontend"]][1], "age": round(r["age"], 3)}

@@ -105,8 +105,7 @@ SHARED = {
     "minspareservers": Key(integer(1, 1000), 2),
     "datapath": Key(choice("auto", "ebpf", "nfqueue"), "auto"),
     "forward": Key(choice("direct", "tunnel"), "direct"),
-    "fastpath": Key(choice("on", "off"), "off", unbuilt=unless(
-        "off", "the packet path is not built yet; write off or remove the key")),
+    "fastpath": Key(choice("on", "off"), "on"),
     "secret": Key(text),
     "dbglevel": Key(integer(0, 6, "level"), 0),
     "logfile": Key(text),

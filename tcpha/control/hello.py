@@ -50,6 +50,7 @@ class Hello:
     version: int = VERSION
     instance: str = ""
     clock: int = 0
+    fastpath: bool = False  # of a back end: it adopts by cookie
     server: int = 0  # of a back end: as in message SERVER
     nonce: str = ""
     rule: list[str] = field(default_factory=list)

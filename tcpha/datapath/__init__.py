@@ -34,8 +34,11 @@ class Frontend(Protocol):
 
     table: Any
     name: str
+    fastpath: bool  # whether it has the packet path
 
     def set_backend(self, index: int, path: Path | None) -> None: ...
+    def set_down(self, index: int, down: bool) -> None:
+        """Packet path: requests that this back end has not answered may go to another one."""
     def open_local(self, address: str, port: int) -> Backend:
         """Open the way to the Local Node's server, at an address of this host."""
     def flows(self) -> list[dict[str, Any]]: ...
@@ -50,6 +53,7 @@ class Backend(Protocol):
 
     table: Any
     name: str
+    fastpath: bool
 
     def allow(self, address: str, allowed: bool) -> None: ...
     def counters(self) -> dict[str, Any]: ...

@@ -10,12 +10,15 @@ from tcpha._fast.bpf import kernel_has_function
 from tcpha._fast.diag import SockDiag
 from tcpha._fast.ebpf import BeEbpf, FeEbpf
 from tcpha.config import ANY, Config
-from tcpha.datapath import ADOPT_KFUNC, DatapathError, Path
+from tcpha.datapath import ADOPT_KFUNC, DatapathError, Path, allow_adoption
 from tcpha.net.host import Host
-from tcpha.net.tap import accept_any_source, open_tap
+from tcpha.net.tap import accept_any_source, open_queues, open_tap
 
 FE_PRIORITY = 200
 BE_PRIORITY = 201
+MAX_QUEUES = 4  # FAST_QUEUES in _fast/datapath.pxd
+TIMESTAMPS, SACK, WSCALE, ECN = 1, 2, 4, 8  # struct tcpha_fe_conf, options
+IP_TCP, OUTER_IP = 40, 20  # bytes of headers
 
 
 def _object(name: str) -> str:
@@ -24,6 +27,7 @@ def _object(name: str) -> str:
 
 class _Ebpf:
     name = "ebpf"
+    fastpath = False
 
     def __init__(self, config: Config, host: Host, prefix: str):
         self.tap_fd, self.tap_index, tap = open_tap(host, prefix)
@@ -50,10 +54,42 @@ class EbpfFrontend(_Ebpf):
     def __init__(self, config: Config, host: Host):
         super().__init__(config, host, "tcphafe")
         self.config, self.host = config, host
+        self.fastpath = config.fastpath == "on" and bool(kernel_has_function(ADOPT_KFUNC))
+        self.queues: list[int] = []
         self.table = FeEbpf(_object("fe.bpf.o"), (self.tap_fd, self.tap_index), config.vaddr,
                             config.port, config.maxclients, config.maxflows,
-                            config.forward == "tunnel")
+                            config.forward == "tunnel", self._open_fast())
+        if self.fastpath:
+            host.attach(self.fast_index, self.table.obj.program_fd("fe_fast"), FE_PRIORITY)
         self._attach(config, host, FE_PRIORITY, "fe_tap", "fe_ingress")
+
+    def _open_fast(self) -> tuple[list[int], int, int, int, int] | None:
+        """The packet path's TAP device, and what its SYN-ACKs offer: what our kernel would."""
+        if not self.fastpath:
+            return None
+        config, host = self.config, self.host
+        allow_adoption(host)
+        self.queues, self.fast_index, name = open_queues(
+            host, "tcphafp", min(os.cpu_count() or 1, MAX_QUEUES))
+        accept_any_source(host, name, self.fast_index, config.vaddr)
+        mtu = min(host.mtu(i) for i in host.ethernet(config.interface))
+        mss = mtu - IP_TCP - (OUTER_IP if config.forward == "tunnel" else 0)
+        # kernel: tcp_select_initial_window()
+        space = max(int(host.read_sysctl("net/ipv4/tcp_rmem").split()[2]),
+                    int(host.read_sysctl("net/core/rmem_max") or 0))
+        wscale = min(max(space.bit_length() - 16, 0), 14)
+        options = TIMESTAMPS | SACK | WSCALE
+        if host.read_sysctl("net/ipv4/tcp_ecn") != "0":
+            options |= ECN
+        return self.queues, self.fast_index, mss, wscale, options
+
+    def set_down(self, index: int, down: bool) -> None:
+        self.table.set_down(index, down)
+
+    def close(self) -> None:
+        super().close()
+        for fd in self.queues:
+            os.close(fd)
 
     def set_backend(self, index: int, path: Path | None) -> None:
         self.table.set_backend(index, path and (path.ifindex, path.tunnel, path.nexthop,
@@ -79,7 +115,9 @@ class EbpfBackend(_Ebpf):
         super().__init__(config, host, "tcphabe")
         listen = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
         self.table = BeEbpf(_object("be.bpf.o"), (self.tap_fd, self.tap_index), config.vaddr,
-                            config.raddr, listen, config.redirectport)
+                            config.raddr, listen, config.redirectport,
+                            fast=config.fastpath == "on")
+        self.fastpath = config.fastpath == "on"
         self._attach(config, host, BE_PRIORITY, "be_tap", "be_ingress")
 
     def allow(self, address: str, allowed: bool) -> None:

@@ -84,6 +84,7 @@ def _heads_suffice(host: Host, name: str) -> bool:
 
 class _Nfqueue:
     name = "nfqueue"
+    fastpath = False
     table: Any
 
     def __init__(self, config: Config, host: Host, role: str, heads: bool = False):

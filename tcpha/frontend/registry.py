@@ -15,6 +15,7 @@ from tcpha.admin.server import Refused
 from tcpha.config import ANY, Config, Rule, Server
 from tcpha.control.hello import PATIENCE, Hello, HelloError, call, check, new_instance
 from tcpha.datapath import Path
+from tcpha.frontend.cookiekeys import CookieKeys
 from tcpha.frontend.localnode import INDEX as LOCAL_NODE
 from tcpha.frontend.localnode import NAME
 from tcpha.net.host import Host, HostError
@@ -47,6 +48,7 @@ class BackEndEntry:
         self.task: asyncio.Task[None] | None = None
         self.wake = asyncio.Event()
         self.tried = asyncio.Event()  # at least once, to connect
+        self.fastpath = False
 
 
 class Registry:
@@ -66,6 +68,7 @@ class Registry:
         # by address: server, rules, and the connection that they came by
         self.registered: dict[str, tuple[Server, list[Rule], object]] = {}
         self.rules: list[Rule] = []
+        self.keys = CookieKeys(core) if datapath.fastpath else None
         self.started = False
         self.interval = config.dtcinterval
 
@@ -200,7 +203,11 @@ class Registry:
                 self.core.send_owned(entry.index, index)
             if entry.instance != hello.instance:
                 self.core.backend_server(entry.index, hello.server)
+                self.core.backend_forgets_keys(entry.index)
             entry.instance = hello.instance
+            entry.fastpath = hello.fastpath
+            if self.keys and entry.fastpath:
+                self.keys.send(index)
             self.core.backend_flags(entry.index, dead=False)
         except BaseException:
             sock.close()
@@ -249,6 +256,8 @@ class Registry:
         stats = self.core.backend_stats(entry.index)
         app_down = self.interval > 0 and not stats["listens"]
         self.core.backend_flags(entry.index, app_down=app_down)
+        if self.keys:
+            self.datapath.set_down(entry.index, not stats["links"])
         if not stats["links"] and not entry.detail:
             return  # nothing is known yet
         if not stats["links"]:
@@ -290,6 +299,12 @@ class Registry:
             ages = [age for _, peer, up, age in self.core.links() if up and peer == entry.index]
             if ages and min(ages) > MISSED * interval:
                 self._give_up(entry, f"silent for {min(ages):.0f} seconds")
+
+    def change_keys(self) -> None:
+        """Make and use new cookie keys when it is time; called every second."""
+        if self.keys:
+            fast = {e.index for e in self._all() if e.fastpath}
+            self.keys.tick([i for i, peer, up, _ in self.core.links() if up and peer in fast])
 
     def _forget_gone(self) -> None:
         """Free the places of removed back ends whose last connection has ended."""

@@ -28,7 +28,9 @@ TUNNEL_OVERHEAD = 20
 RECEIVE_BUFFER = 65536
 COLUMNS = ("client", "vaddr", "target", "rule", "server", "state", "age", "idle", "packets",
            "bytes")
+GRACE = 1.0  # seconds for clients that have a cookie to send the end of the handshake
 HANDSHAKE = 3.0  # seconds that an unacknowledged SYN-ACK may hold up unloading
+SILENT = 1.0  # seconds after which a client that has not sent its request gets a socket of ours
 DEAD_IDLE = 60.0  # seconds of silence after which a dead back end's flow is forgotten
 
 
@@ -42,6 +44,7 @@ class FrontEndService(Service):
         self.core = FrontEnd(config.maxclients, config.headlimit, config.headtimeout)
         self.dtcinterval = config.dtcinterval
         self.expiring = False
+        self.taking = False
         self.emptying = False  # the accept queue, before we unload
         self.table: TableFile | None = None
 
@@ -170,14 +173,27 @@ class FrontEndService(Service):
 
     def every_tick(self) -> None:
         self.local.tick()
+        self.core.answer_syns(not self.unloading and self.core.fast_backends() > 0)
+        if self.datapath.fastpath and not self.taking:
+            self.taking = True
+            self.spawn(self._take_silent())
 
     def every_second(self) -> None:
         self.local.look()
+        self.registry.change_keys()
         self.registry.detect(self.dtcinterval)
         self.datapath.refresh()
         if not self.expiring:
             self.expiring = True
             self.spawn(self._expire())
+
+    async def _take_silent(self) -> None:
+        """The packet path keeps no state of a client that says nothing; so we do after a while."""
+        try:
+            await asyncio.to_thread(self.datapath.table.take_silent, SILENT)
+            await asyncio.sleep(SILENT / 4)
+        finally:
+            self.taking = False
 
     async def _expire(self) -> None:
         try:
@@ -186,6 +202,8 @@ class FrontEndService(Service):
                                         min(DEAD_IDLE, self.config.idletimeout))
             if n:
                 log.info("%d idle flows expired", n)
+            if self.datapath.fastpath:
+                await asyncio.to_thread(self.core.drop_pending)
             await asyncio.sleep(max(1.0, min(10.0, self.config.idletimeout / 4)))
         finally:
             self.expiring = False
@@ -195,16 +213,21 @@ class FrontEndService(Service):
             int(self.emptying)
 
     def begin_unload(self) -> None:
+        self.core.answer_syns(False)
         self.core.refuse_new()
         self.emptying = True
         self.spawn(self._empty())
 
     async def _empty(self) -> None:
         """Close the listener once nobody is left who takes himself for connected."""
-        end = asyncio.get_running_loop().time() + HANDSHAKE
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
         while self.core.backlog() or (
-                asyncio.get_running_loop().time() < end and await asyncio.to_thread(
-                    self.host.handshakes, self.config.vaddr, self.config.port)):
+                loop.time() < begin + HANDSHAKE and await asyncio.to_thread(
+                    self.host.handshakes, self.config.vaddr, self.config.port)) or (
+                self.datapath.fastpath and loop.time() < begin + GRACE):
+            if self.datapath.fastpath:
+                await asyncio.to_thread(self.datapath.table.take_silent, 0.0)
             await asyncio.sleep(TICK)
         self.core.stop_accepting()
         self.emptying = False

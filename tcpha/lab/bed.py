@@ -311,9 +311,11 @@ class Cluster:
     def __init__(self, backends: int = 2, forward: str = "direct", fe_conf: str = "",
                  be_conf: str = "", rules: list[tuple[int, str]] | None = None, prefix: str = "",
                  nginx: dict[str, Any] | None = None, mtu: int = 1500, start: bool = True,
-                 datapath: tuple[str, str] = ("auto", "auto")):
+                 datapath: tuple[str, str] = ("auto", "auto"), fastpath: bool = True):
         self.forward = forward
         self.datapath = datapath  # the FE's, the BEs'
+        self.fastpath = fastpath and datapath == ("ebpf", "ebpf")
+        self.fastpath_key = "on" if fastpath else "off"
         self.bed = Bed(prefix)
         try:
             self.client = self.bed.host("client", "192.168.1.50", mtu)
@@ -334,7 +336,7 @@ class Cluster:
 
     def fe_text(self) -> str:
         lines = ["raddr = 192.168.1.23", f"vaddr = {self.VIP}", f"forward = {self.forward}",
-                 f"datapath = {self.datapath[0]}"]
+                 f"datapath = {self.datapath[0]}", f"fastpath = {self.fastpath_key}"]
         lines += [f"server = {h.address} 666" for h in self.be_hosts]
         lines += [f"rule = {self.be_hosts[n].address} {p}" for n, p in self.rules]
         return "\n".join([*lines, self.fe_conf, ""])

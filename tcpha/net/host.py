@@ -31,7 +31,7 @@ ARPHRD_ETHER = 1
 IFF_UP = 1
 TCP_SYN_RECV = 3
 PROBES, PROBE_WAIT = 2, 0.15  # seconds; neighbours answer within one
-TAP_PREFIXES = ("tcphafe", "tcphabe", "tcphaln")
+TAP_PREFIXES = ("tcphafe", "tcphabe", "tcphaln", "tcphafp")
 
 
 class HostError(Exception):

@@ -12,6 +12,7 @@ from tcpha.net.host import IFF_UP, Host
 TUNSETIFF = 0x400454CA
 TUNSETOFFLOAD = 0x400454D0
 IFF_TAP = 0x0002
+IFF_MULTI_QUEUE = 0x0100
 IFF_NO_PI = 0x1000
 IFF_VNET_HDR = 0x4000
 IFF_NOARP = 0x0080
@@ -19,24 +20,46 @@ TUN_F_CSUM_TSO46_ECN = 0x01 | 0x02 | 0x04 | 0x08
 MTU = 65000  # a forged segment carries up to 60,000 bytes
 
 
+QUEUE_LENGTH = 16384  # frames that wait for a reader
+
+
 def open_tap(host: Host, prefix: str) -> tuple[int, int, str]:
     """Create a TAP device with a virtio-net header, up. Returns (descriptor, ifindex, name)."""
+    fds, index, name = open_queues(host, prefix, 1)
+    return fds[0], index, name
+
+
+def _open_queue(name: bytes, flags: int) -> tuple[int, str]:
     fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        request = struct.pack("16sH22x", f"{prefix}%d".encode(),
-                              IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
-        name = fcntl.ioctl(fd, TUNSETIFF, request)[:16].rstrip(b"\0").decode()
+        request = struct.pack("16sH22x", name, IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | flags)
+        full = fcntl.ioctl(fd, TUNSETIFF, request)[:16].rstrip(b"\0").decode()
         # GSO packets that we keep for a while stay in one piece
         fcntl.ioctl(fd, TUNSETOFFLOAD, TUN_F_CSUM_TSO46_ECN)
+        return fd, full
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def open_queues(host: Host, prefix: str, count: int) -> tuple[list[int], int, str]:
+    """The same with several queues; packets of a flow share one. Returns a descriptor for each."""
+    flags = IFF_MULTI_QUEUE if count > 1 else 0
+    fd, name = _open_queue(f"{prefix}%d".encode(), flags)
+    fds = [fd]
+    try:
+        while len(fds) < count:
+            fds.append(_open_queue(name.encode(), flags)[0])
         ipv6 = Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6")
         if ipv6.exists():  # no router solicitations of its own
             ipv6.write_text("1")
         index = host.ipr.link_lookup(ifname=name)[0]
-        host.ipr.link("set", index=index, mtu=MTU, flags=IFF_UP | IFF_NOARP,
+        host.ipr.link("set", index=index, mtu=MTU, txqlen=QUEUE_LENGTH, flags=IFF_UP | IFF_NOARP,
                       change=IFF_UP | IFF_NOARP)
-        return fd, index, name
+        return fds, index, name
     except BaseException:
-        os.close(fd)
+        for fd in fds:
+            os.close(fd)
         raise
 
 

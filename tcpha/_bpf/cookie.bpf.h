@@ -1,0 +1,246 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The packet path's cookie: what the front end must remember between its SYN-ACK and the request, in
+ * the sequence number of the SYN-ACK (RFC 4987 section 3.6) and, if the client has timestamps, in
+ * its TSval.
+ *
+ * Of SipHash-2-4 over the flow, the client's initial sequence number and the metadata, 22 bits are the
+ * upper part of our initial sequence number; the lower 10 are the metadata. 32 other bits are the offset of
+ * our timestamp clock, so that a TSecr that lies in the last TCPHA_COOKIE_MS proves another 15. Whoever has
+ * the key and the client's segment behind the handshake can tell all of it: the front end that made the
+ * cookie, and the back end that adopts.
+ */
+#ifndef COOKIE_BPF_H
+#define COOKIE_BPF_H
+
+#include "common.bpf.h"
+
+#define META_BITS 10
+#define META_MASK ((1U << META_BITS) - 1)
+#define META_KEY 1U	  /* which of the two keys */
+#define META_MSS 1	  /* shift; 3 bits, index of MSS_VALUES */
+#define META_WSCALE 4	  /* shift; 4 bits, NO_WSCALE: the option was absent */
+#define META_SACK (1U << 8)
+#define META_ECN (1U << 9)
+#define NO_WSCALE 15U
+
+/* What is negotiated. The client's MSS is rounded down to one of these. */
+const volatile __u16 MSS_VALUES[8] SEC(".rodata.mss") = {536, 1220, 1360, 1400, 1440, 1452, 1460, 8960};
+
+enum {
+	OPT_TS = 1,
+	OPT_SACK = 2,
+	OPT_WSCALE = 4,
+};
+
+struct options {
+	__u32 tsval;
+	__u32 tsecr;
+	__u16 mss; /* 0: absent */
+	__u8 wscale;
+	__u8 found; /* OPT_* */
+};
+
+/* What a cookie says; host byte order. */
+struct cookie {
+	__u32 isn;    /* client's */
+	__u32 ours;   /* our initial sequence number */
+	__u32 rtt_ms; /* between SYN-ACK and the segment, if it has timestamps; else 0 */
+	__u32 meta;
+	struct options opt; /* of the segment */
+};
+
+#define ROTL(x, b) (((x) << (b)) | ((x) >> (64 - (b))))
+#define SIPROUND                                                                                   \
+	do {                                                                                       \
+		v0 += v1; v1 = ROTL(v1, 13); v1 ^= v0; v0 = ROTL(v0, 32);                          \
+		v2 += v3; v3 = ROTL(v3, 16); v3 ^= v2;                                             \
+		v0 += v3; v3 = ROTL(v3, 21); v3 ^= v0;                                             \
+		v2 += v1; v1 = ROTL(v1, 17); v1 ^= v2; v2 = ROTL(v2, 32);                          \
+	} while (0)
+#define SIPWORD(m)                                                                                 \
+	do {                                                                                       \
+		v3 ^= (m);                                                                         \
+		SIPROUND;                                                                          \
+		SIPROUND;                                                                          \
+		v0 ^= (m);                                                                         \
+	} while (0)
+
+/* SipHash-2-4 (Aumasson and Bernstein, 2012) of 47 bytes: the flow, isn, meta and nothing. */
+__noinline __u64 cookie_hash(const struct tcpha_flow *flow, __u64 k0, __u64 k1, __u32 isn, __u32 meta)
+{
+	__u64 v0 = k0 ^ 0x736f6d6570736575ULL, v1 = k1 ^ 0x646f72616e646f6dULL;
+	__u64 v2 = k0 ^ 0x6c7967656e657261ULL, v3 = k1 ^ 0x7465646279746573ULL;
+	const __u32 *w = (const void *)flow;
+
+	if (!flow)
+		return 0;
+	SIPWORD((__u64)w[1] << 32 | w[0]);
+	SIPWORD((__u64)w[3] << 32 | w[2]);
+	SIPWORD((__u64)w[5] << 32 | w[4]);
+	SIPWORD((__u64)w[7] << 32 | w[6]);
+	SIPWORD((__u64)isn << 32 | w[8]);
+	SIPWORD(((__u64)47 << 56) | meta);
+	v2 ^= 0xff;
+	SIPROUND;
+	SIPROUND;
+	SIPROUND;
+	SIPROUND;
+	return v0 ^ v1 ^ v2 ^ v3;
+}
+
+struct options_left {
+	__u8 b[64]; /* 40 are read at most; the rest is for the verifier */
+	__u32 at;
+	__u32 length;
+	__u32 bad;
+	struct options *o;
+};
+
+/* One option, or NOP. Returns 1 behind the last one. */
+static long read_option(__u32 i, struct options_left *l)
+{
+	struct options *o = l->o;
+	__u32 at = l->at, size;
+	const __u8 *b;
+
+	(void)i;
+	if (at >= l->length || at >= 40)
+		return 1;
+	b = l->b + at;
+	if (b[0] == 0)
+		return 1;
+	if (b[0] == 1) {
+		l->at = at + 1;
+		return 0;
+	}
+	size = b[1];
+	if (at + 1 >= l->length || size < 2 || at + size > l->length) {
+		l->bad = 1;
+		return 1;
+	}
+	if (b[0] == 2 && size == 4) {
+		o->mss = (__u16)b[2] << 8 | b[3];
+	} else if (b[0] == 3 && size == 3) {
+		o->wscale = b[2] > 14 ? 14 : b[2]; /* RFC 7323 section 2.3 */
+		o->found |= OPT_WSCALE;
+	} else if (b[0] == 4 && size == 2) {
+		o->found |= OPT_SACK;
+	} else if (b[0] == 8 && size == 10) {
+		o->tsval = (__u32)b[2] << 24 | (__u32)b[3] << 16 | (__u32)b[4] << 8 | b[5];
+		o->tsecr = (__u32)b[6] << 24 | (__u32)b[7] << 16 | (__u32)b[8] << 8 | b[9];
+		o->found |= OPT_TS;
+	}
+	l->at = at + size;
+	return 0;
+}
+
+/* Read the TCP options, 'length' bytes at 'offset' of the packet. 0, or -1: malformed. */
+static __always_inline int read_options(struct __sk_buff *skb, __u32 offset, __u32 length,
+					struct options *o)
+{
+	struct options_left l = {.length = length, .o = o};
+
+	__builtin_memset(o, 0, sizeof(*o));
+	if (length == 0)
+		return 0;
+	if (length > 40 || bpf_skb_load_bytes(skb, offset, l.b, length) < 0)
+		return -1;
+	bpf_loop(40, read_option, &l, 0);
+	return l.bad ? -1 : 0;
+}
+
+static __always_inline __u32 clock_ms(void)
+{
+	return bpf_ktime_get_ns() / 1000000;
+}
+
+/*
+ * Is a segment, whose sequence number is the first behind the handshake, of a client that has our
+ * cookie? Fills c. 1, or 0.
+ */
+static __always_inline int cookie_check(const struct tcpha_flow *flow, const struct tcpha_keys *keys,
+					__u32 seq, __u32 ack, struct cookie *c)
+{
+	__u32 age;
+	__u64 h;
+
+	c->isn = seq - 1;
+	c->ours = ack - 1;
+	c->meta = c->ours & META_MASK;
+	c->rtt_ms = 0;
+	h = cookie_hash(flow, keys->key[c->meta & META_KEY][0], keys->key[c->meta & META_KEY][1], c->isn,
+			c->meta);
+	if (((__u32)h ^ c->ours) >> META_BITS)
+		return 0;
+	if (c->opt.found & OPT_TS) {
+		age = clock_ms() - (c->opt.tsecr - (__u32)(h >> 32));
+		if (age > TCPHA_COOKIE_MS)
+			return 0;
+		c->rtt_ms = age;
+	}
+	return 1;
+}
+
+struct bpf_tcp_req_attrs { /* include/net/tcp.h of the kernel, since 6.9 */
+	__u32 rcv_tsval;
+	__u32 rcv_tsecr;
+	__u16 mss;
+	__u8 rcv_wscale;
+	__u8 snd_wscale;
+	__u8 ecn_ok;
+	__u8 wscale_ok;
+	__u8 sack_ok;
+	__u8 tstamp_ok;
+	__u8 usec_ts_ok;
+	__u8 reserved[3];
+};
+
+extern int bpf_sk_assign_tcp_reqsk(struct __sk_buff *skb, struct sock *sk,
+				   struct bpf_tcp_req_attrs *attrs, int attrs__sz) __ksym __weak;
+
+/*
+ * Make the segment the last ACK of a handshake with the listener at an address of this host. 0, a
+ * refusal as in TCPHA_R_*, or TCPHA_R_BACKLOG. rtt_ms: of the handshake.
+ */
+static __always_inline int cookie_accept(struct __sk_buff *skb, struct bpf_sock_tuple *t,
+					 const struct cookie *c, __u32 rcv_wscale, __u32 rtt_ms)
+{
+	struct bpf_tcp_req_attrs attrs = {};
+	struct tcp_sock *listener;
+	struct bpf_sock *skc;
+	int result = TCPHA_R_NO_LISTENER;
+
+	skc = bpf_skc_lookup_tcp(skb, t, sizeof(t->ipv4), BPF_F_CURRENT_NETNS, 0);
+	if (!skc)
+		return result;
+	if (skc->state != BPF_TCP_LISTEN)
+		goto out;
+	listener = bpf_skc_to_tcp_sock(skc);
+	if (!listener)
+		goto out;
+	result = TCPHA_R_BACKLOG;
+	if (listener->inet_conn.icsk_inet.sk.sk_ack_backlog >
+	    listener->inet_conn.icsk_inet.sk.sk_max_ack_backlog)
+		goto out;
+	attrs.mss = MSS_VALUES[(c->meta >> META_MSS) & 7];
+	attrs.wscale_ok = ((c->meta >> META_WSCALE) & 15) != NO_WSCALE;
+	attrs.snd_wscale = attrs.wscale_ok ? (c->meta >> META_WSCALE) & 15 : 0;
+	attrs.rcv_wscale = attrs.wscale_ok ? rcv_wscale : 0;
+	attrs.sack_ok = (c->meta & META_SACK) != 0;
+	attrs.ecn_ok = (c->meta & META_ECN) != 0;
+	if (c->opt.found & OPT_TS) {
+		attrs.tstamp_ok = 1;
+		attrs.rcv_tsval = c->opt.tsval;
+		/* The clock goes on from here. Its distance from the echo is the first RTT sample. */
+		attrs.rcv_tsecr = c->opt.tsecr + (rtt_ms ?: 1);
+	}
+	result = 0;
+	if (bpf_sk_assign_tcp_reqsk(skb, (struct sock *)listener, &attrs, sizeof(attrs)) < 0)
+		result = TCPHA_R_ASSIGN;
+out:
+	bpf_sk_release(skc);
+	return result;
+}
+
+#endif
