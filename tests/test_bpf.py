@@ -32,7 +32,9 @@ class Packet:
 
     flags: int = ACK
     seq: int = 1000
+    ack: int = 1
     data: bytes = b""
+    tcp_options: bytes = b""
     source: str = CLIENT
     destination: str = VIP
     sport: int = 4000
@@ -43,14 +45,15 @@ class Packet:
     options: bytes = b""      # of IP
     ihl: int | None = None
     version: int = 4
-    doff: int = 5
+    doff: int | None = None
     cut: int | None = None    # bytes that are there, if not all
     tunnel: tuple[str, str] | None = None  # addresses of an outer header
     outer_fragment: int = 0
 
     def ip(self) -> bytes:
-        tcp = struct.pack("!HHIIBBHHH", self.sport, self.dport, self.seq, 1, self.doff << 4,
-                          self.flags, 1000, 0, 0) + self.data
+        doff = 5 + len(self.tcp_options) // 4 if self.doff is None else self.doff
+        tcp = struct.pack("!HHIIBBHHH", self.sport, self.dport, self.seq, self.ack, doff << 4,
+                          self.flags, 1000, 0, 0) + self.tcp_options + self.data
         ihl = 5 + len(self.options) // 4 if self.ihl is None else self.ihl
         return ip_header(self.version, ihl, len(self.options) + 20 + len(tcp), self.fragment,
                          self.protocol, self.source, self.destination) + self.options + tcp

@@ -104,7 +104,7 @@ nonsense
     ("dbglevel = 7", "from 0 to 6"), ("server = 10.0.0.1", "listed twice"),
     ("rule = jpg$", "not 'ADDRESS PATTERN'"), ("rule = 10.0.0.1 a(?=b)", "does not compile"),
     ("redirectport = 80", "redirectport: 80 is the port that the FE itself listens on"),
-    ("raddr = 10.0.0.9\nrule = 10.0.0.99 x", "no server"), ("fastpath = on", "not built yet"),
+    ("raddr = 10.0.0.9\nrule = 10.0.0.99 x", "no server"), ("fastpath = maybe", "on"),
     ("secret = /nonexistent", "openssl rand"), ("registration = no", "secret, open")])
 def test_faults(tmp_path: Path, line: str, words: str) -> None:
     text = "\n".join(faults(tmp_path, FE + line + "\n"))

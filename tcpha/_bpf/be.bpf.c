@@ -84,7 +84,7 @@ static __always_inline void report(const struct tcpha_flow *flow, const struct c
  * the socket. old: the sequence number that would end an older socket on the tuple, if there is one.
  */
 static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct headers *h,
-					   const __u32 *old)
+					   const struct options *o, const __u32 *old)
 {
 	struct bpf_sock_tuple t = {};
 	struct tcpha_keys *k = 0;
@@ -105,9 +105,9 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 	ack = bpf_ntohl(h->tcp->ack_seq);
 	rtt = bpf_ntohs(h->ip->id);
 	g = bpf_map_lookup_elem(&gate, &zero);
-	if (!g || read_options(skb, ETH_HLEN + h->ip->ihl * 4 + sizeof(struct tcphdr),
-			       h->tcp->doff * 4 - sizeof(struct tcphdr), &c.opt) < 0)
+	if (!g)
 		return TC_ACT_SHOT;
+	c.opt = *o;
 	for (i = 0; i < TCPHA_MAX_FAST; i++) {
 		n = i;
 		k = bpf_map_lookup_elem(&keys, &n);
@@ -161,8 +161,14 @@ static __always_inline int guard(struct __sk_buff *skb, const struct headers *h)
 	struct tcp_timewait_sock *tw;
 	struct bpf_sock *skc;
 	struct tcp_sock *tp;
-	__u32 state = 0, old = 0, ack = bpf_ntohl(h->tcp->ack_seq);
+	struct options o = {};
+	__u32 state = 0, old = 0, ack = bpf_ntohl(h->tcp->ack_seq), seq = bpf_ntohl(h->tcp->seq);
 	int pass = 0, other = 0, verdict;
+
+	if (conf.fast && h->tcp->doff >= 5 &&
+	    read_options(skb, ETH_HLEN + h->ip->ihl * 4 + sizeof(struct tcphdr),
+			 h->tcp->doff * 4 - sizeof(struct tcphdr), &o) < 0)
+		return TC_ACT_SHOT;
 
 	t.ipv4.saddr = h->ip->saddr;
 	t.ipv4.daddr = h->ip->daddr;
@@ -173,9 +179,12 @@ static __always_inline int guard(struct __sk_buff *skb, const struct headers *h)
 		state = skc->state;
 		if (state == BPF_TCP_TIME_WAIT) {
 			tw = bpf_skc_to_tcp_timewait_sock(skc);
-			if (tw)
+			if (tw) { /* not its own request, late: as for a SYN (RFC 6191) */
 				old = tw->tw_sk.__tw_common.skc_tw_rcv_nxt;
-			other = tw != 0;
+				other = (__s32)(seq - old) > 0 ||
+					((o.found & OPT_TS) && tw->tw_ts_recent &&
+					 (__s32)(o.tsval - tw->tw_ts_recent) > 0);
+			}
 		} else if (conf.fast && state != BPF_TCP_LISTEN) {
 			tp = bpf_skc_to_tcp_sock(skc);
 			if (tp) { /* what it acknowledges was never sent by that one */
@@ -189,7 +198,7 @@ static __always_inline int guard(struct __sk_buff *skb, const struct headers *h)
 	pass = state && state != BPF_TCP_LISTEN && !(state == BPF_TCP_TIME_WAIT && h->tcp->syn);
 	if (pass && !other)
 		return TC_ACT_UNSPEC;
-	verdict = adopt_by_cookie(skb, h, other ? &old : 0);
+	verdict = adopt_by_cookie(skb, h, &o, other ? &old : 0);
 	if (verdict == TC_ACT_SHOT && pass)
 		return TC_ACT_UNSPEC;
 	if (verdict == TC_ACT_SHOT)

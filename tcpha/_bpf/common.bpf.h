@@ -68,6 +68,7 @@ struct inet_timewait_sock {
 
 struct tcp_timewait_sock {
 	struct inet_timewait_sock tw_sk;
+	__u32 tw_ts_recent;
 } __attribute__((preserve_access_index));
 
 struct {

@@ -428,6 +428,8 @@ static __always_inline int fast_flow(struct __sk_buff *skb, struct tcpha_entry *
 
 	if (e->state == TCPHA_PENDING)
 		return to_worker(skb, first ? TCPHA_FAST_FIRST : TCPHA_FAST_LATER);
+	if (first && (e->flags & TCPHA_F_CLOSED))
+		return TC_ACT_SHOT; /* a late copy: it must not be served a second time */
 	if (ack != e->first_ack)
 		e->flags |= TCPHA_F_ANSWERED;
 	if (first && !(e->flags & TCPHA_F_ANSWERED)) {
@@ -462,6 +464,8 @@ int fe_ingress(struct __sk_buff *skb)
 	ack = bpf_ntohl(h.tcp->ack_seq);
 	length = h.tcp->syn ? 0 : payload(&h);
 	e = bpf_map_lookup_elem(&flows, &flow);
+	if (e && (e->flags & TCPHA_F_FAST) && h.tcp->syn && seq + 1 == e->first_seq)
+		return TC_ACT_SHOT; /* a late copy of the SYN that the flow began with */
 	if (e && is_of(e, &h)) {
 		if (e->flags & TCPHA_F_FAST)
 			return fast_flow(skb, e, seq, h.tcp->ack ? ack : e->first_ack, length);
@@ -537,7 +541,7 @@ int fe_fast(struct __sk_buff *skb)
 	__u32 zero = 0, seq, ack, length;
 	__u8 kind;
 
-	if (skb->protocol != bpf_htons(ETH_P_IP) || bpf_skb_load_bytes(skb, 2, &kind, 1) < 0 ||
+	if (!conf.mss || skb->protocol != bpf_htons(ETH_P_IP) || bpf_skb_load_bytes(skb, 2, &kind, 1) < 0 ||
 	    parse_tcp(skb, 0, &h) < 0 || h.tcp->doff < 5)
 		return TC_ACT_SHOT;
 	flow_of(&h, &flow);

@@ -27,8 +27,8 @@ from tcpha._fast.message cimport (
     message_return, message_short, refusal_text)
 from tcpha._fast.packet cimport address_text
 from tcpha._fast.sys cimport (
-    EINTR, ENOBUFS, EPOLL_CTL_ADD, EPOLLET, EPOLLIN, MSG_DONTWAIT, add32, add64, errno, now_ns, ntohs,
-    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock,
+    EINTR, ENOBUFS, EPOLL_CTL_ADD, EPOLLET, EPOLLIN, MSG_DONTWAIT, add32, add64, errno, now_ns,
+    ntohs, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock,
     pthread_mutex_unlock, recv, store32)
 
 cdef extern from "<linux/netlink.h>" nogil:
@@ -366,8 +366,8 @@ cdef void _on_ring(backend_state *b, worker *w) noexcept nogil:
 
 
 cdef void _sweep(backend_state *b, worker *w, uint64_t now) noexcept nogil:
-    """Look through a part of the table. The packet path's program is not told whether the kernel made a
-    socket of what it adopted."""
+    """Look through a part of the table. The packet path's program is not told whether the kernel
+    made a socket of what it adopted."""
     cdef adopted *a
     cdef adopted *following
     cdef int owner

@@ -172,8 +172,8 @@ cdef class Object:
         return p
 
     cdef void *ring_memory(self, str name, long offset, bint writable, size_t size) except NULL:
-        """A part of a ring buffer: its consumer's page at 0, its producer's and the data, twice in a
-        row, behind that."""
+        """A part of a ring buffer: its consumer's page at 0, its producer's and the data, twice in
+        a row, behind that."""
         cdef void *p = mmap(NULL, size, PROT_READ | (PROT_WRITE if writable else 0), MAP_SHARED,
                             self.map_fd(name), offset)
         if p == MAP_FAILED:

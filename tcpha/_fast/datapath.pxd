@@ -5,7 +5,8 @@ All functions return 0 or a negative number unless said otherwise.
 """
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from tcpha._fast.defs cimport tcpha_entry, tcpha_event, tcpha_flow, tcpha_gate, tcpha_keys, tcpha_offer
+from tcpha._fast.defs cimport (
+    tcpha_entry, tcpha_event, tcpha_flow, tcpha_gate, tcpha_keys, tcpha_offer)
 from tcpha._fast.rewrite cimport tcp_view
 from tcpha._fast.snapshot cimport snapshot
 
@@ -42,8 +43,8 @@ cdef struct fe_datapath:
     void (*sweep)(void *self, uint64_t now) noexcept nogil
     # Packets of diverted flows wait on the event descriptor.
     void (*on_packets)(void *self, uint8_t *scratch) noexcept nogil
-    # The packet path: how many queues of requests it has (0: there is none), a descriptor for each, and
-    # the cookie keys. A queue has one reader at a time.
+    # The packet path: how many queues of requests it has (0: there is none), a descriptor for each,
+    # and the cookie keys. A queue has one reader at a time.
     uint32_t nfast
     int fast_fd[FAST_QUEUES]
     tcpha_keys *keys
@@ -54,8 +55,8 @@ cdef struct fe_datapath:
     void (*fast_pass)(void *self, uint32_t queue, uint32_t worker, uint8_t *frame, uint32_t length,
                       int kind) noexcept nogil
     # A request becomes a socket of ours.
-    void (*fast_socket)(void *self, uint32_t queue, uint32_t worker, uint8_t *frame, uint32_t length,
-                        const tcpha_flow *flow) noexcept nogil
+    void (*fast_socket)(void *self, uint32_t queue, uint32_t worker, uint8_t *frame,
+                        uint32_t length, const tcpha_flow *flow) noexcept nogil
     tcpha_offer *offers    # by worker
     # The back end did not take it: the client's next attempt is a request again. As forget().
     int (*take_back)(void *self, const tcpha_flow *flow, uint64_t id,
@@ -79,8 +80,8 @@ cdef struct be_datapath:
     void (*ended)(void *self, const tcpha_flow *flow) noexcept nogil
     # Called now and then.
     void (*sweep)(void *self, uint64_t now) noexcept nogil
-    # The packet path; without it, gate is NULL. What the program has adopted or refused is read from
-    # its events, by one reader at a time; event_fd is readable when it cannot wait.
+    # The packet path; without it, gate is NULL. What the program has adopted or refused is read
+    # from its events, by one reader at a time; event_fd is readable when it cannot wait.
     tcpha_gate *gate
     tcpha_keys *keys       # by front end: TCPHA_MAX_FAST
     int event_fd

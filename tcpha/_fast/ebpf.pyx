@@ -18,13 +18,12 @@ from tcpha._fast.datapath cimport (
     DP_ALIVE, DP_CLOSING, DP_GONE, DP_MORE, DP_TIME_WAIT, FAST_QUEUES, BeDatapath, FeDatapath,
     flow_row)
 from tcpha._fast.defs cimport (
-    TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_F_CLOSED, TCPHA_FORWARD, TCPHA_LOCAL, TCPHA_LOCAL_NODE,
+    TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_F_CLOSED, TCPHA_FAST_SOCKET, TCPHA_FORWARD, TCPHA_LOCAL, TCPHA_LOCAL_NODE,
     TCPHA_IPID_PLAIN, TCPHA_MAC_FAST, TCPHA_MAC_MARK, TCPHA_MAX_FAST, TCPHA_MAX_OPS,
     TCPHA_OP_ADOPT, TCPHA_OP_QUERY, TCPHA_PENDING, TCPHA_R_ASSIGN, TCPHA_R_LIVE,
     TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_NONE, TCPHA_R_OK, TCPHA_R_TIME_WAIT,
     TCPHA_TUNNEL, tcpha_backend, tcpha_be_conf, tcpha_counters, tcpha_entry, tcpha_event,
-    tcpha_fe_conf, tcpha_flow, tcpha_gate, tcpha_keys, tcpha_offer, tcpha_op, tcpha_shaken,
-    TCPHA_FAST_SOCKET)
+    tcpha_fe_conf, tcpha_flow, tcpha_gate, tcpha_keys, tcpha_offer, tcpha_op, tcpha_shaken)
 from tcpha._fast.diag cimport SockDiag, diag, diag_refusal
 from tcpha._fast.ledger cimport (
     PUT_NEW, PUT_OLD, ledger, ledger_close, ledger_divert, ledger_forget, ledger_open,
@@ -298,7 +297,7 @@ cdef void _fast_socket(void *self, uint32_t queue, uint32_t worker, uint8_t *fra
                        const tcpha_flow *flow) noexcept nogil:
     cdef fe_ebpf *d = <fe_ebpf *>self
     _fast_pass(self, queue, worker, frame, length, TCPHA_FAST_SOCKET)
-    if d.offers[worker].result == 1:  # the socket is there by now; what followed came here until then
+    if d.offers[worker].result == 1:  # the socket is there; until now, what followed came here
         ledger_drop_pending(&d.book, flow)
 
 
@@ -463,10 +462,9 @@ cdef class FeEbpf(FeDatapath):
             free(entries)
         return out
 
-
     def take_silent(self, double seconds):
-        """Make sockets of connections whose client has said nothing for so long since the handshake:
-        they are accepted like any other. Returns how many."""
+        """Make sockets of connections whose client has said nothing for so long since the
+        handshake: they are accepted like any other. Returns how many."""
         cdef tcpha_flow *keys = <tcpha_flow *>malloc(BATCH * sizeof(tcpha_flow))
         cdef tcpha_shaken *records = <tcpha_shaken *>malloc(BATCH * sizeof(tcpha_shaken))
         cdef uint8_t frame[FRAME_HEAD]
@@ -508,8 +506,8 @@ cdef class FeEbpf(FeDatapath):
         return taken
 
     def drop_pending(self):
-        """Remove the entries of requests that came to nothing on the way through user space. Returns
-        the back ends of older flows whose places they had taken."""
+        """Remove the entries of requests that came to nothing on the way through user space.
+        Returns the back ends of older flows whose places they had taken."""
         cdef tcpha_flow *keys = <tcpha_flow *>malloc(BATCH * sizeof(tcpha_flow))
         cdef tcpha_entry *entries = <tcpha_entry *>malloc(BATCH * sizeof(tcpha_entry))
         cdef uint32_t cursor = 0, count, i

@@ -13,8 +13,8 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp, memcpy, memset, strlen, strstr
 
 from tcpha._fast.core cimport (
-    EV_CLIENT, EV_FAST, EV_LISTENER, EV_TAP, LINK_UP, MAX_LINKS, SCRATCH, Core, core, half_closed, link,
-    link_put, notice, say, say_flow, say_more, say_number, watch, worker)
+    EV_CLIENT, EV_FAST, EV_LISTENER, EV_TAP, LINK_UP, MAX_LINKS, SCRATCH, Core, core, half_closed,
+    link, link_put, notice, say, say_flow, say_more, say_number, watch, worker)
 from tcpha._fast.datapath cimport DP_GONE, FeDatapath
 from tcpha._fast.defs cimport (
     TCPHA_F_CLOSED, TCPHA_F_FIN, TCPHA_FAST_FIRST, TCPHA_FAST_SEND, TCPHA_HOLD,
@@ -36,8 +36,8 @@ from tcpha._fast.sys cimport (
     EAGAIN, EINTR, EMFILE, ENFILE, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLET,
     EPOLLIN, EPOLLRDHUP, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, MSG_TRUNC, SHUT_WR,
     SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, add32, add64, close, errno, getsockopt, htons,
-    iovec, load32, load64, loadp, now_ns, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_trylock, pthread_mutex_unlock, realtime_ns, recv, send, setsockopt, shutdown,
+    iovec, load32, load64, loadp, now_ns, pthread_mutex_destroy, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, realtime_ns, recv, send, setsockopt, shutdown,
     sockaddr, sockaddr_in, socklen_t, store32, store64, storep, writev, xchg32)
 
 cdef extern from "<linux/filter.h>" nogil:
@@ -617,7 +617,7 @@ cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint
     if o.old:
         _count_closed(f, o.old - 1)
     if o.result != 1:
-        add32(&be.live, -1)    # a copy of a segment that was there before, or of a flow that is over
+        add32(&be.live, -1)    # a copy of a segment, or its flow is over
         return
     add64(&f.n.accepted, 1)
     add64(&f.n.handed, 1)

@@ -79,7 +79,8 @@ cdef int ledger_forget(ledger *l, const tcpha_flow *flow, uint64_t id, bint ling
     if l.store.find(l.store.self, flow, entry) == 0 and entry.id == id and \
             not entry.flags & TCPHA_F_CLOSED:
         known = 1
-        if linger and _linger(l, flow, id, now_ns()):
+        # a late copy of a request with a cookie would begin anew
+        if (linger or entry.flags & TCPHA_F_FAST) and _linger(l, flow, id, now_ns()):
             entry.flags |= TCPHA_F_CLOSED
             l.store.put(l.store.self, flow, entry, PUT_OLD)
         else:
@@ -90,9 +91,9 @@ cdef int ledger_forget(ledger *l, const tcpha_flow *flow, uint64_t id, bint ling
 
 cdef int ledger_take_back(ledger *l, const tcpha_flow *flow, uint64_t id,
                           tcpha_entry *entry) noexcept nogil:
-    """The back end did not take the request of handoff 'id', of the packet path. The entry stays, so
-    that what the client still sends is not mistaken for a stranger's; its next attempt is decided
-    anew. 1: it was known, and entry is its last state."""
+    """The back end did not take the request of handoff 'id', of the packet path. The entry stays,
+    so that what the client still sends is not mistaken for a stranger's; its next attempt is
+    decided anew. 1: it was known, and entry is its last state."""
     cdef int known = 0
     cdef tcpha_entry fresh
     pthread_mutex_lock(_stripe(l, flow))

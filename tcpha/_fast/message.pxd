@@ -27,7 +27,7 @@ cdef enum message_type:
     MSG_OWNED = 8      # FE, to a BE that was started anew: id: handoff id; body: flow
     MSG_KEYS = 10      # FE: id: see key_id(); body: a cookie key
     MSG_KEYED = 11     # BE: id: the one of KEYS; from now on it knows cookies made with it
-    MSG_RETURN = 12    # BE: id, flow as in CLOSED; body: reason. A request of the packet path, not taken
+    MSG_RETURN = 12    # BE: a request of the packet path, not taken: as CLOSED; body: flow, reason
     MSG_SERVER = 9     # BE: id: 2 * a growing number, + 1 if the application listens
 
 cdef enum refusal:

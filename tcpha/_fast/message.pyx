@@ -151,8 +151,8 @@ cdef uint32_t message_keys(uint8_t *to, uint64_t id, const uint64_t *key) noexce
 
 
 cdef uint64_t fast_id(uint32_t isn, uint32_t ours) noexcept nogil:
-    """The id of a handoff that no message announced: both sides know it from the handshake's sequence
-    numbers, the client's and ours."""
+    """The id of a handoff that no message announced: both sides know it from the handshake's
+    sequence numbers, the client's and ours."""
     return <uint64_t>1 << 63 | <uint64_t>isn << 31 | ours >> 1
 
 

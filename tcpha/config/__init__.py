@@ -49,10 +49,6 @@ def load(role: str, file: str, directory: str | None = None) -> Config:
         except ValueError as error:
             faults.append(Fault(file, line, name, str(error)))
             continue
-        refused = key.unbuilt(value)
-        if refused:
-            faults.append(Fault(file, line, name, refused))
-            continue
         if name in MEANINGLESS[role]:
             warnings.append(Fault(file, line, name, f"means nothing on the {role.upper()}; "
                                                     "remove it", True))

@@ -90,12 +90,6 @@ def be_rule(value: Any) -> Rule:
     return Rule(ANY, text(value))
 
 
-def unless(accepted: Any, what: str) -> Callable[[Any], str | None]:
-    def check(value: Any) -> str | None:
-        return None if value == accepted else what
-    return check
-
-
 port = integer(1, 65535, "port")
 
 SHARED = {
@@ -151,6 +145,6 @@ KEYS: dict[str, dict[str, Key]] = {
 # Keys that one role accepts but has no use for.
 MEANINGLESS = {
     "fe": set[str](),
-    "be": {"accesslog", "forward", "fastpath", "headlimit", "headtimeout", "idletimeout",
-           "maxflows", "dtcinterval"},
+    "be": {"accesslog", "forward", "headlimit", "headtimeout", "idletimeout", "maxflows",
+           "dtcinterval"},
 }

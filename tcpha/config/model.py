@@ -50,16 +50,13 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True)
 class Key:
-    """What a key means. read: turns one value into its typed form, raises ValueError with a remedy.
-
-    unbuilt: why setting the key (to a value that this accepts) is refused for now.
-    """
+    """What a key means. read: turns one value into its typed form, or raises ValueError with a
+    remedy."""
 
     read: Callable[[Any], Any]
     default: Any = None
     required: bool = False
     repeated: bool = False
-    unbuilt: Callable[[Any], str | None] = lambda value: None
 
 
 @dataclass

@@ -143,6 +143,9 @@ class NfqueueFrontend(_Nfqueue):
         self.table.set_local(local.table)
         return local
 
+    def set_down(self, index: int, down: bool) -> None:
+        """There is no packet path."""
+
     def set_backend(self, index: int, path: Path | None) -> None:
         if path is None:
             self.paths.pop(index, None)
