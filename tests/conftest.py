@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Clusters for the tests. Every test that moves packets runs for each forward mode with the packet
-path, without it, and with datapath nfqueue; those of test_serve.py for datapaths that differ, too.
-Where the way of packets is not the point, a test runs for each datapath."""
+"""Clusters for the tests. Every test that moves packets runs for each forward mode with each
+datapath; those of test_serve.py for datapaths that differ, too, and those of some files with the
+packet path. Where the way of packets is not the point, a test runs for each datapath."""
 from __future__ import annotations
 
 import os
@@ -22,13 +22,16 @@ BIG = 64 << 20
 
 EBPF, NFQUEUE = "ebpf", "nfqueue"
 MODES = {  # forward, datapath of the FE and of the BEs, fastpath
-    "direct": ("direct", EBPF, EBPF, True), "tunnel": ("tunnel", EBPF, EBPF, True),
-    "socket-direct": ("direct", EBPF, EBPF, False), "socket-tunnel": ("tunnel", EBPF, EBPF, False),
+    "direct": ("direct", EBPF, EBPF, False), "tunnel": ("tunnel", EBPF, EBPF, False),
+    "fast-direct": ("direct", EBPF, EBPF, True), "fast-tunnel": ("tunnel", EBPF, EBPF, True),
     "nfqueue-direct": ("direct", NFQUEUE, NFQUEUE, False),
     "nfqueue-tunnel": ("tunnel", NFQUEUE, NFQUEUE, False),
-    "ebpf-nfqueue": ("tunnel", EBPF, NFQUEUE, False),
-    "nfqueue-ebpf": ("direct", NFQUEUE, EBPF, False)}
-SERVE_ONLY = {"socket-tunnel", "ebpf-nfqueue", "nfqueue-ebpf"}  # in test_serve.py alone
+    "ebpf-nfqueue": ("tunnel", EBPF, NFQUEUE, True),
+    "nfqueue-ebpf": ("direct", NFQUEUE, EBPF, True)}
+ONLY_IN = {  # modes that not every file has, unless a test names them
+    "fast-direct": {"test_serve.py", "test_clients.py", "test_faults.py"},
+    "fast-tunnel": {"test_serve.py", "test_clients.py"},
+    "ebpf-nfqueue": {"test_serve.py"}, "nfqueue-ebpf": {"test_serve.py"}}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,9 +44,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         named = item.get_closest_marker("modes")
         if named is not None and mode not in named.args:
             return False
-        if named is None and mode in SERVE_ONLY and item.path.name != "test_serve.py":
+        if named is None and mode in ONLY_IN and item.path.name not in ONLY_IN[mode]:
             return False
-        if item.get_closest_marker("socket_path") and MODES[mode][3]:
+        if item.get_closest_marker("socket_path") and mode.startswith("fast-"):
             return False
         mark = item.get_closest_marker("queues_on")
         return mark is None or MODES[mode][("fe", "be").index(mark.args[0]) + 1] == NFQUEUE
@@ -54,8 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def mode(request: Any) -> dict[str, Any]:
     """Arguments for Cluster(): forward mode and datapaths of the front end and the back ends."""
     forward, fe, be, fastpath = MODES[request.param]
-    # where a back end cannot take the packet path, the front end finds out by itself
-    return {"forward": forward, "datapath": (fe, be), "fastpath": fastpath or be == NFQUEUE}
+    return {"forward": forward, "datapath": (fe, be), "fastpath": fastpath}
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -163,12 +163,8 @@ static __always_inline int guard(struct __sk_buff *skb, const struct headers *h)
 	struct tcp_sock *tp;
 	struct options o = {};
 	__u32 state = 0, old = 0, ack = bpf_ntohl(h->tcp->ack_seq), seq = bpf_ntohl(h->tcp->seq);
+	__u32 ts_recent = 0;
 	int pass = 0, other = 0, verdict;
-
-	if (conf.fast && h->tcp->doff >= 5 &&
-	    read_options(skb, ETH_HLEN + h->ip->ihl * 4 + sizeof(struct tcphdr),
-			 h->tcp->doff * 4 - sizeof(struct tcphdr), &o) < 0)
-		return TC_ACT_SHOT;
 
 	t.ipv4.saddr = h->ip->saddr;
 	t.ipv4.daddr = h->ip->daddr;
@@ -179,11 +175,10 @@ static __always_inline int guard(struct __sk_buff *skb, const struct headers *h)
 		state = skc->state;
 		if (state == BPF_TCP_TIME_WAIT) {
 			tw = bpf_skc_to_tcp_timewait_sock(skc);
-			if (tw) { /* not its own request, late: as for a SYN (RFC 6191) */
+			if (tw) {
 				old = tw->tw_sk.__tw_common.skc_tw_rcv_nxt;
-				other = (__s32)(seq - old) > 0 ||
-					((o.found & OPT_TS) && tw->tw_ts_recent &&
-					 (__s32)(o.tsval - tw->tw_ts_recent) > 0);
+				ts_recent = tw->tw_ts_recent;
+				other = 1;
 			}
 		} else if (conf.fast && state != BPF_TCP_LISTEN) {
 			tp = bpf_skc_to_tcp_sock(skc);
@@ -197,6 +192,14 @@ static __always_inline int guard(struct __sk_buff *skb, const struct headers *h)
 	}
 	pass = state && state != BPF_TCP_LISTEN && !(state == BPF_TCP_TIME_WAIT && h->tcp->syn);
 	if (pass && !other)
+		return TC_ACT_UNSPEC;
+	if (conf.fast && h->tcp->doff >= 5 &&
+	    read_options(skb, ETH_HLEN + h->ip->ihl * 4 + sizeof(struct tcphdr),
+			 h->tcp->doff * 4 - sizeof(struct tcphdr), &o) < 0)
+		return TC_ACT_SHOT;
+	/* its own request, late, is no new connection: as for a SYN (RFC 6191) */
+	if (state == BPF_TCP_TIME_WAIT && pass && (__s32)(seq - old) <= 0 &&
+	    !((o.found & OPT_TS) && ts_recent && (__s32)(o.tsval - ts_recent) > 0))
 		return TC_ACT_UNSPEC;
 	verdict = adopt_by_cookie(skb, h, &o, other ? &old : 0);
 	if (verdict == TC_ACT_SHOT && pass)

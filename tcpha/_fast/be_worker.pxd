@@ -64,3 +64,4 @@ cdef struct backend_state:
 cdef class BackEnd(Core):
     cdef backend_state *b
     cdef object datapath
+    cdef void _tell_all(self, uint8_t kind, uint64_t id)

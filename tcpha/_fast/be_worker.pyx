@@ -561,17 +561,24 @@ cdef class BackEnd(Core):
             watch(self.c, EPOLL_CTL_ADD, self.b.dp.event_fd, EPOLLIN | EPOLLET, EV_RING, 0, 0)
             _tell_live(self.b)
 
-    def tell_server(self, uint64_t said):
-        """SERVER to all front ends: see message.pxd."""
+    cdef void _tell_all(self, uint8_t kind, uint64_t id):
         cdef worker *w = self.outsider()
         cdef uint8_t buf[16]
         cdef int i
         with nogil:
             for i in range(MAX_LINKS):
                 if self.c.links[i].state == LINK_UP:
-                    link_put(self.c, w, &self.c.links[i], buf,
-                             message_short(buf, MSG_SERVER, said), NULL, 0)
+                    link_put(self.c, w, &self.c.links[i], buf, message_short(buf, kind, id), NULL,
+                             0)
             self.flush_outsider()
+
+    def tell_server(self, uint64_t said):
+        """SERVER to all front ends: see message.pxd."""
+        self._tell_all(MSG_SERVER, said)
+
+    def leave_fast_path(self):
+        """Tell front ends to send no more requests that nobody has offered."""
+        self._tell_all(MSG_KEYED, 0)
 
     def refuse_all(self):
         """Adopt nothing more (FULL is the answer); what lives goes on."""

@@ -37,7 +37,8 @@ from tcpha._fast.sys cimport (
     EPOLLIN, EPOLLRDHUP, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, MSG_TRUNC, SHUT_WR,
     SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, add32, add64, close, errno, getsockopt, htons,
     iovec, load32, load64, loadp, now_ns, pthread_mutex_destroy, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, realtime_ns, recv, send, setsockopt, shutdown,
+    pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, realtime_ns, recv, send,
+    setsockopt, shutdown,
     sockaddr, sockaddr_in, socklen_t, store32, store64, storep, writev, xchg32)
 
 cdef extern from "<linux/filter.h>" nogil:
@@ -612,6 +613,7 @@ cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint
     o.rule = k.entry.rule
     o.target_len = k.head.target_len
     memcpy(o.target, v.data + k.head.target, min(k.head.target_len, TCPHA_TARGET_MAX))
+    say_more(f.c, 3, &k.snap.flow, b"offered to %s, %ld bytes", be.name, v.data_len)
     add32(&be.live, 1)
     f.dp.fast_pass(f.dp.self, queue, w.index, frame, length, TCPHA_FAST_SEND)
     if o.old:
@@ -679,6 +681,7 @@ cdef void _on_return(frontend *f, uint32_t b, message *m) noexcept nogil:
     cdef backend *be = &f.backends[b]
     cdef returned *r = &f.back[m.id % RETURNED]
     cdef tcpha_entry entry
+    say_more(f.c, 4, &m.snap.flow, b"RETURN from %s", be.name, 0)
     if f.dp.nfast == 0 or f.dp.take_back(f.dp.self, &m.snap.flow, m.id, &entry) != 1:
         return
     pthread_mutex_lock(&f.return_lock)
@@ -722,7 +725,7 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
             say_flow(c, 2, &m.snap.flow, b"closed")
         return 0
     if m.type == MSG_KEYED:
-        if m.id >> 8 > f.backends[l.peer].keyed:  # several connections bring it
+        if m.id == 0 or m.id >> 8 > f.backends[l.peer].keyed:  # several connections bring it
             store64(&f.backends[l.peer].keyed, m.id >> 8)
         return 0
     if m.type == MSG_RETURN:

@@ -79,8 +79,9 @@ cdef int ledger_forget(ledger *l, const tcpha_flow *flow, uint64_t id, bint ling
     if l.store.find(l.store.self, flow, entry) == 0 and entry.id == id and \
             not entry.flags & TCPHA_F_CLOSED:
         known = 1
-        # a late copy of a request with a cookie would begin anew
-        if (linger or entry.flags & TCPHA_F_FAST) and _linger(l, flow, id, now_ns()):
+        # a late copy of a request with a cookie would begin anew; of such, two seconds are enough
+        if (linger or entry.flags & TCPHA_F_FAST) and \
+                _linger(l, flow, id, now_ns() if linger else 0):
             entry.flags |= TCPHA_F_CLOSED
             l.store.put(l.store.self, flow, entry, PUT_OLD)
         else:

@@ -29,6 +29,7 @@ from tcpha.net.host import HostError
 from tcpha.service import Service
 
 log = logging.getLogger("tcpha")
+LEAVE = 0.2  # seconds for front ends to hear that we go
 
 
 class BackEndService(Service):
@@ -44,6 +45,7 @@ class BackEndService(Service):
         self.said = 0
         self.registration = Registration(config, self.secret, self.instance)
         self.registering: asyncio.Task[None] | None = None
+        self.leaving: asyncio.Task[None] | None = None
 
     def open(self) -> None:
         config, host = self.config, self.host
@@ -85,6 +87,8 @@ class BackEndService(Service):
             self.registering = self.spawn(self.registration.run())
 
     async def shut(self) -> None:
+        if not self.leaving:
+            await self._leave()
         self.listener.close()
         self.sockets.close()
 
@@ -154,12 +158,22 @@ class BackEndService(Service):
                 log.warning("front end %s: control connections lost", self.frontends[peer][1])
 
     def live(self) -> int:
-        return int(self.core.counters()["live"])
+        leaving = self.leaving is not None and not self.leaving.done()
+        return int(self.core.counters()["live"]) + int(leaving)
 
     def begin_unload(self) -> None:
         if self.registering:
             self.registering.cancel()
         self.core.refuse_all()
+        if not self.leaving:
+            self.leaving = self.spawn(self._leave())
+
+    async def _leave(self) -> None:
+        """Behind the guard, which goes with us, a request on its way would be answered with a RST:
+        let front ends hear that they must not send more."""
+        if self.datapath.fastpath and self.frontends:
+            self.core.leave_fast_path()
+            await asyncio.sleep(LEAVE)
 
     def apply(self, config: Config) -> None:
         self.config = config

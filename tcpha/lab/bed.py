@@ -343,7 +343,8 @@ class Cluster:
 
     def be_text(self, host: Host) -> str:
         return "\n".join([f"raddr = {host.address}", "uaddr = 192.168.1.39", f"vaddr = {self.VIP}",
-                          f"datapath = {self.datapath[1]}", self.be_conf, ""])
+                          f"datapath = {self.datapath[1]}", f"fastpath = {self.fastpath_key}",
+                          self.be_conf, ""])
 
     def start(self) -> None:
         self.be = [Daemon(h, "be", self.be_text(h)) for h in self.be_hosts]
