@@ -75,12 +75,12 @@ backend be2
 class Bench:
     """One cluster with HAProxy on the front end's host."""
 
-    def __init__(self, datapath: str, forward: str, seconds: float):
+    def __init__(self, datapath: str, fastpath: bool, forward: str, seconds: float):
         self.seconds = seconds
         self.cluster = c = Cluster(2, forward, fe_conf="maxclients = 4096",
                                    be_conf="maxclients = 20000",
                                    nginx={"log": False, "ports": (80, 8082, 8083, 8084)},
-                                   datapath=(datapath, datapath))
+                                   datapath=(datapath, datapath), fastpath=fastpath)
         try:
             self._prepare(c)
         except BaseException:
@@ -164,6 +164,8 @@ def workloads(b: Bench) -> dict[str, tuple[str, bool, Callable[[str], float]]]:
         "10 KB keep-alive, c=32": ("req/s", True, lambda base: b.wrk(base, "/10k", 32)),
         "1 KB, a connection each, c=32": ("req/s", True,
                                           lambda base: b.wrk(base, "/1k", 32, *close)),
+        "1 KB, a connection each, c=128": ("req/s", True,
+                                           lambda base: b.wrk(base, "/1k", 128, *close)),
         "request to first byte, p50": ("us", False, b.first_byte),
     }
 
@@ -176,9 +178,10 @@ def main() -> int:
     args = p.parse_args()
     beds: dict[str, Bench] = {}
     try:
-        for datapath in ("ebpf", "nfqueue"):
+        for name, datapath, fastpath in (("fast", "ebpf", True), ("ebpf", "ebpf", False),
+                                         ("nfqueue", "nfqueue", False)):
             for forward in ("direct", "tunnel"):
-                beds[f"{datapath} {forward}"] = Bench(datapath, forward, args.seconds)
+                beds[f"{name} {forward}"] = Bench(datapath, fastpath, forward, args.seconds)
         samples = measure(beds, args.rounds)
     finally:
         for bench in beds.values():

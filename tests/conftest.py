@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Clusters for the tests. Every test that moves packets runs for each forward mode with each
-datapath; those of test_serve.py for datapaths that differ, too, and those of some files with the
-packet path. Where the way of packets is not the point, a test runs for each datapath."""
+datapath; those of test_serve.py for datapaths that differ, and with the packet path, too. Where the
+way of packets is not the point, a test runs for each datapath."""
 from __future__ import annotations
 
 import os
@@ -29,8 +29,7 @@ MODES = {  # forward, datapath of the FE and of the BEs, fastpath
     "ebpf-nfqueue": ("tunnel", EBPF, NFQUEUE, True),
     "nfqueue-ebpf": ("direct", NFQUEUE, EBPF, True)}
 ONLY_IN = {  # modes that not every file has, unless a test names them
-    "fast-direct": {"test_serve.py", "test_clients.py", "test_faults.py"},
-    "fast-tunnel": {"test_serve.py", "test_clients.py"},
+    "fast-direct": {"test_serve.py"}, "fast-tunnel": {"test_serve.py"},
     "ebpf-nfqueue": {"test_serve.py"}, "nfqueue-ebpf": {"test_serve.py"}}
 
 

@@ -63,8 +63,9 @@ def test_host_state_after_stop(idle: Cluster) -> None:
     idle.start()
     assert idle.get("/") == "x\n"
     ours = programs(hosts[0]) | programs(hosts[1])
-    fe, be = idle.datapath  # the front end has two for itself and one for the Local Node
-    assert len(ours) == 3 * (fe == "ebpf") + 2 * (be == "ebpf")
+    # the front end has two for itself, one for the packet path and one for the Local Node
+    fe, be = idle.datapath
+    assert len(ours) == (3 + idle.fastpath) * (fe == "ebpf") + 2 * (be == "ebpf")
     assert [state(h) for h in hosts] != before
     assert idle.fe and idle.fe.stop() == 0 and idle.be[0].stop() == 0
     assert [state(h) for h in hosts] == before
