@@ -65,7 +65,8 @@ def test_host_state_after_stop(idle: Cluster) -> None:
     ours = programs(hosts[0]) | programs(hosts[1])
     # the front end has two for itself, one for the packet path and one for the Local Node
     fe, be = idle.datapath
-    assert len(ours) == (3 + idle.fastpath) * (fe == "ebpf") + 2 * (be == "ebpf")
+    fast = idle.fastpath_key == "on"
+    assert len(ours) == (3 + fast) * (fe == "ebpf") + 2 * (be == "ebpf")
     assert [state(h) for h in hosts] != before
     assert idle.fe and idle.fe.stop() == 0 and idle.be[0].stop() == 0
     assert [state(h) for h in hosts] == before

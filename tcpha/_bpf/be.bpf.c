@@ -44,6 +44,23 @@ struct {
 	__uint(max_entries, 1 << 22);
 } events SEC(".maps");
 
+/* When a flow was last adopted, and the client's initial sequence number then. */
+struct adoption {
+	__u64 at_ns;
+	__u32 isn;
+	__u32 pad;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct tcpha_flow);
+	__type(value, struct adoption);
+} adoptions SEC(".maps");
+
+/* Below the least RTO (RFC 6298; 200 ms in Linux): no retransmission comes so soon, but a copy does. */
+#define COPY_NS 150000000ULL
+
 /*
  * RST instead of the packet: it ends a socket that expects just this number (RFC 5961 section 3.2). The
  * payload stays, and means nothing: bpf_skb_change_tail() refuses what was tunnelled.
@@ -91,6 +108,7 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 	struct tcpha_gate *g;
 	struct tcpha_flow flow;
 	struct cookie c = {};
+	struct adoption *before, now = {};
 	struct headers again;
 	__u32 i, n = 0, zero = 0, seq, ack, rtt, mark;
 	int result;
@@ -130,6 +148,9 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 			return TC_ACT_SHOT;
 		return into_reset(skb, &again, *old);
 	}
+	before = bpf_map_lookup_elem(&adoptions, &flow);
+	if (before && before->isn == c.isn && bpf_ktime_get_ns() - before->at_ns < COPY_NS)
+		return TC_ACT_SHOT; /* that connection is over already: do not serve its request again */
 	if (g->live + g->coming >= g->max) {
 		report(&flow, &c, n, TCPHA_R_FULL);
 		return TC_ACT_SHOT;
@@ -145,6 +166,9 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 	}
 	if (skb->mark == TCPHA_MARK_AGAIN)
 		skb->mark = 0;
+	now.at_ns = bpf_ktime_get_ns();
+	now.isn = c.isn;
+	bpf_map_update_elem(&adoptions, &flow, &now, BPF_ANY);
 	__sync_fetch_and_add(&g->coming, 1);
 	COUNT(adopted, 1);
 	report(&flow, &c, n, TCPHA_R_OK);
