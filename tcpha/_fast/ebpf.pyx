@@ -341,6 +341,43 @@ cdef dict _counters(Object obj):
     return total
 
 
+cdef class Batches:
+    """The elements of a map whose keys are flows, BATCH at a time. size: of a value."""
+
+    cdef int fd
+    cdef tcpha_flow *keys
+    cdef void *values
+    cdef uint32_t cursor
+    cdef bint begun
+    cdef bint ended
+
+    def __cinit__(self, int fd, size_t size):
+        self.fd = fd
+        self.keys = <tcpha_flow *>malloc(BATCH * sizeof(tcpha_flow))
+        self.values = malloc(BATCH * size)
+        if self.keys == NULL or self.values == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.keys)
+        free(self.values)
+
+    cdef long more(self) except -2:
+        """How many came into keys and values; -1: that was all. Raises OSError."""
+        cdef uint32_t count = BATCH
+        cdef int rc
+        if self.ended:
+            return -1
+        with nogil:
+            rc = bpf_map_lookup_batch(self.fd, &self.cursor if self.begun else NULL, &self.cursor,
+                                      self.keys, self.values, &count, NULL)
+        self.begun = True
+        self.ended = rc < 0
+        if rc < 0 and rc != -ENOENT:  # ENOENT: the last batch
+            raise OSError(-rc, "cannot read the flow table")
+        return count
+
+
 cdef class FeEbpf(FeDatapath):
     """The front end's half. tap: (descriptor, ifindex) of its TAP device; fast: None, or
     (descriptors, ifindex, MSS, window scale, options as in struct tcpha_fe_conf) of the packet
@@ -437,103 +474,63 @@ cdef class FeEbpf(FeDatapath):
         return _counters(self.obj)
 
     def flows(self):
-        """Handed-over flows, one dict each. Read in batches, without the GIL."""
-        cdef tcpha_flow *keys = <tcpha_flow *>malloc(BATCH * sizeof(tcpha_flow))
-        cdef tcpha_entry *entries = <tcpha_entry *>malloc(BATCH * sizeof(tcpha_entry))
-        cdef uint32_t cursor = 0, count, i
-        cdef bint first = True
-        cdef int rc = 0
+        """Handed-over flows, one dict each."""
+        cdef Batches b = Batches(self.d.flows, sizeof(tcpha_entry))
+        cdef tcpha_entry *e
+        cdef long i, count
         out = []
-        try:
-            if keys == NULL or entries == NULL:
-                raise MemoryError
-            while rc == 0:
-                count = BATCH
-                with nogil:
-                    rc = bpf_map_lookup_batch(self.d.flows, NULL if first else &cursor, &cursor,
-                                              keys, entries, &count, NULL)
-                first = False
-                if rc < 0 and rc != -ENOENT:  # ENOENT: the last batch
-                    raise OSError(-rc, "cannot read the flow table")
-                for i in range(count):
-                    if entries[i].state == TCPHA_FORWARD and not entries[i].flags & TCPHA_F_CLOSED:
-                        out.append(flow_row(&keys[i], &entries[i]))
-        finally:
-            free(keys)
-            free(entries)
+        while (count := b.more()) >= 0:
+            for i in range(count):
+                e = <tcpha_entry *>b.values + i
+                if e.state == TCPHA_FORWARD and not e.flags & TCPHA_F_CLOSED:
+                    out.append(flow_row(&b.keys[i], e))
         return out
 
     def take_silent(self, double seconds):
         """Make sockets of connections whose client has said nothing for so long since the
         handshake: they are accepted like any other. Returns how many."""
-        cdef tcpha_flow *keys = <tcpha_flow *>malloc(BATCH * sizeof(tcpha_flow))
-        cdef tcpha_shaken *records = <tcpha_shaken *>malloc(BATCH * sizeof(tcpha_shaken))
+        cdef Batches b = Batches(self.obj.map_fd("shaken"), sizeof(tcpha_shaken))
+        cdef tcpha_shaken *r
         cdef uint8_t frame[FRAME_HEAD]
-        cdef uint32_t cursor = 0, count, i, taken = 0
         cdef uint64_t before = now_ns() - <uint64_t>(seconds * 1e9)
-        cdef bint first = True
-        cdef int rc = 0, map_fd = self.obj.map_fd("shaken")
+        cdef long i, count, taken = 0
         cdef segment g
-        try:
-            if keys == NULL or records == NULL:
-                raise MemoryError
+        while (count := b.more()) >= 0:
             with nogil:
-                while rc == 0:
-                    count = BATCH
-                    rc = bpf_map_lookup_batch(map_fd, NULL if first else &cursor, &cursor, keys,
-                                              records, &count, NULL)
-                    first = False
-                    for i in range(count if rc == 0 or rc == -ENOENT else 0):
-                        if records[i].since_ns > before or \
-                                bpf_map_delete_elem(map_fd, &keys[i]) < 0:
-                            continue
-                        memset(&g, 0, sizeof(g))
-                        g.flow = &keys[i]
-                        g.seq = records[i].isn + 1
-                        g.ack = records[i].ours + 1
-                        g.flags = TCP_ACK
-                        g.window = records[i].window
-                        g.timestamps = records[i].timestamps
-                        g.tsval = records[i].tsval
-                        g.tsecr = records[i].tsecr
-                        g.ip_id = <uint16_t>min(records[i].rtt_ms, <uint32_t>0xffff)
-                        forge(frame, &g)
-                        _fast_pass(self.d, 0, TCPHA_MAX_OPS - 1, frame, FRAME_HEAD if g.timestamps
-                                   else FRAME_HEAD - 12, TCPHA_FAST_SOCKET)
-                        taken += 1
-        finally:
-            free(keys)
-            free(records)
+                for i in range(count):
+                    r = <tcpha_shaken *>b.values + i
+                    if r.since_ns > before or bpf_map_delete_elem(b.fd, &b.keys[i]) < 0:
+                        continue
+                    memset(&g, 0, sizeof(g))
+                    g.flow = &b.keys[i]
+                    g.seq = r.isn + 1
+                    g.ack = r.ours + 1
+                    g.flags = TCP_ACK
+                    g.window = r.window
+                    g.timestamps = r.timestamps
+                    g.tsval = r.tsval
+                    g.tsecr = r.tsecr
+                    g.ip_id = <uint16_t>min(r.rtt_ms, <uint32_t>0xffff)
+                    _fast_pass(self.d, 0, TCPHA_MAX_OPS - 1, frame, forge(frame, &g),
+                               TCPHA_FAST_SOCKET)
+                    taken += 1
         return taken
 
     def drop_pending(self):
         """Remove the entries of requests that came to nothing on the way through user space.
         Returns the back ends of older flows whose places they had taken."""
-        cdef tcpha_flow *keys = <tcpha_flow *>malloc(BATCH * sizeof(tcpha_flow))
-        cdef tcpha_entry *entries = <tcpha_entry *>malloc(BATCH * sizeof(tcpha_entry))
-        cdef uint32_t cursor = 0, count, i
+        cdef Batches b = Batches(self.d.flows, sizeof(tcpha_entry))
+        cdef tcpha_entry *e
         cdef uint64_t now = now_ns()
-        cdef bint first = True
-        cdef int rc = 0
+        cdef long i, count
         out = []
-        try:
-            if keys == NULL or entries == NULL:
-                raise MemoryError
-            while rc == 0:
-                count = BATCH
-                with nogil:
-                    rc = bpf_map_lookup_batch(self.d.flows, NULL if first else &cursor, &cursor,
-                                              keys, entries, &count, NULL)
-                first = False
-                for i in range(count if rc == 0 or rc == -ENOENT else 0):
-                    if entries[i].state == TCPHA_PENDING and \
-                            now > entries[i].last_ns + PENDING_NS:
-                        bpf_map_delete_elem(self.d.flows, &keys[i])
-                        if entries[i].slot:
-                            out.append(entries[i].slot - 1)
-        finally:
-            free(keys)
-            free(entries)
+        while (count := b.more()) >= 0:
+            for i in range(count):
+                e = <tcpha_entry *>b.values + i
+                if e.state == TCPHA_PENDING and now > e.last_ns + PENDING_NS:
+                    ledger_drop_pending(&self.d.book, &b.keys[i])
+                    if e.slot:
+                        out.append(e.slot - 1)
         return out
 
 
