@@ -286,6 +286,30 @@ def test_control_files_and_commands(idle: Cluster) -> None:
     assert (idle.fe.run_dir / "tcphafe.sock").stat().st_mode & 0o777 == 0o600
 
 
+def test_every_write_to_a_control_file_counts(idle: Cluster) -> None:
+    """Also one that meets the file while it is being replaced: after the last write of many its
+    value holds. So it does if a writer had the file open before that."""
+    idle.start()
+    assert idle.fe
+    files = idle.fe.run_dir / "ktcphafe"
+
+    def value(name: str) -> int:
+        assert idle.fe
+        return int(idle.fe.ctl("status")[name])
+    for last in range(1, 11):
+        for n in range(30):
+            for name in ("dbglevel", "dtcinterval"):
+                with open(files / name, "a") as f:
+                    f.write(f"{last if n == 29 else n % 7}\n" if name == "dtcinterval" else
+                            f"{last % 7 if n == 29 else n % 7}\n")
+        wait_for(lambda n=last: value("dtcinterval") == n, "the last interval")
+        wait_for(lambda n=last: value("dbglevel") == n % 7, "the last level")
+    with open(files / "dbglevel", "a") as early:
+        idle.fe.ctl("set", "dbglevel", "1")
+        early.write("4\n")
+    wait_for(lambda: value("dbglevel") == 4, "the level of who came early")
+
+
 def test_workers_stay_within_their_limits(idle: Cluster) -> None:
     idle.fe_conf = "startservers = 9\nminspareservers = 2\nmaxspareservers = 4"
     idle.start()

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Control files, for the seed's shell habits: 'echo VALUE >> DIR/ktcphafe/dbglevel'.
 
-Each holds the present value. After a write the last line is taken as the new one, and the file is
-rewritten. Changes are noticed by inotify.
+Each holds the present value. After a write the last line is taken as the new one, and a fresh file
+is put in place. Writes are noticed by inotify, and each of them counts: whoever has opened a file
+that is replaced meanwhile writes into the old one, which is watched too.
 """
 from __future__ import annotations
 
@@ -18,8 +19,26 @@ from typing import Any
 from tcpha.admin.server import Refused
 
 log = logging.getLogger("tcpha")
-IN_CLOSE_WRITE = 8
+IN_CLOSE_WRITE, IN_IGNORED = 8, 0x8000
+REPLACED = 8  # old files that are watched, of each name
 Setter = Callable[[str], Awaitable[Any]]
+
+
+class _Version:
+    """One of the files that bore a name. fd: of a descriptor for reading."""
+
+    def __init__(self, name: str, fd: int, text: str):
+        self.name = name
+        self.fd = fd
+        self.text = text
+
+    def written(self) -> str | None:
+        """The last word written since we looked last, if there is any."""
+        text = os.pread(self.fd, 65536, 0).decode(errors="replace")
+        fresh = text[len(self.text):] if text.startswith(self.text) else text
+        self.text = text
+        words = fresh.split()
+        return words[-1] if words else None
 
 
 class ControlFiles:
@@ -29,53 +48,68 @@ class ControlFiles:
         self.directory = directory
         self.entries = entries
         self.tasks: set[asyncio.Task[None]] = set()
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.fd = self.libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if self.fd < 0:
+            raise OSError(ctypes.get_errno(), "inotify_init1")
+        self.versions: dict[int, _Version] = {}  # by watch descriptor, oldest first
         directory.mkdir(exist_ok=True)
         for name in entries:
             self._show(name)
-        libc = ctypes.CDLL(None, use_errno=True)
-        self.fd = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        if self.fd < 0 or libc.inotify_add_watch(self.fd, os.fsencode(directory),
-                                                 IN_CLOSE_WRITE) < 0:
-            raise OSError(ctypes.get_errno(), f"cannot watch {directory}")
         asyncio.get_running_loop().add_reader(self.fd, self._changed)
 
     def _show(self, name: str) -> None:
-        # written beside and renamed, so that our own writing is no event
+        """Put a file with the present value in place; it is watched before it can be found."""
+        text = f"{self.entries[name][0]()}\n"
         scratch = self.directory.parent / f".{self.directory.name}.{name}"
-        scratch.write_text(f"{self.entries[name][0]()}\n")
+        scratch.unlink(missing_ok=True)
+        scratch.write_text(text)
         scratch.chmod(0o600)
+        watch = self.libc.inotify_add_watch(self.fd, os.fsencode(scratch), IN_CLOSE_WRITE)
+        if watch < 0:
+            raise OSError(ctypes.get_errno(), f"cannot watch {scratch}")
+        self.versions[watch] = _Version(name, os.open(scratch, os.O_RDONLY | os.O_CLOEXEC), text)
         os.replace(scratch, self.directory / name)
+        same = [w for w, v in self.versions.items() if v.name == name]
+        for old in same[:-REPLACED - 1]:
+            self.libc.inotify_rm_watch(self.fd, old)
+            os.close(self.versions.pop(old).fd)
 
     def _changed(self) -> None:
         data = os.read(self.fd, 65536)
-        names = set()
         while data:
-            length = struct.unpack_from("iIII", data)[3]
-            names.add(data[16:16 + length].rstrip(b"\0").decode(errors="replace"))
+            watch, mask, _, length = struct.unpack_from("iIII", data)
             data = data[16 + length:]
-        for name in names & self.entries.keys():
-            task = asyncio.get_running_loop().create_task(self._take(name))
+            version = self.versions.get(watch)
+            if version is None or mask & IN_IGNORED:
+                continue
+            value = version.written()
+            if value is None:  # emptied, or an earlier event has shown this write already
+                self.refresh()
+                continue
+            task = asyncio.get_running_loop().create_task(self._take(version.name, value))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
 
-    async def _take(self, name: str) -> None:
-        path = self.directory / name
+    async def _take(self, name: str, value: str) -> None:
         try:
-            lines = path.read_text().split()
-            if lines:
-                await self.entries[name][1](lines[-1])
-        except (OSError, UnicodeDecodeError, Refused) as error:
-            log.warning("%s: %s", path, error)
+            await self.entries[name][1](value)
+        except Refused as error:
+            log.warning("%s: %s", self.directory / name, error)
         self._show(name)
 
     def refresh(self) -> None:
         """Show present values, after they changed otherwise."""
-        for name in self.entries:
-            self._show(name)
+        for name, (value, _) in self.entries.items():
+            newest = [v for v in self.versions.values() if v.name == name][-1]
+            if newest.text != f"{value()}\n":
+                self._show(name)
 
     def close(self) -> None:
         asyncio.get_running_loop().remove_reader(self.fd)
         os.close(self.fd)
+        for version in self.versions.values():
+            os.close(version.fd)
         for name in self.entries:
             (self.directory / name).unlink(missing_ok=True)
         self.directory.rmdir()
