@@ -29,7 +29,8 @@ MODES = {  # forward, datapath of the FE and of the BEs, fastpath
     "ebpf-nfqueue": ("tunnel", EBPF, NFQUEUE, True),
     "nfqueue-ebpf": ("direct", NFQUEUE, EBPF, True)}
 ONLY_IN = {  # modes that not every file has, unless a test names them
-    "fast-direct": {"test_serve.py"}, "fast-tunnel": {"test_serve.py"},
+    "fast-direct": {"test_serve.py", "test_clients.py"},
+    "fast-tunnel": {"test_serve.py", "test_faults.py"},
     "ebpf-nfqueue": {"test_serve.py"}, "nfqueue-ebpf": {"test_serve.py"}}
 
 

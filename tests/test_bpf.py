@@ -19,7 +19,7 @@ STACK, DROP, REDIRECT = 0xFFFFFFFF, 2, 7  # TC_ACT_UNSPEC, _SHOT, _REDIRECT
 CLIENT, VIP, FE, BE = "192.168.1.50", "192.168.1.36", "192.168.1.23", "192.168.1.33"
 FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
 HOLD, FORWARD = 1, 2
-F_FIN, F_RST, F_NEW_SYN, F_CLOSED = 1, 2, 4, 8
+F_FIN, F_RST, F_NEW_SYN = 1, 2, 4
 DIRECT, TUNNEL, LOCAL = 1, 2, 3
 IPIP = 4
 FULL = 0x4000  # DF
@@ -83,9 +83,9 @@ def flow(port: int = 4000) -> bytes:
 
 
 def entry(state: int, backend: int = 0, slot: int = 0, flags: int = 0, end_seq: int = 1000,
-          syn_seq: int = 0, ahead: tuple[int, int] = (0, 0)) -> bytes:
-    return struct.pack("=5Q13I100x", 1, 0, 0, 0, 0, state, backend, slot, flags, 0, end_seq, *ahead,
-                       syn_seq, 0, 0, 0, 0)
+          syn_seq: int = 0, ahead: tuple[int, int] = (0, 0), live: int = 1) -> bytes:
+    return struct.pack("=6Q13I100x", 1, 0, 0, 0, 0, live, state, backend, slot, flags, 0, end_seq,
+                       *ahead, syn_seq, 0, 0, 0, 0)
 
 
 class Bpf:
@@ -157,10 +157,10 @@ def number(index: int) -> bytes:
 
 
 def state_of(e: bytes) -> dict[str, int]:
-    names = ("id", "start", "last", "packets", "bytes", "state", "backend", "slot", "flags", "rule",
-             "end_seq", "ahead_seq", "ahead_end", "syn_seq", "first_seq", "first_ack", "rtt_ms",
-             "target_len")
-    return dict(zip(names, struct.unpack("=5Q13I", e[:92]), strict=True))
+    names = ("id", "start", "last", "packets", "bytes", "live", "state", "backend", "slot", "flags",
+             "rule", "end_seq", "ahead_seq", "ahead_end", "syn_seq", "first_seq", "first_ack",
+             "rtt_ms", "target_len")
+    return dict(zip(names, struct.unpack("=6Q13I", e[:100]), strict=True))
 
 
 # What is none of a front end's business goes to the stack, whatever it looks like.
@@ -206,8 +206,8 @@ FLOWS: dict[str, tuple[bytes, Packet, int, dict[str, int]]] = {
                                    {"flags": F_FIN}),
     "a SYN half the way round": (entry(FORWARD, flags=F_FIN), Packet(SYN, seq=1000 + 0x70000000),
                                  REDIRECT, {"flags": F_FIN}),
-    "a SYN on a closed flow": (entry(FORWARD, flags=F_CLOSED), Packet(SYN, seq=999), STACK,
-                               {"flags": F_CLOSED | F_NEW_SYN, "syn_seq": 999}),
+    "a SYN on a closed flow": (entry(FORWARD, live=0), Packet(SYN, seq=999), STACK,
+                               {"flags": F_NEW_SYN, "syn_seq": 999}),
     "of the new connection": (entry(FORWARD, flags=F_FIN | F_NEW_SYN, syn_seq=5000),
                               Packet(seq=5001), STACK, {"packets": 0}),
     "of the old connection": (entry(FORWARD, flags=F_FIN | F_NEW_SYN, syn_seq=5000),

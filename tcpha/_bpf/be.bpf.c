@@ -88,6 +88,7 @@ static __always_inline void report(const struct tcpha_flow *flow, const struct c
 
 	if (!event)
 		return;
+	event->at_ns = bpf_ktime_get_ns();
 	event->flow = *flow;
 	event->isn = c->isn;
 	event->ours = c->ours;
@@ -316,8 +317,12 @@ int be_tap(struct __sk_buff *skb)
 	struct headers h;
 	__u32 slot;
 
-	if (skb->protocol == bpf_htons(TCPHA_ETH_OP))
-		return run_op_frame(skb);
+	if (skb->protocol == bpf_htons(TCPHA_ETH_OP)) {
+		op = op_of_frame(skb);
+		if (op && op->kind == TCPHA_OP_QUERY)
+			query(skb, op);
+		return TC_ACT_SHOT;
+	}
 	if (skb->protocol != bpf_htons(ETH_P_IP) || parse_tcp(skb, 0, &h) < 0)
 		return TC_ACT_SHOT;
 	bpf_skb_change_type(skb, PACKET_HOST);

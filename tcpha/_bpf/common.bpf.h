@@ -227,13 +227,4 @@ static __always_inline struct tcpha_op *op_of_frame(struct __sk_buff *skb)
 	return bpf_map_lookup_elem(&ops, &slot);
 }
 
-static __always_inline int run_op_frame(struct __sk_buff *skb)
-{
-	struct tcpha_op *op = op_of_frame(skb);
-
-	if (op && op->kind == TCPHA_OP_QUERY)
-		query(skb, op);
-	return TC_ACT_SHOT;
-}
-
 #endif

@@ -382,6 +382,7 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 		return TC_ACT_SHOT;
 	}
 	if (flags & TCPHA_T_FIN) {
+		bpf_map_delete_elem(&shaken, &flow);
 		cookie_accept(skb, &t, &c, conf.wscale, c.rtt_ms);
 		return TC_ACT_UNSPEC;
 	}
@@ -409,10 +410,13 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	fresh->end_seq = fresh->first_seq = seq;
 	fresh->first_ack = ack;
 	fresh->rtt_ms = before && before->isn == c.isn ? before->rtt_ms : c.rtt_ms;
-	if (e && !(e->flags & TCPHA_F_CLOSED))
+	if (e && __sync_lock_test_and_set(&e->live, 0))
 		fresh->slot = e->backend + 1;
-	if (bpf_map_update_elem(&flows, &flow, fresh, BPF_ANY) < 0)
+	if (bpf_map_update_elem(&flows, &flow, fresh, BPF_ANY) < 0) {
+		if (e && fresh->slot)
+			e->live = e->id;
 		return TC_ACT_SHOT;
+	}
 	bpf_map_delete_elem(&shaken, &flow);
 	COUNT(requests, 1);
 	return to_worker(skb, TCPHA_FAST_FIRST);
@@ -428,14 +432,14 @@ static __always_inline int fast_flow(struct __sk_buff *skb, struct tcpha_entry *
 
 	if (e->state == TCPHA_PENDING)
 		return to_worker(skb, first ? TCPHA_FAST_FIRST : TCPHA_FAST_LATER);
-	if (first && (e->flags & TCPHA_F_CLOSED))
+	if (first && tcpha_closed(e))
 		return TC_ACT_SHOT; /* a late copy: it must not be served a second time */
 	if (ack != e->first_ack)
 		e->flags |= TCPHA_F_ANSWERED;
 	if (first && !(e->flags & TCPHA_F_ANSWERED)) {
 		be = bpf_map_lookup_elem(&backends, &index);
 		if (be && be->down) { /* it was not served: another back end may */
-			e->slot = (e->flags & TCPHA_F_CLOSED) ? 0 : index + 1;
+			e->slot = __sync_lock_test_and_set(&e->live, 0) ? index + 1 : 0;
 			e->id = 0;
 			e->flags = TCPHA_F_FAST;
 			e->state = TCPHA_PENDING;
@@ -476,15 +480,44 @@ int fe_ingress(struct __sk_buff *skb)
 	return TC_ACT_UNSPEC;
 }
 
+/*
+ * What user space wants of an entry. It could not do so itself: between its look and its update, a packet
+ * may change the entry or put another in its place.
+ */
+static __always_inline void change_entry(struct tcpha_op *op)
+{
+	struct tcpha_entry *e = bpf_map_lookup_elem(&flows, &op->flow);
+
+	op->result = TCPHA_R_NO_SOCKET;
+	if (!e || !op->id || __sync_val_compare_and_swap(&e->live, op->id, 0) != op->id)
+		return;
+	op->result = TCPHA_R_OK;
+	if (op->kind == TCPHA_OP_TAKE_BACK) {
+		e->id = 0;
+		e->slot = 0;
+		e->flags = TCPHA_F_FAST;
+		e->state = TCPHA_PENDING;
+	} else if (!op->keep) {
+		bpf_map_delete_elem(&flows, &op->flow);
+	}
+}
+
 SEC("tc")
 int fe_tap(struct __sk_buff *skb)
 {
 	struct tcpha_entry *e;
 	struct tcpha_flow flow;
+	struct tcpha_op *op;
 	struct headers h;
 
-	if (skb->protocol == bpf_htons(TCPHA_ETH_OP))
-		return run_op_frame(skb);
+	if (skb->protocol == bpf_htons(TCPHA_ETH_OP)) {
+		op = op_of_frame(skb);
+		if (op && op->kind == TCPHA_OP_QUERY)
+			query(skb, op);
+		else if (op && (op->kind == TCPHA_OP_END || op->kind == TCPHA_OP_TAKE_BACK))
+			change_entry(op);
+		return TC_ACT_SHOT;
+	}
 	if (skb->protocol != bpf_htons(ETH_P_IP) || parse_tcp(skb, 0, &h) < 0)
 		return TC_ACT_SHOT;
 	flow_of(&h, &flow);
@@ -518,7 +551,7 @@ static __always_inline bool take_offer(struct tcpha_offer *o, struct tcpha_entry
 		return o->result;
 	o->old = e->slot;
 	e->slot = 0;
-	e->id = o->id;
+	e->id = e->live = o->id;
 	e->backend = o->backend;
 	e->rule = o->rule;
 	e->target_len = o->target_len;
@@ -538,7 +571,8 @@ int fe_fast(struct __sk_buff *skb)
 	struct tcpha_flow flow;
 	struct cookie c = {};
 	struct headers h;
-	__u32 zero = 0, seq, ack, length;
+	__u32 zero = 0, seq, ack, length, state;
+	bool ours;
 	__u8 kind;
 
 	if (!conf.mss || skb->protocol != bpf_htons(ETH_P_IP) || bpf_skb_load_bytes(skb, 2, &kind, 1) < 0 ||
@@ -553,12 +587,18 @@ int fe_fast(struct __sk_buff *skb)
 	if (!o)
 		return TC_ACT_SHOT;
 	tuple_of(&flow, &t);
-	if (kind == TCPHA_FAST_SEND) {
-		if (e && owner(skb, &t) != BPF_TCP_LISTEN) { /* it was silent for long, and has one by now */
+	state = owner(skb, &t);
+	ours = state && state != BPF_TCP_LISTEN;
+	if (ours && kind != TCPHA_FAST_LATER && length && (!e || e->state == TCPHA_PENDING)) {
+		/* it was silent for long, and got a socket when the request was on its way already */
+		if (e) {
+			o->old = e->slot;
 			bpf_map_delete_elem(&flows, &flow);
-			bpf_skb_change_type(skb, PACKET_HOST);
-			return TC_ACT_OK;
 		}
+		bpf_skb_change_type(skb, PACKET_HOST);
+		return TC_ACT_OK;
+	}
+	if (kind == TCPHA_FAST_SEND) {
 		if (!e || !take_offer(o, e) || !is_of(e, &h))
 			return TC_ACT_SHOT;
 		return fast_flow(skb, e, seq, ack, length);
@@ -573,7 +613,7 @@ int fe_fast(struct __sk_buff *skb)
 		if (!cookie_check(&flow, k, seq, ack, &c) && !e)
 			return TC_ACT_SHOT;
 		if (!e) { /* a client that has been silent since the handshake: user space forged its ACK */
-			if (owner(skb, &t) != BPF_TCP_LISTEN)
+			if (state != BPF_TCP_LISTEN)
 				return TC_ACT_SHOT;
 			cookie_accept(skb, &t, &c, conf.wscale, bpf_ntohs(h.ip->id));
 		} else {

@@ -30,6 +30,12 @@ enum {
 	TCPHA_TO_LIVE = 2,    /* a SYN on a live flow: to the back end as well */
 };
 
+/* The back end has at most a TIME_WAIT socket left. */
+static inline __attribute__((always_inline)) int tcpha_closed(const struct tcpha_entry *e)
+{
+	return e->state == TCPHA_FORWARD && e->live == 0;
+}
+
 /*
  * Follow what the client sends. Who guesses sequence numbers may make end_seq too high by TCPHA_LEAP at
  * most: only what joins the bytes known so far moves it; what lies ahead is kept as one block until the
@@ -78,8 +84,8 @@ tcpha_classify(struct tcpha_entry *e, __u8 flags, __u32 seq, __u32 length, __u64
 {
 	if ((flags & TCPHA_T_SYN) && !(flags & TCPHA_T_ACK)) {
 		if (e->state == TCPHA_FORWARD &&
-		    ((e->flags & TCPHA_F_CLOSED) || ((e->flags & (TCPHA_F_FIN | TCPHA_F_RST)) &&
-						     seq - e->end_seq < TCPHA_BEHIND))) {
+		    (tcpha_closed(e) || ((e->flags & (TCPHA_F_FIN | TCPHA_F_RST)) &&
+					 seq - e->end_seq < TCPHA_BEHIND))) {
 			e->syn_seq = seq;
 			e->flags |= TCPHA_F_NEW_SYN;
 			return TCPHA_TO_STACK;

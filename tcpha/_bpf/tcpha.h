@@ -42,9 +42,8 @@ enum {
 	TCPHA_F_FIN = 1,      /* the client has sent a FIN */
 	TCPHA_F_RST = 2,      /* the client has sent a RST */
 	TCPHA_F_NEW_SYN = 4,  /* a SYN of a newer connection went to the listener: see syn_seq */
-	TCPHA_F_CLOSED = 8,   /* by user space: the back end has only a TIME_WAIT socket left */
-	TCPHA_F_FAST = 16,    /* took the packet path: the client's first segment may create the socket */
-	TCPHA_F_ANSWERED = 32, /* of such: the client has acknowledged something of the back end's */
+	TCPHA_F_FAST = 8,     /* took the packet path: the client's first segment may create the socket */
+	TCPHA_F_ANSWERED = 16, /* of such: the client has acknowledged something of the back end's */
 };
 
 /* A flow that the front end has diverted. */
@@ -54,6 +53,7 @@ struct tcpha_entry {
 	__u64 last_ns;	/* CLOCK_MONOTONIC of the last packet from the client */
 	__u64 packets;	/* forwarded; a GSO packet counts as its segments */
 	__u64 bytes;	/* forwarded, L3 and up */
+	__u64 live;	/* id, until the connection is known to be over: whoever takes it off has counted that */
 	__u32 state;
 	__u32 backend;	/* index into the table of back ends */
 	__u32 slot;	/* connection slot in user space while in TCPHA_HOLD; in TCPHA_PENDING: back end
@@ -92,6 +92,8 @@ struct tcpha_backend {
 enum {
 	TCPHA_OP_QUERY = 1, /* look the flow's socket up, fill the fields below */
 	TCPHA_OP_ADOPT = 2, /* attach the forged packet to a listener as a new socket */
+	TCPHA_OP_END = 3,   /* the connection of handoff 'id' is over */
+	TCPHA_OP_TAKE_BACK = 4, /* the back end did not take the request of handoff 'id' */
 };
 
 /* Results of struct tcpha_op. */
@@ -117,6 +119,8 @@ struct tcpha_op {
 	__u32 kind;
 	__u32 result;
 	__s32 error;
+	__u64 id;	      /* END, TAKE_BACK */
+	__u32 keep;	      /* END: the entry stays, for what the client may still send */
 	__u8 listen_addr[16]; /* ADOPT: the listener */
 	__be16 listen_port;
 	/* ADOPT in, QUERY out */
@@ -215,6 +219,7 @@ struct tcpha_gate {
 
 /* What the back end's program did with a client's segment. */
 struct tcpha_event {
+	__u64 at_ns; /* CLOCK_MONOTONIC */
 	struct tcpha_flow flow;
 	__u32 isn;  /* client's */
 	__u32 ours; /* our initial sequence number */

@@ -45,6 +45,7 @@ cdef enum:
 cdef uint64_t SETTLED_NS = 1000000000  # older connections surely have a socket, or none any more
 cdef int64_t DELAYED_NS = 50000000  # an offer this old may have been made to another one since
 cdef uint64_t REAP_NS = 1000000     # at most one look through the whole table in this time
+cdef uint64_t YOUNG_NS = 50000      # an adoption so recent may have no socket yet
 
 
 # The table of adopted connections; b.lock is held.
@@ -326,7 +327,7 @@ cdef void _take_event(backend_state *b, worker *w, const tcpha_event *e) noexcep
             a = _insert_any(b, &e.flow)
             if a != NULL:
                 a.id = id
-                a.since_ns = now_ns()
+                a.since_ns = e.at_ns
                 a.link = a.link_gen = 0  # any: no link has generation 0
                 a.peer = e.frontend
                 add64(&b.n.adopted, 1)
@@ -399,6 +400,9 @@ cdef void _check(backend_state *b, worker *w, const tcpha_flow *flow) noexcept n
         a.recheck = True  # perhaps the end of an earlier connection on the same 4-tuple
     elif a != NULL and not a.over:
         owner = b.dp.alive(b.dp.self, w.index, flow)
+        # the report may be of an older socket, and the packet of the new one still on its way up
+        while owner == 0 and now_ns() - a.since_ns < YOUNG_NS:
+            owner = b.dp.alive(b.dp.self, w.index, flow)
         if not _living(owner):
             _ended(b, w, a, END_TIME_WAIT if owner == DP_TIME_WAIT else END_GONE)
     pthread_mutex_unlock(&b.lock)
@@ -582,8 +586,11 @@ cdef class BackEnd(Core):
 
     def refuse_all(self):
         """Adopt nothing more (FULL is the answer); what lives goes on."""
-        self.b.unloading = 1
-        _tell_live(self.b)
+        with nogil:
+            pthread_mutex_lock(&self.b.lock)
+            self.b.unloading = 1
+            _tell_live(self.b)
+            pthread_mutex_unlock(&self.b.lock)
 
     def check_all(self):
         """Tell front ends of connections that ended while they were away."""

@@ -45,6 +45,7 @@ cdef struct link:
     uint8_t *buf
     uint32_t buf_len
     uint64_t last_rx_ns
+    uint64_t ponged        # of the latest PONG: when its PING was sent
     int64_t delta_ns       # smallest (our clock - peer's clock) in this window and the one before
     int64_t delta_prev_ns
     uint64_t delta_since_ns

@@ -241,6 +241,8 @@ cdef void _read_link(core *c, worker *w, link *l) noexcept nogil:
                 link_put(c, w, l, pong, message_short(pong, MSG_PONG, m.id), NULL, 0)
             elif m.type == MSG_HANDOFF:
                 _learn_delta(l, l.last_rx_ns, m.sent_ns)
+            elif m.type == MSG_PONG:
+                store64(&l.ponged, m.id)
             if m.type != MSG_PING and m.type != MSG_PONG and c.on_message(c, w, l, &m) < 0:
                 say(c, 0, b"unexpected message on a control connection: closing it")
                 link_break(c, w, l, False)
@@ -514,8 +516,13 @@ cdef class Core:
             os.close(self.c.links[index].fd)
             store32(&self.c.links[index].state, LINK_FREE)
 
+    def ponged(self, uint32_t index):
+        """When the latest PING that a link's peer has answered was sent, CLOCK_MONOTONIC in ns: it
+        has read all that came before."""
+        return load64(&self.c.links[index].ponged)
+
     def ping(self, uint32_t index):
-        """Send a PING on a link; its arrival back shows in links()."""
+        """Send a PING on a link; its arrival back shows in links() and ponged()."""
         cdef worker *w = self.outsider()
         cdef uint8_t buf[16]
         with nogil:

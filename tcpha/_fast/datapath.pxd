@@ -23,7 +23,7 @@ cdef enum:
 cdef struct fe_datapath:
     void *self
     # From now on the flow's packets are kept in user space instead of reaching our stack. 1: an
-    # older flow of the same name was there; it is over, and 'old' is what was known of it.
+    # older flow of the same name was live, and is over by this; 'old' is what was known of it.
     int (*divert)(void *self, const tcpha_flow *flow, tcpha_entry *entry,
                   tcpha_entry *old) noexcept nogil
     # Freeze the socket (idempotent) and read its state. s.flow is given; s.len becomes the number
@@ -37,7 +37,7 @@ cdef struct fe_datapath:
     int (*give_back)(void *self, const tcpha_flow *flow, uint32_t slot) noexcept nogil
     # The back end says that the connection ended. 1: it was this handoff's; entry holds its last
     # state. 0: not known. linger: what the client still sends belongs to a TIME_WAIT socket there.
-    int (*forget)(void *self, const tcpha_flow *flow, uint64_t id, bint linger,
+    int (*forget)(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id, bint linger,
                   tcpha_entry *entry) noexcept nogil
     # Remove entries whose lingering is over. Called now and then.
     void (*sweep)(void *self, uint64_t now) noexcept nogil
@@ -59,7 +59,7 @@ cdef struct fe_datapath:
                         uint32_t length, const tcpha_flow *flow) noexcept nogil
     tcpha_offer *offers    # by worker
     # The back end did not take it: the client's next attempt is a request again. As forget().
-    int (*take_back)(void *self, const tcpha_flow *flow, uint64_t id,
+    int (*take_back)(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
                      tcpha_entry *entry) noexcept nogil
 
 

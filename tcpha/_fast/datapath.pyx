@@ -4,7 +4,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from tcpha._fast.defs cimport (
-    TCPHA_F_FIN, TCPHA_F_RST, TCPHA_TARGET_MAX, tcpha_entry, tcpha_flow)
+    TCPHA_F_FIN, TCPHA_F_RST, TCPHA_MAX_OPS, TCPHA_TARGET_MAX, tcpha_entry, tcpha_flow)
 from tcpha._fast.packet cimport address_text
 from tcpha._fast.sys cimport now_ns, ntohs
 
@@ -37,7 +37,7 @@ cdef class FeDatapath:
         cdef tcpha_entry e
         cdef tcpha_flow key
         memcpy(&key, <const char *>flow, sizeof(key))
-        return self.table.forget(self.table.self, &key, id, False, &e) == 1
+        return self.table.forget(self.table.self, TCPHA_MAX_OPS - 2, &key, id, False, &e) == 1
 
 
 cdef class BeDatapath:

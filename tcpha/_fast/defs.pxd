@@ -24,13 +24,14 @@ cdef extern from "tcpha.h" nogil:
         TCPHA_F_FIN
         TCPHA_F_RST
         TCPHA_F_NEW_SYN
-        TCPHA_F_CLOSED
         TCPHA_F_FAST
         TCPHA_DIRECT
         TCPHA_TUNNEL
         TCPHA_LOCAL
         TCPHA_OP_QUERY
         TCPHA_OP_ADOPT
+        TCPHA_OP_END
+        TCPHA_OP_TAKE_BACK
         TCPHA_R_NONE
         TCPHA_R_OK
         TCPHA_R_NO_LISTENER
@@ -53,6 +54,7 @@ cdef extern from "tcpha.h" nogil:
         uint64_t last_ns
         uint64_t packets
         uint64_t bytes
+        uint64_t live
         uint32_t state
         uint32_t backend
         uint32_t slot
@@ -81,6 +83,8 @@ cdef extern from "tcpha.h" nogil:
         uint32_t kind
         uint32_t result
         int32_t error
+        uint64_t id
+        uint32_t keep
         uint8_t listen_addr[16]
         uint16_t listen_port
         uint16_t mss
@@ -152,6 +156,7 @@ cdef extern from "tcpha.h" nogil:
         uint8_t listen_addr[16]
 
     struct tcpha_event:
+        uint64_t at_ns
         tcpha_flow flow
         uint32_t isn
         uint32_t ours

@@ -10,7 +10,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
 from tcpha._fast.bpf cimport (
-    BPF_ANY, BPF_EXIST, BPF_NOEXIST, Object, bpf_map_delete_elem, bpf_map_lookup_batch,
+    BPF_ANY, BPF_NOEXIST, Object, bpf_map_delete_elem, bpf_map_lookup_batch,
     bpf_map_lookup_elem, bpf_map_update_elem)
 from tcpha._fast.bpf import possible_cpus
 from tcpha._fast.core cimport SCRATCH
@@ -18,17 +18,17 @@ from tcpha._fast.datapath cimport (
     DP_ALIVE, DP_CLOSING, DP_GONE, DP_MORE, DP_TIME_WAIT, FAST_QUEUES, BeDatapath, FeDatapath,
     flow_row)
 from tcpha._fast.defs cimport (
-    TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_F_CLOSED, TCPHA_FAST_SOCKET, TCPHA_FORWARD, TCPHA_LOCAL,
-    TCPHA_LOCAL_NODE, TCPHA_IPID_PLAIN, TCPHA_MAC_FAST, TCPHA_MAC_MARK, TCPHA_MAX_FAST,
-    TCPHA_MAX_OPS,
-    TCPHA_OP_ADOPT, TCPHA_OP_QUERY, TCPHA_PENDING, TCPHA_R_ASSIGN, TCPHA_R_LIVE,
-    TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_NONE, TCPHA_R_OK, TCPHA_R_TIME_WAIT,
-    TCPHA_TUNNEL, tcpha_backend, tcpha_be_conf, tcpha_counters, tcpha_entry, tcpha_event,
-    tcpha_fe_conf, tcpha_flow, tcpha_gate, tcpha_keys, tcpha_offer, tcpha_op, tcpha_shaken)
+    TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_FAST_SOCKET, TCPHA_FORWARD, TCPHA_LOCAL, TCPHA_LOCAL_NODE,
+    TCPHA_IPID_PLAIN, TCPHA_MAC_FAST, TCPHA_MAC_MARK, TCPHA_MAX_FAST, TCPHA_MAX_OPS,
+    TCPHA_OP_ADOPT, TCPHA_OP_END, TCPHA_OP_QUERY, TCPHA_OP_TAKE_BACK, TCPHA_PENDING,
+    TCPHA_R_ASSIGN, TCPHA_R_LIVE, TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_NONE, TCPHA_R_OK,
+    TCPHA_R_TIME_WAIT, TCPHA_TUNNEL, tcpha_backend, tcpha_be_conf, tcpha_counters, tcpha_entry,
+    tcpha_event, tcpha_fe_conf, tcpha_flow, tcpha_gate, tcpha_keys, tcpha_offer, tcpha_op,
+    tcpha_shaken)
 from tcpha._fast.diag cimport SockDiag, diag, diag_refusal
 from tcpha._fast.ledger cimport (
-    PUT_NEW, PUT_OLD, ledger, ledger_close, ledger_divert, ledger_forget, ledger_open,
-    ledger_drop_pending, ledger_remove, ledger_sweep, ledger_take_back)
+    PUT_NEW, ledger, ledger_close, ledger_divert, ledger_drop_pending, ledger_forget, ledger_open,
+    ledger_remove, ledger_sweep)
 from tcpha._fast.message cimport (
     REFUSE_BACKLOG, REFUSE_ERROR, REFUSE_LISTENER, REFUSE_UNSUPPORTED)
 from tcpha._fast.packet cimport (
@@ -40,7 +40,9 @@ from tcpha._fast.snapshot cimport (
     SNAP_ECN, SNAP_FIN, SNAP_SACK, SNAP_TIMESTAMP, SNAP_USEC_TS, SNAP_WSCALE, snapshot)
 from tcpha._fast.sys cimport (
     EINTR, ENOENT, IPPROTO_TCP, add64, errno, htons, load32, load64, now_ns, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, read, setsockopt, store64)
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_rwlock_destroy,
+    pthread_rwlock_rdlock, pthread_rwlock_t, pthread_rwlock_unlock, pthread_rwlock_wrlock, read,
+    rwlock_init, setsockopt, store64)
 
 cdef extern from "<unistd.h>" nogil:
     int usleep(unsigned int usec)
@@ -63,8 +65,9 @@ cdef uint64_t PENDING_NS = 60000000000
 cdef uint64_t PATIENCE_NS = 1000000000   # of the Local Node, for its server's accept queue
 
 
-cdef int _query(int tap, tcpha_op *ops, uint32_t worker, const tcpha_flow *flow) noexcept nogil:
-    """Look a flow's socket up; the answer is in ops[worker]."""
+cdef int _operate(int tap, tcpha_op *ops, uint32_t worker, const tcpha_flow *flow,
+                  uint32_t what) noexcept nogil:
+    """Have the program do something with a flow; the answer is in ops[worker]."""
     cdef uint8_t frame[10 + 14 + 46]
     cdef uint16_t kind = htons(TCPHA_ETH_OP)
     cdef tcpha_op *op = &ops[worker]
@@ -74,11 +77,17 @@ cdef int _query(int tap, tcpha_op *ops, uint32_t worker, const tcpha_flow *flow)
     memcpy(frame + VNET_SIZE + 12, &kind, 2)
     memcpy(frame + VNET_SIZE + ETH_SIZE, &worker, 4)
     op.flow = flow[0]
-    op.kind = TCPHA_OP_QUERY
+    op.kind = what
     op.result = TCPHA_R_NONE
     if tap_send(tap, frame, sizeof(frame), NULL, 0) != 0 or op.result == TCPHA_R_NONE:
         return -1
     return 0
+
+
+cdef inline int _query(int tap, tcpha_op *ops, uint32_t worker,
+                       const tcpha_flow *flow) noexcept nogil:
+    """Look a flow's socket up."""
+    return _operate(tap, ops, worker, flow, TCPHA_OP_QUERY)
 
 
 # A packet that is kept while its flow is handed over.
@@ -107,6 +116,7 @@ cdef struct fe_ebpf:
     ledger book
     int fast_fd[FAST_QUEUES]
     tcpha_offer *offers
+    pthread_rwlock_t silent_lock  # a silent client gets a socket, and no request of it is decided
 
 
 cdef int _find(void *self, const tcpha_flow *flow, tcpha_entry *entry) noexcept nogil:
@@ -115,12 +125,23 @@ cdef int _find(void *self, const tcpha_flow *flow, tcpha_entry *entry) noexcept 
 
 cdef int _put(void *self, const tcpha_flow *flow, const tcpha_entry *entry, int how) noexcept nogil:
     return bpf_map_update_elem((<fe_ebpf *>self).flows, flow, entry,
-                               BPF_NOEXIST if how == PUT_NEW else
-                               BPF_EXIST if how == PUT_OLD else BPF_ANY)
+                               BPF_NOEXIST if how == PUT_NEW else BPF_ANY)
 
 
 cdef int _remove(void *self, const tcpha_flow *flow) noexcept nogil:
     return bpf_map_delete_elem((<fe_ebpf *>self).flows, flow)
+
+
+cdef int _change(fe_ebpf *d, uint32_t worker, const tcpha_flow *flow, uint64_t id, bint keep,
+                 uint32_t what) noexcept nogil:
+    d.ops[worker].id = id
+    d.ops[worker].keep = keep
+    return _operate(d.tap, d.ops, worker, flow, what) == 0 and d.ops[worker].result == TCPHA_R_OK
+
+
+cdef int _end(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
+              bint keep) noexcept nogil:
+    return _change(<fe_ebpf *>self, worker, flow, id, keep, TCPHA_OP_END)
 
 
 cdef int _divert(void *self, const tcpha_flow *flow, tcpha_entry *entry,
@@ -257,9 +278,9 @@ cdef int _give_back(void *self, const tcpha_flow *flow, uint32_t slot) noexcept 
     return 0
 
 
-cdef int _forget(void *self, const tcpha_flow *flow, uint64_t id, bint linger,
+cdef int _forget(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id, bint linger,
                  tcpha_entry *entry) noexcept nogil:
-    return ledger_forget(&(<fe_ebpf *>self).book, flow, id, linger, entry)
+    return ledger_forget(&(<fe_ebpf *>self).book, worker, flow, id, linger, entry)
 
 
 cdef void _sweep(void *self, uint64_t now) noexcept nogil:
@@ -302,17 +323,28 @@ cdef void _fast_socket(void *self, uint32_t queue, uint32_t worker, uint8_t *fra
         ledger_drop_pending(&d.book, flow)
 
 
-cdef int _take_back(void *self, const tcpha_flow *flow, uint64_t id,
+cdef int _take_back(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
                     tcpha_entry *entry) noexcept nogil:
-    return ledger_take_back(&(<fe_ebpf *>self).book, flow, id, entry)
+    """The entry stays, so that what the client still sends is not mistaken for a stranger's."""
+    cdef fe_ebpf *d = <fe_ebpf *>self
+    return id and _find(d, flow, entry) == 0 and entry.live == id and \
+        _change(d, worker, flow, id, True, TCPHA_OP_TAKE_BACK)
+
+
+cdef void _write_fast(fe_ebpf *d, uint32_t queue, uint32_t worker, uint8_t *frame, uint32_t length,
+                      int kind) noexcept nogil:
+    cdef uint16_t n = <uint16_t>worker
+    frame[VNET_SIZE + 2] = <uint8_t>kind
+    memcpy(frame + VNET_SIZE + 3, &n, 2)
+    tap_send(d.fast_fd[queue], frame, length, NULL, 0)
 
 
 cdef void _fast_pass(void *self, uint32_t queue, uint32_t worker, uint8_t *frame, uint32_t length,
                      int kind) noexcept nogil:
-    cdef uint16_t n = <uint16_t>worker
-    frame[VNET_SIZE + 2] = <uint8_t>kind
-    memcpy(frame + VNET_SIZE + 3, &n, 2)
-    tap_send((<fe_ebpf *>self).fast_fd[queue], frame, length, NULL, 0)
+    cdef fe_ebpf *d = <fe_ebpf *>self
+    pthread_rwlock_rdlock(&d.silent_lock)
+    _write_fast(d, queue, worker, frame, length, kind)
+    pthread_rwlock_unlock(&d.silent_lock)
 
 
 cdef dict _counters(Object obj):
@@ -398,11 +430,13 @@ cdef class FeEbpf(FeDatapath):
             raise MemoryError
         self.d.nholders = slots
         pthread_mutex_init(&self.d.lock, NULL)
+        rwlock_init(&self.d.silent_lock)
         ledger_open(&self.d.book, maxflows)
         self.d.book.store.self = self.d
         self.d.book.store.find = _find
         self.d.book.store.put = _put
         self.d.book.store.remove = _remove
+        self.d.book.store.end = _end
         memset(&conf, 0, sizeof(conf))
         address_bytes(vaddr, conf.vaddr)
         conf.vport = htons(port)
@@ -440,6 +474,7 @@ cdef class FeEbpf(FeDatapath):
     def __dealloc__(self):
         if self.d != NULL:
             free(self.d.holders)
+            pthread_rwlock_destroy(&self.d.silent_lock)
             ledger_close(&self.d.book)
             free(self.d)
 
@@ -482,7 +517,7 @@ cdef class FeEbpf(FeDatapath):
         while (count := b.more()) >= 0:
             for i in range(count):
                 e = <tcpha_entry *>b.values + i
-                if e.state == TCPHA_FORWARD and not e.flags & TCPHA_F_CLOSED:
+                if e.live:
                     out.append(flow_row(&b.keys[i], e))
         return out
 
@@ -499,7 +534,11 @@ cdef class FeEbpf(FeDatapath):
             with nogil:
                 for i in range(count):
                     r = <tcpha_shaken *>b.values + i
-                    if r.since_ns > before or bpf_map_delete_elem(b.fd, &b.keys[i]) < 0:
+                    if r.since_ns > before:
+                        continue
+                    pthread_rwlock_wrlock(&self.d.silent_lock)
+                    if bpf_map_delete_elem(b.fd, &b.keys[i]) < 0:
+                        pthread_rwlock_unlock(&self.d.silent_lock)
                         continue
                     memset(&g, 0, sizeof(g))
                     g.flow = &b.keys[i]
@@ -511,8 +550,9 @@ cdef class FeEbpf(FeDatapath):
                     g.tsval = r.tsval
                     g.tsecr = r.tsecr
                     g.ip_id = <uint16_t>min(r.rtt_ms, <uint32_t>0xffff)
-                    _fast_pass(self.d, 0, TCPHA_MAX_OPS - 1, frame, forge(frame, &g),
-                               TCPHA_FAST_SOCKET)
+                    _write_fast(self.d, 0, TCPHA_MAX_OPS - 1, frame, forge(frame, &g),
+                                TCPHA_FAST_SOCKET)
+                    pthread_rwlock_unlock(&self.d.silent_lock)
                     taken += 1
         return taken
 

@@ -17,7 +17,7 @@ from tcpha._fast.core cimport (
     link, link_put, notice, say, say_flow, say_more, say_number, watch, worker)
 from tcpha._fast.datapath cimport DP_GONE, FeDatapath
 from tcpha._fast.defs cimport (
-    TCPHA_F_CLOSED, TCPHA_F_FIN, TCPHA_FAST_FIRST, TCPHA_FAST_SEND, TCPHA_HOLD,
+    TCPHA_F_FIN, TCPHA_FAST_FIRST, TCPHA_FAST_SEND, TCPHA_HOLD,
     TCPHA_LOCAL_NODE, TCPHA_TARGET_MAX, tcpha_entry, tcpha_flow, tcpha_offer)
 from tcpha._fast.http cimport HTTP_BAD, HTTP_DONE, HTTP_MORE, http_parse
 from tcpha._fast.match cimport (
@@ -342,8 +342,7 @@ cdef void _offer(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
             if rc < 0:
                 say_flow(f.c, 1, &k.snap.flow, b"the flow table is full")
                 break
-            if rc == 1 and not old.flags & TCPHA_F_CLOSED:
-                # the client reused its port before CLOSED came
+            if rc == 1:        # the client reused its port before CLOSED came
                 _count_closed(f, old.backend)
             k.diverted = True
         rc = f.dp.freeze(f.dp.self, w.index, k.fd, &k.snap)
@@ -469,6 +468,7 @@ cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
         fin = False
         now = k.snap
     k.diverted = False
+    k.entry.live = k.entry.id
     k.entry.end_seq = now.rcv_nxt
     if now.flags & SNAP_FIN:
         k.entry.flags |= TCPHA_F_FIN
@@ -675,14 +675,15 @@ cdef void _on_event(core *c, worker *w, int kind, uint32_t index, uint32_t gen,
         pthread_mutex_unlock(&k.lock)
 
 
-cdef void _on_return(frontend *f, uint32_t b, message *m) noexcept nogil:
+cdef void _on_return(frontend *f, worker *w, uint32_t b, message *m) noexcept nogil:
     """A request of the packet path that the back end did not take: the client sends it again, and
     then it is dispatched anew."""
     cdef backend *be = &f.backends[b]
     cdef returned *r = &f.back[m.id % RETURNED]
     cdef tcpha_entry entry
     say_more(f.c, 4, &m.snap.flow, b"RETURN from %s", be.name, 0)
-    if f.dp.nfast == 0 or f.dp.take_back(f.dp.self, &m.snap.flow, m.id, &entry) != 1:
+    if f.dp.nfast == 0 or \
+            f.dp.take_back(f.dp.self, w.index, &m.snap.flow, m.id, &entry) != 1:
         return
     pthread_mutex_lock(&f.return_lock)
     if r.id != m.id:
@@ -720,7 +721,8 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
         return 0
     if m.type == MSG_CLOSED:
         say_more(c, 4, &m.snap.flow, b"CLOSED from %s", f.backends[l.peer].name, 0)
-        if f.dp.forget(f.dp.self, &m.snap.flow, m.id, m.reason == END_TIME_WAIT, &entry) == 1:
+        if f.dp.forget(f.dp.self, w.index, &m.snap.flow, m.id, m.reason == END_TIME_WAIT,
+                       &entry) == 1:
             _count_closed(f, entry.backend)
             say_flow(c, 2, &m.snap.flow, b"closed")
         return 0
@@ -729,7 +731,7 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
             store64(&f.backends[l.peer].keyed, m.id >> 8)
         return 0
     if m.type == MSG_RETURN:
-        _on_return(f, l.peer, m)
+        _on_return(f, w, l.peer, m)
         return 0
     if m.type != MSG_ADOPTED and m.type != MSG_REFUSED:
         return -1

@@ -10,7 +10,6 @@ cdef enum:
 cdef enum put_flag:
     PUT_ANY = 0
     PUT_NEW = 1            # only if it is not there
-    PUT_OLD = 2            # only if it is there
 
 
 # Where a datapath keeps the entries of diverted flows. Each returns 0 or a negative number.
@@ -20,6 +19,10 @@ cdef struct flow_store:
     int (*put)(void *self, const tcpha_flow *flow, const tcpha_entry *entry,
                int how) noexcept nogil
     int (*remove)(void *self, const tcpha_flow *flow) noexcept nogil
+    # If handoff 'id' is live, it no longer is: 1; else 0. Packets do not come in between. keep: the
+    # entry stays.
+    int (*end)(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
+               bint keep) noexcept nogil
 
 
 # A flow whose connection is over but whose client may still send: its FIN, or that again.
@@ -45,9 +48,7 @@ cdef void ledger_close(ledger *l) noexcept
 cdef int ledger_divert(ledger *l, const tcpha_flow *flow, tcpha_entry *entry,
                        tcpha_entry *old) noexcept nogil
 cdef void ledger_remove(ledger *l, const tcpha_flow *flow) noexcept nogil
-cdef int ledger_forget(ledger *l, const tcpha_flow *flow, uint64_t id, bint linger,
+cdef int ledger_forget(ledger *l, uint32_t worker, const tcpha_flow *flow, uint64_t id, bint linger,
                        tcpha_entry *entry) noexcept nogil
-cdef int ledger_take_back(ledger *l, const tcpha_flow *flow, uint64_t id,
-                          tcpha_entry *entry) noexcept nogil
 cdef void ledger_drop_pending(ledger *l, const tcpha_flow *flow) noexcept nogil
 cdef void ledger_sweep(ledger *l, uint64_t now) noexcept nogil

@@ -4,8 +4,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from tcpha._fast.defs cimport (
-    TCPHA_F_CLOSED, TCPHA_F_FAST, TCPHA_F_FIN, TCPHA_F_RST, TCPHA_FORWARD, TCPHA_PENDING,
-    tcpha_entry, tcpha_flow)
+    TCPHA_F_FAST, TCPHA_F_FIN, TCPHA_F_RST, TCPHA_PENDING, tcpha_entry, tcpha_flow)
 from tcpha._fast.sys cimport (
     now_ns, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock)
 
@@ -36,12 +35,12 @@ cdef inline pthread_mutex_t *_stripe(ledger *l, const tcpha_flow *flow) noexcept
 
 cdef int ledger_divert(ledger *l, const tcpha_flow *flow, tcpha_entry *entry,
                        tcpha_entry *old) noexcept nogil:
-    """Enter a flow. 0; 1 if it replaces 'old'; -1 if there is no room."""
+    """Enter a flow. 0; 1 if it replaces 'old', which was live; -1 if there is no room."""
     cdef int rc, replaced = 0
     pthread_mutex_lock(_stripe(l, flow))
     rc = l.store.put(l.store.self, flow, entry, PUT_NEW)
     if rc < 0 and l.store.find(l.store.self, flow, old) == 0:
-        replaced = old.state != TCPHA_PENDING
+        replaced = old.live != 0
         rc = l.store.put(l.store.self, flow, entry, PUT_ANY)
     pthread_mutex_unlock(_stripe(l, flow))
     return -1 if rc < 0 else replaced
@@ -70,42 +69,18 @@ cdef bint _linger(ledger *l, const tcpha_flow *flow, uint64_t id, uint64_t since
     return ok
 
 
-cdef int ledger_forget(ledger *l, const tcpha_flow *flow, uint64_t id, bint linger,
+cdef int ledger_forget(ledger *l, uint32_t worker, const tcpha_flow *flow, uint64_t id, bint linger,
                        tcpha_entry *entry) noexcept nogil:
-    """The connection of handoff 'id' is over. 1: it was known, and entry is its last state. 0: it
-    was not, or that was said before: a back end that was started anew may say it again."""
+    """The connection of handoff 'id' is over. 1: it was known, and entry is what it was. 0: it was
+    not, or that was said before: a back end that was started anew may say it again."""
     cdef int known = 0
+    cdef bint keep
     pthread_mutex_lock(_stripe(l, flow))
-    if l.store.find(l.store.self, flow, entry) == 0 and entry.id == id and \
-            not entry.flags & TCPHA_F_CLOSED:
-        known = 1
+    if id and l.store.find(l.store.self, flow, entry) == 0 and entry.live == id:
         # a late copy of a request with a cookie would begin anew; of such, two seconds are enough
-        if (linger or entry.flags & TCPHA_F_FAST) and \
-                _linger(l, flow, id, now_ns() if linger else 0):
-            entry.flags |= TCPHA_F_CLOSED
-            l.store.put(l.store.self, flow, entry, PUT_OLD)
-        else:
-            l.store.remove(l.store.self, flow)
-    pthread_mutex_unlock(_stripe(l, flow))
-    return known
-
-
-cdef int ledger_take_back(ledger *l, const tcpha_flow *flow, uint64_t id,
-                          tcpha_entry *entry) noexcept nogil:
-    """The back end did not take the request of handoff 'id', of the packet path. The entry stays,
-    so that what the client still sends is not mistaken for a stranger's; its next attempt is
-    decided anew. 1: it was known, and entry is its last state."""
-    cdef int known = 0
-    cdef tcpha_entry fresh
-    pthread_mutex_lock(_stripe(l, flow))
-    if l.store.find(l.store.self, flow, entry) == 0 and entry.id == id and \
-            entry.state == TCPHA_FORWARD and not entry.flags & TCPHA_F_CLOSED:
-        known = 1
-        fresh = entry[0]
-        fresh.id = fresh.slot = 0
-        fresh.flags = TCPHA_F_FAST
-        fresh.state = TCPHA_PENDING
-        l.store.put(l.store.self, flow, &fresh, PUT_OLD)
+        keep = (linger or entry.flags & TCPHA_F_FAST) and \
+            _linger(l, flow, id, now_ns() if linger else 0)
+        known = l.store.end(l.store.self, worker, flow, id, keep)
     pthread_mutex_unlock(_stripe(l, flow))
     return known
 

@@ -15,11 +15,11 @@ from libc.string cimport memcmp, memcpy, memset
 
 from tcpha._fast.datapath cimport FeDatapath, flow_row
 from tcpha._fast.defs cimport (
-    TCPHA_F_CLOSED, TCPHA_FORWARD, TCPHA_LOCAL_NODE, TCPHA_MAX_BACKENDS, TCPHA_TO_LIVE,
-    TCPHA_TO_STACK, tcpha_classify, tcpha_counters, tcpha_entry, tcpha_flow)
+    TCPHA_FORWARD, TCPHA_LOCAL_NODE, TCPHA_MAX_BACKENDS, TCPHA_TO_LIVE, TCPHA_TO_STACK,
+    tcpha_classify, tcpha_counters, tcpha_entry, tcpha_flow)
 from tcpha._fast.ledger cimport (
-    PUT_NEW, PUT_OLD, ledger, ledger_close, ledger_divert, ledger_forget, ledger_open,
-    ledger_remove, ledger_sweep)
+    PUT_NEW, ledger, ledger_close, ledger_divert, ledger_forget, ledger_open, ledger_remove,
+    ledger_sweep)
 from tcpha._fast.nfqueue cimport (
     SKB_CSUM_NOT_READY, SKB_GSO, V_ACCEPT, V_DROP, V_KEEP, Queue, packet, queue, queue_verdict)
 from tcpha._fast.nfqueue_be cimport BeNfqueue, be_nfqueue, local_inject, local_inward
@@ -129,7 +129,7 @@ cdef int _find(void *self, const tcpha_flow *flow, tcpha_entry *entry) noexcept 
 cdef int _put(void *self, const tcpha_flow *flow, const tcpha_entry *entry, int how) noexcept nogil:
     cdef fe_nfqueue *d = <fe_nfqueue *>self
     cdef tcpha_entry *e = <tcpha_entry *>table_find(&d.flows, flow)
-    if (e != NULL and how == PUT_NEW) or (e == NULL and how == PUT_OLD):
+    if e != NULL and how == PUT_NEW:
         return -1
     if e == NULL:
         e = <tcpha_entry *>table_add(&d.flows, flow)
@@ -141,6 +141,17 @@ cdef int _put(void *self, const tcpha_flow *flow, const tcpha_entry *entry, int 
 
 cdef int _remove(void *self, const tcpha_flow *flow) noexcept nogil:
     return 0 if table_remove(&(<fe_nfqueue *>self).flows, flow) else -1
+
+
+cdef int _end(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
+              bint keep) noexcept nogil:
+    cdef tcpha_entry *e = <tcpha_entry *>table_find(&(<fe_nfqueue *>self).flows, flow)
+    if e == NULL or e.live != id:
+        return 0
+    e.live = 0
+    if not keep:
+        table_remove(&(<fe_nfqueue *>self).flows, flow)
+    return 1
 
 
 # Sending
@@ -534,12 +545,12 @@ cdef int _give_back(void *self, const tcpha_flow *flow, uint32_t slot) noexcept 
     return 0
 
 
-cdef int _forget(void *self, const tcpha_flow *flow, uint64_t id, bint linger,
+cdef int _forget(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id, bint linger,
                  tcpha_entry *entry) noexcept nogil:
     cdef fe_nfqueue *d = <fe_nfqueue *>self
     cdef int rc
     pthread_rwlock_wrlock(&d.lock)
-    rc = ledger_forget(&d.book, flow, id, linger, entry)
+    rc = ledger_forget(&d.book, worker, flow, id, linger, entry)
     pthread_rwlock_unlock(&d.lock)
     return rc
 
@@ -576,6 +587,7 @@ cdef class FeNfqueue(FeDatapath):
         self.d.book.store.find = _find
         self.d.book.store.put = _put
         self.d.book.store.remove = _remove
+        self.d.book.store.end = _end
         self.d.nholders = slots
         self.d.holders = <holder *>calloc(slots, sizeof(holder))
         self.d.seen = <recent *>calloc(RECENT * WAYS, sizeof(recent))
@@ -672,8 +684,7 @@ cdef class FeNfqueue(FeDatapath):
                     pthread_rwlock_unlock(&self.d.lock)
                 for i in range(n):
                     c = <flow_cell *>(<uint8_t *>rows + <size_t>i * stride)
-                    if (<tcpha_entry *>(c + 1)).state == TCPHA_FORWARD and \
-                            not (<tcpha_entry *>(c + 1)).flags & TCPHA_F_CLOSED:
+                    if (<tcpha_entry *>(c + 1)).live:
                         out.append(flow_row(&c.key, <tcpha_entry *>(c + 1)))
         finally:
             free(rows)

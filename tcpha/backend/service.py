@@ -26,10 +26,10 @@ from tcpha.control.hello import (
 )
 from tcpha.datapath import allow_adoption, choose, open_backend
 from tcpha.net.host import HostError
-from tcpha.service import Service
+from tcpha.service import TICK, Service
 
 log = logging.getLogger("tcpha")
-LEAVE = 0.2  # seconds for front ends to hear that we go
+LEAVE = 2.0  # seconds for front ends to hear that we go; one that is stalled is not waited for
 
 
 class BackEndService(Service):
@@ -158,6 +158,8 @@ class BackEndService(Service):
                 log.warning("front end %s: control connections lost", self.frontends[peer][1])
 
     def live(self) -> int:
+        if self.unloading:  # what the packet path has adopted up to now counts
+            self.core.catch_up()
         leaving = self.leaving is not None and not self.leaving.done()
         return int(self.core.counters()["live"]) + int(leaving)
 
@@ -169,11 +171,20 @@ class BackEndService(Service):
             self.leaving = self.spawn(self._leave())
 
     async def _leave(self) -> None:
-        """Behind the guard, which goes with us, a request on its way would be answered with a RST:
-        let front ends hear that they must not send more."""
-        if self.datapath.fastpath and self.frontends:
-            self.core.leave_fast_path()
-            await asyncio.sleep(LEAVE)
+        """A request on its way when we go would be lost: let front ends hear that they must not
+        send more. Each control connection is read in order, so what answers a PING has heard."""
+        if not self.datapath.fastpath:
+            return
+        loop = asyncio.get_running_loop()
+        begin, said = loop.time(), time.monotonic_ns()
+        self.core.leave_fast_path()
+        for index, _, up, _ in self.core.links():
+            if up:
+                self.core.ping(index)
+        while loop.time() < begin + LEAVE and any(
+                up and self.core.ponged(i) < said for i, _, up, _ in self.core.links()):
+            await asyncio.sleep(TICK / 4)
+        await asyncio.sleep(TICK)  # what a worker there had in its hands when it heard
 
     def apply(self, config: Config) -> None:
         self.config = config
