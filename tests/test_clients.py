@@ -237,7 +237,7 @@ def test_short_connections_under_loss(lossy: Cluster) -> None:
 
 # Load
 
-def connect_from(c: Cluster, port: int) -> socket.socket:
+def connect_from(c: Cluster, port: int, to: int = 80) -> socket.socket:
     """A connection from a port of the client's, as soon as the one before has left it."""
     def dial() -> socket.socket | None:
         s = socket.socket()
@@ -245,7 +245,7 @@ def connect_from(c: Cluster, port: int) -> socket.socket:
         s.settimeout(30)
         s.bind((c.client.address, port))
         try:
-            s.connect((c.VIP, 80))
+            s.connect((c.VIP, to))
         except OSError as error:
             s.close()
             if error.errno != errno.EADDRNOTAVAIL:

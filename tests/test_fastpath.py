@@ -187,6 +187,23 @@ def test_silent_client_becomes_a_socket(cluster: Cluster) -> None:
     assert after["handed"] == before["handed"] + 1 and after["fast"] == before["fast"]
 
 
+def test_a_back_end_smaller_than_its_traffic(mode: dict[str, Any]) -> None:
+    """Adoptions are told in batches, ends one by one: however far the table lags behind, each
+    connection is in it, and counted once."""
+    c = Cluster(1, **mode, rules=[(0, ".*")], be_conf="maxclients = 24")
+    try:
+        c.nginx[0].file("1k", size=1024)
+        done = c.client.run("ab", "-q", "-s", "60", "-n", "8000", "-c", "16", f"http://{c.VIP}/1k")
+        assert "Complete requests:      8000" in done.stdout
+        assert "Failed requests:        0" in done.stdout, done.stdout
+        settle(c)
+        assert c.fe
+        n = c.fe.ctl("status")["counters"]
+        assert n["handed"] == n["closed"] == c.be[0].ctl("status")["counters"]["adopted"] == 8000
+    finally:
+        c.close()
+
+
 # The SYN's answer, packet by packet
 
 @pytest.fixture(scope="module")

@@ -233,6 +233,15 @@ def test_direct_use_of_its_port(cluster: Cluster) -> None:
         assert answer == "fe\n"
 
 
+def test_direct_use_from_a_port_that_was_handed_over(cluster: Cluster) -> None:
+    """To the server both connections have the same name, if packets are rewritten for it."""
+    for _ in range(3):
+        for port in (80, 8080):
+            with connect_from(cluster, 20046, port) as s:  # no ephemeral port
+                s.sendall(REQUEST.replace(b"/1k", b"/"))
+                assert body(read_all(s)) == b"fe\n"
+
+
 def test_none_where_the_front_end_listens(mode: dict[str, Any]) -> None:
     """Its default port may be the front end's own."""
     c = Cluster(1, **mode, rules=[(0, "jpg$")], fe_conf="port = 8080")

@@ -286,7 +286,7 @@ static __always_inline void adopt(struct __sk_buff *skb, struct tcpha_op *op)
 	tuple_of(&op->flow, &t);
 	t.ipv4.daddr = unmap_v4(op->listen_addr);
 	t.ipv4.dport = op->listen_port;
-	skc = bpf_skc_lookup_tcp(skb, &t, sizeof(t.ipv4), BPF_F_CURRENT_NETNS, 0);
+	skc = find_listener(skb, &t);
 	if (!skc)
 		return;
 	if (skc->state != BPF_TCP_LISTEN)

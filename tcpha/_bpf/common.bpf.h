@@ -161,6 +161,21 @@ static __always_inline void tuple_of(const struct tcpha_flow *flow, struct bpf_s
 	t->ipv4.dport = flow->vport;
 }
 
+/*
+ * The listener that a SYN from t would find. The client may have a connection of its own with the address
+ * and port where the application listens, or its remains: looked up by name, that hides the listener.
+ */
+static __always_inline struct bpf_sock *find_listener(struct __sk_buff *skb, struct bpf_sock_tuple *t)
+{
+	struct bpf_sock *skc = bpf_skc_lookup_tcp(skb, t, sizeof(t->ipv4), BPF_F_CURRENT_NETNS, 0);
+
+	if (!skc || skc->state == BPF_TCP_LISTEN)
+		return skc;
+	bpf_sk_release(skc);
+	t->ipv4.sport = 0; /* nobody's */
+	return bpf_skc_lookup_tcp(skb, t, sizeof(t->ipv4), BPF_F_CURRENT_NETNS, 0);
+}
+
 /* Fill op from the socket that owns op->flow in this namespace. Sets op->result. */
 static __always_inline void query(struct __sk_buff *skb, struct tcpha_op *op)
 {

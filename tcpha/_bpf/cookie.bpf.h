@@ -211,7 +211,7 @@ static __always_inline int cookie_accept(struct __sk_buff *skb, struct bpf_sock_
 	struct bpf_sock *skc;
 	int result = TCPHA_R_NO_LISTENER;
 
-	skc = bpf_skc_lookup_tcp(skb, t, sizeof(t->ipv4), BPF_F_CURRENT_NETNS, 0);
+	skc = find_listener(skb, t);
 	if (!skc)
 		return result;
 	if (skc->state != BPF_TCP_LISTEN)

@@ -27,6 +27,7 @@ cdef struct adopted:
     bint adopting          # its socket may not exist yet
     bint recheck           # a report came meanwhile: look again afterwards
     bint over              # closed, but the front end could not be told
+    bint fast              # by the packet path: nobody waited for its socket
 
 
 cdef struct be_counters:
@@ -52,7 +53,8 @@ cdef struct backend_state:
     uint32_t live          # entries in the table; some may be closed by the application
     uint32_t room          # more that may be taken although live has reached max
     pthread_mutex_t reap_lock
-    uint64_t reaped_ns     # the last look through the whole table
+    uint64_t reaped_ns     # the last look through the whole table,
+    uint32_t opened        # and how many the application had open
     uint32_t unloading     # refuse what comes
     pthread_mutex_t ring_lock  # the packet path's events
     uint32_t swept         # bucket that _sweep() has come to

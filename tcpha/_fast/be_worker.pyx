@@ -75,8 +75,6 @@ cdef adopted *_insert(backend_state *b, const tcpha_flow *flow) noexcept nogil:
     """NULL if maxclients is reached."""
     if b.live >= b.max and b.room == 0:
         return NULL
-    if b.live >= b.max:
-        b.room -= 1
     return _insert_any(b, flow)
 
 
@@ -87,8 +85,10 @@ cdef adopted *_insert_any(backend_state *b, const tcpha_flow *flow) noexcept nog
     if a == NULL:
         return NULL
     b.free_list = a.next
+    if b.live >= b.max and b.room:
+        b.room -= 1
     a.flow = flow[0]
-    a.over = a.adopting = a.recheck = False
+    a.over = a.adopting = a.recheck = a.fast = False
     head = _bucket(b, flow)
     a.next = head[0]
     head[0] = a
@@ -110,6 +110,15 @@ cdef void _remove(backend_state *b, adopted *a) noexcept nogil:
 
 cdef inline bint _living(int owner) noexcept nogil:
     return owner == DP_ALIVE or owner == DP_CLOSING
+
+
+cdef int _owner(backend_state *b, worker *w, adopted *a) noexcept nogil:
+    """Which socket owns a connection's tuple, see alive(). The packet that adopted it may still be
+    on its way up, and have no socket yet."""
+    cdef int owner = b.dp.alive(b.dp.self, w.index, &a.flow)
+    while owner == 0 and a.fast and now_ns() - a.since_ns < YOUNG_NS:
+        owner = b.dp.alive(b.dp.self, w.index, &a.flow)
+    return owner
 
 
 cdef bint _tell_closed(backend_state *b, worker *w, adopted *a, uint32_t how) noexcept nogil:
@@ -156,7 +165,7 @@ cdef uint32_t _check_all(backend_state *b, worker *w) noexcept nogil:
                 opened += 1
                 a = following
                 continue
-            owner = b.dp.alive(b.dp.self, w.index, &a.flow)
+            owner = _owner(b, w, a)
             if owner == DP_ALIVE:
                 opened += 1
             if a.over or not _living(owner):
@@ -175,6 +184,7 @@ cdef void _reap(backend_state *b, worker *w) noexcept nogil:
     if b.live >= b.max and now_ns() - b.reaped_ns > REAP_NS:
         opened = _check_all(b, w)
         pthread_mutex_lock(&b.lock)
+        b.opened = opened
         b.room = b.max - opened if opened < b.max else 0
         _tell_live(b)
         pthread_mutex_unlock(&b.lock)
@@ -325,7 +335,13 @@ cdef void _take_event(backend_state *b, worker *w, const tcpha_event *e) noexcep
             a = NULL
         if a == NULL:
             a = _insert_any(b, &e.flow)
+            if a == NULL:  # full of connections whose end we have not heard of yet
+                pthread_mutex_unlock(&b.lock)
+                _check_all(b, w)
+                pthread_mutex_lock(&b.lock)
+                a = _insert_any(b, &e.flow)
             if a != NULL:
+                a.fast = True
                 a.id = id
                 a.since_ns = e.at_ns
                 a.link = a.link_gen = 0  # any: no link has generation 0
@@ -333,14 +349,16 @@ cdef void _take_event(backend_state *b, worker *w, const tcpha_event *e) noexcep
                 add64(&b.n.adopted, 1)
                 add64(&b.n.fast, 1)
                 say_flow(b.c, 2, &e.flow, b"adopted")
+            else:
+                say_flow(b.c, 0, &e.flow, b"no room in the table: its end will not be noticed")
         pthread_mutex_unlock(&b.lock)
         add32(&b.dp.gate.coming, -1)
         return
     if e.result == TCPHA_R_FULL:
         if not b.unloading:
             _reap(b, w)
-            if b.room:
-                return     # the client's next attempt finds it
+            if b.opened < b.max:
+                return     # the client's next attempt finds room
     elif e.result == TCPHA_R_BACKLOG:
         reason = REFUSE_BACKLOG
     elif e.result == TCPHA_R_NO_LISTENER:
@@ -399,10 +417,7 @@ cdef void _check(backend_state *b, worker *w, const tcpha_flow *flow) noexcept n
     if a != NULL and a.adopting:
         a.recheck = True  # perhaps the end of an earlier connection on the same 4-tuple
     elif a != NULL and not a.over:
-        owner = b.dp.alive(b.dp.self, w.index, flow)
-        # the report may be of an older socket, and the packet of the new one still on its way up
-        while owner == 0 and now_ns() - a.since_ns < YOUNG_NS:
-            owner = b.dp.alive(b.dp.self, w.index, flow)
+        owner = _owner(b, w, a)  # the report may be of an older one
         if not _living(owner):
             _ended(b, w, a, END_TIME_WAIT if owner == DP_TIME_WAIT else END_GONE)
     pthread_mutex_unlock(&b.lock)

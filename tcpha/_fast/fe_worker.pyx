@@ -692,6 +692,11 @@ cdef void _on_return(frontend *f, worker *w, uint32_t b, message *m) noexcept no
     r.tried[b >> 6] |= <uint64_t>1 << (b & 63)
     pthread_mutex_unlock(&f.return_lock)
     add32(&f.returns, 1)
+    # it was counted when it was sent, and is again when it comes again
+    add64(&f.n.accepted, -1)
+    add64(&f.n.handed, -1)
+    add64(&f.n.fast, -1)
+    add64(&f.backends[entry.backend].handed, -1)
     if m.reason == REFUSE_UNSUPPORTED:
         store64(&be.keyed, 0)  # of the connections that our cookies make
     _refused(f, entry.backend, &m.snap.flow, m.reason)

@@ -275,6 +275,10 @@ cdef bint _on_syn_ack(be_nfqueue *d, tcp_view *v) noexcept nogil:
         f.wscale = v.wscale
         f.ecn_ok = (v.flags & (TCP_ECE | TCP_CWR)) == TCP_ECE
         f.state = B_SYNACK
+    elif f != NULL and d.shared and f.state == B_LIVE and get32(v.tcp + 4) != f.isn:
+        # the client uses the port of an adopted connection, which is over, to talk to it directly
+        table_remove(&d.flows, &local)
+        f = NULL
     pthread_rwlock_unlock(&d.lock)
     _tell(d)
     return f != NULL or not d.shared
