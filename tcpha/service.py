@@ -161,7 +161,7 @@ class Service:
         try:
             self.host.recover()
             self.open()
-            self.host.forget_rules()
+            self.host.settle()
         except BaseException:
             self.host.restore()
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import select
 import socket
 import struct
 import threading
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from netfilterqueue import NetfilterQueue
 from test_bpf import ACK, DROP, FIN, PSH, REDIRECT, RST, STACK, SYN, Bpf, Packet, flow, number
 from test_edges import Forger
 
@@ -29,8 +31,8 @@ def fast(c: Cluster) -> int:
     return int(c.fe.ctl("status")["counters"]["fast"])
 
 
-def ask(s: socket.socket) -> None:
-    s.sendall(KEEP)
+def ask(s: socket.socket, data: bytes = KEEP) -> None:
+    s.sendall(data)
     got = b""
     while len(got.partition(b"\r\n\r\n")[2]) < 1024:
         got += s.recv(65536)
@@ -140,14 +142,77 @@ def test_every_packet_twice(cluster: Cluster) -> None:
     assert n["handed"] == n["closed"]
 
 
+@contextmanager
+def swapped(host: Host, *match: str) -> Iterator[list[Any]]:
+    """Of the host's packets that match, the first two leave it in the other order. Yields what was
+    let go so far."""
+    queue = host.inside(NetfilterQueue)
+    held: list[Any] = []
+    gone: list[Any] = []
+
+    def on_packet(packet: Any) -> None:
+        held.append(packet)
+        if gone or len(held) == 2:
+            gone.extend(reversed(held))
+            for p in reversed(held):
+                p.accept()
+            held.clear()
+    queue.bind(7, on_packet)
+    rule = ("OUTPUT", "-p", "tcp", "--dport", "80", "--tcp-flags", *match, "-j", "NFQUEUE",
+            "--queue-num", "7")
+    host.run("iptables", "-t", "mangle", "-A", *rule)
+    ended = threading.Event()
+
+    def run() -> None:
+        poll = select.poll()
+        poll.register(queue.get_fd(), select.POLLIN)
+        while not ended.is_set():
+            if poll.poll(50):
+                queue.run(block=False)
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield gone
+    finally:
+        host.run("iptables", "-t", "mangle", "-D", *rule)
+        ended.set()
+        thread.join()
+        queue.unbind()
+
+
+def retransmitted(host: Host) -> int:
+    return int(host.run("nstat", "-asz", "TcpRetransSegs").stdout.split()[-2])
+
+
+@pytest.mark.parametrize("what", ["handshake", "request"])
+def test_two_packets_in_the_other_order(cluster: Cluster, what: str) -> None:
+    """The request before the ACK of the handshake; its second half before its first: nothing is
+    lost, so nothing need come a second time. The client may think so of one (RFC 8985)."""
+    match = ("SYN,ACK", "ACK") if what == "handshake" else ("PSH", "PSH")
+    before = retransmitted(cluster.client)
+    for _ in range(5):
+        with swapped(cluster.client, *match) as gone:
+            with cluster.client.connect(cluster.VIP) as s:
+                s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if what == "request":
+                    s.sendall(REQUEST[:30])
+                    s.sendall(REQUEST[30:])
+                else:
+                    s.sendall(REQUEST)
+                assert len(body(read_all(s))) == 1024
+            assert len(gone) >= 2
+    assert retransmitted(cluster.client) <= before + 1
+    settle(cluster)
+
+
 def test_key_changes_during_a_handshake(cluster: Cluster) -> None:
     """Cookies of both keys are good, at the front end and at the back end."""
     bpf = Bpf(cluster.fe_host, ("fe_ingress",))
     before = fast(cluster)
     with cluster.client.connect(cluster.VIP) as old:
-        keys = bytearray(bpf.get("keys", number(0)))
+        keys = bytearray(bpf.get("state", number(0)))
         keys[32] ^= 1  # current
-        bpf.put("keys", number(0), bytes(keys))
+        bpf.put("state", number(0), bytes(keys))
         with cluster.client.connect(cluster.VIP) as new:
             for s in (old, new):
                 ask(s)
@@ -202,6 +267,182 @@ def test_a_back_end_smaller_than_its_traffic(mode: dict[str, Any]) -> None:
         assert n["handed"] == n["closed"] == c.be[0].ctl("status")["counters"]["adopted"] == 8000
     finally:
         c.close()
+
+
+# The verdict cache
+
+def cached(c: Cluster) -> int:
+    """Requests that no process decided."""
+    assert c.fe
+    return int(c.fe.ctl("status")["packets"]["cached"])
+
+
+def once(c: Cluster, data: bytes = REQUEST) -> bytes:
+    with c.client.connect(c.VIP) as s:
+        s.sendall(data)
+        return read_all(s)
+
+
+def warm(c: Cluster, data: bytes = REQUEST) -> None:
+    """Until the cache knows it: key changes may make it forget."""
+    def hit() -> bool:
+        before = cached(c)
+        with c.client.connect(c.VIP) as s:
+            if b"close" in data:
+                s.sendall(data)
+                read_all(s)
+            else:
+                ask(s, data)
+        return cached(c) > before
+    wait_for(hit, "a cached verdict")
+
+
+def with_field(request: bytes, field: bytes) -> bytes:
+    return request.replace(b"\r\n", b"\r\n" + field + b"\r\n", 1)
+
+
+def test_repeated_requests_need_no_process(cluster: Cluster) -> None:
+    """And are counted and listed like others."""
+    assert cluster.fe
+    fe = cluster.fe
+    settle(cluster)
+    warm(cluster)
+    settle(cluster)
+    before, hits = fe.ctl("status")["counters"], cached(cluster)
+    adopted = sum(be.ctl("status")["counters"]["adopted"] for be in cluster.be)
+    for _ in range(20):
+        assert len(body(once(cluster))) == 1024
+    settle(cluster)
+    after = fe.ctl("status")["counters"]
+    assert cached(cluster) >= hits + 15
+    for name in ("accepted", "handed", "closed", "fast"):
+        assert after[name] == before[name] + 20, name
+    assert sum(be.ctl("status")["counters"]["adopted"] for be in cluster.be) == adopted + 20
+    warm(cluster, KEEP)
+    with cluster.client.connect(cluster.VIP) as s:
+        hits = cached(cluster)
+        ask(s)
+        assert cached(cluster) == hits + 1
+        row, = [r for r in fe.ctl("conns") if r["client"].endswith(f":{s.getsockname()[1]}")]
+        assert (row["target"], row["rule"], row["state"]) == ("/1k", ".*", "forward")
+        assert row["server"] == cluster.be_hosts[0].address
+
+
+def test_target_and_fields_are_known_apart(cluster: Cluster) -> None:
+    """A target that is known, with fields that are: a hit, though they come together for the first
+    time."""
+    one, two = with_field(REQUEST, b"X-One: 1"), with_field(REQUEST, b"X-Two: 2")
+    two = two.replace(b"/1k", b"/?two")
+    for _ in range(3):  # the key may change in between
+        warm(cluster, one)
+        warm(cluster, two)
+        before = cached(cluster)
+        assert b"200 OK" in once(cluster, two.replace(b"/?two", b"/1k"))
+        if cached(cluster) == before + 1:
+            return
+    pytest.fail("no hit")
+
+
+def test_the_cache_accepts_nothing_that_the_parser_refuses(cluster: Cluster) -> None:
+    warm(cluster)
+    for bad in (b"GET /1k HTTP/1.1\r\n\r\n", b"GET /1k HTTP/1.1\nHost: lab\n\n",
+                with_field(REQUEST, b"Content-Length: 1\r\nContent-Length: 2"),
+                REQUEST.replace(b"Host", b"Host ")):
+        for _ in range(4):
+            assert b" 400 " in once(cluster, bad).partition(b"\r\n")[0]
+    # two requests in one packet, the first of which is known
+    warm(cluster, KEEP)
+    assert once(cluster, KEEP + REQUEST).count(b"200 OK") == 2
+    # and half of one
+    with cluster.client.connect(cluster.VIP) as s:
+        s.sendall(REQUEST[:-4])
+        s.sendall(REQUEST[-4:])
+        assert len(body(read_all(s))) == 1024
+
+
+@pytest.fixture
+def equal(mode: dict[str, Any]) -> Iterator[Cluster]:
+    """Two back ends that are both good for everything."""
+    c = Cluster(2, **mode, rules=[(0, ".*"), (1, ".*")], fe_conf="dtcinterval = 1",
+                be_conf="maxclients = 12")
+    try:
+        for n in c.nginx:
+            n.file("1k", size=1024)
+        yield c
+    finally:
+        c.close()
+
+
+def handed(c: Cluster) -> list[int]:
+    assert c.fe
+    return [s["handed"] for s in c.fe.ctl("servers")]
+
+
+def test_cached_verdicts_share_the_load(equal: Cluster) -> None:
+    """The one with the fewest connections is next; one that is full is left out."""
+    warm(equal)
+    warm(equal, KEEP)
+    settle(equal)
+    before, hits = handed(equal), cached(equal)
+    held = []
+    for _ in range(24):
+        held.append(equal.client.connect(equal.VIP))
+        ask(held[-1])
+    assert [b - a for a, b in zip(before, handed(equal), strict=True)] == [12, 12]
+    assert cached(equal) >= hits + 20
+    assert once(equal).startswith(b"HTTP/1.1 503 ")
+    for s in held:
+        s.close()
+    settle(equal)
+    assert len(body(once(equal))) == 1024
+
+
+def test_cached_verdicts_end_with_what_they_stand_on(equal: Cluster) -> None:
+    """Drained, dead, reloaded: from that moment no request goes by an older verdict."""
+    assert equal.fe
+    fe = equal.fe
+
+    def shares(n: int = 20) -> list[int]:
+        warm(equal)
+        before = handed(equal)
+        for _ in range(n):
+            assert len(body(once(equal))) == 1024
+        return [b - a for a, b in zip(before, handed(equal), strict=True)]
+    assert min(shares()) > 2
+    warm(equal)
+    fe.ctl("drain", equal.be_hosts[0].address)
+    assert shares() == [0, 20]
+    fe.ctl("undrain", equal.be_hosts[0].address)
+    assert min(shares()) > 2
+    text = fe.config.read_text()
+    fe.config.write_text(text.replace(f"rule = {equal.be_hosts[1].address} .*\n", ""))
+    fe.ctl("reload")
+    assert shares() == [20, 0]
+    fe.config.write_text(text)
+    fe.ctl("reload")
+    assert min(shares()) > 2
+    equal.be[0].process.kill()
+    wait_for(lambda: fe.ctl("servers")[0]["state"] == "down", "be1 to be missed")
+    assert shares() == [0, 20]
+
+
+def test_the_cache_can_be_turned_off(equal: Cluster) -> None:
+    assert equal.fe
+    fe = equal.fe
+    warm(equal)
+    text = fe.config.read_text()
+    log = fe.run_dir / "access.log"
+    for line in ("verdictcache = off", f"accesslog = {log}", "dbglevel = 2"):
+        fe.config.write_text(f"{text}\n{line}\n")
+        fe.ctl("reload")
+        before = cached(equal)
+        for _ in range(5):
+            once(equal)
+        assert cached(equal) == before, line
+    assert len(log.read_text().splitlines()) == 5
+    fe.config.write_text(text)
+    fe.ctl("reload")
+    warm(equal)
 
 
 # The SYN's answer, packet by packet
@@ -321,8 +562,10 @@ def test_cookie(lab: Cluster) -> None:
             assert bpf.run("fe_ingress", packet)[0] == STACK, other
     assert bpf.run("fe_ingress", Packet(RST | ACK, **good))[0] == DROP
     assert bpf.run("fe_ingress", Packet(ACK, **good))[0] == DROP
-    # a later segment that comes first is lost, not answered with a RST
-    assert bpf.run("fe_ingress", Packet(ACK, data=b"x", **{**good, "seq": 8000}))[0] == DROP
+    # a later segment that comes first, and a keep-alive probe
+    verdict, out = bpf.run("fe_ingress", Packet(ACK, data=b"x", **{**good, "seq": 8000}))
+    assert verdict == REDIRECT and out[:3] == b"\x02\x76\x05"
+    assert bpf.run("fe_ingress", Packet(ACK, **{**good, "seq": 7000}))[0] == DROP
     try:
         for _ in range(2):  # the second one is the client's retransmission
             packet = Packet(ACK | PSH, data=b"GET / HTTP/1.1\r\n\r\n", **good)

@@ -14,6 +14,7 @@
 #define COOKIE_BPF_H
 
 #include "common.bpf.h"
+#include "siphash.h"
 
 #define META_BITS 10
 #define META_MASK ((1U << META_BITS) - 1)
@@ -50,27 +51,10 @@ struct cookie {
 	struct options opt; /* of the segment */
 };
 
-#define ROTL(x, b) (((x) << (b)) | ((x) >> (64 - (b))))
-#define SIPROUND                                                                                   \
-	do {                                                                                       \
-		v0 += v1; v1 = ROTL(v1, 13); v1 ^= v0; v0 = ROTL(v0, 32);                          \
-		v2 += v3; v3 = ROTL(v3, 16); v3 ^= v2;                                             \
-		v0 += v3; v3 = ROTL(v3, 21); v3 ^= v0;                                             \
-		v2 += v1; v1 = ROTL(v1, 17); v1 ^= v2; v2 = ROTL(v2, 32);                          \
-	} while (0)
-#define SIPWORD(m)                                                                                 \
-	do {                                                                                       \
-		v3 ^= (m);                                                                         \
-		SIPROUND;                                                                          \
-		SIPROUND;                                                                          \
-		v0 ^= (m);                                                                         \
-	} while (0)
-
-/* SipHash-2-4 (Aumasson and Bernstein, 2012) of 47 bytes: the flow, isn, meta and nothing. */
+/* SipHash-2-4 of 47 bytes: the flow, isn, meta and nothing. */
 __noinline __u64 cookie_hash(const struct tcpha_flow *flow, __u64 k0, __u64 k1, __u32 isn, __u32 meta)
 {
-	__u64 v0 = k0 ^ 0x736f6d6570736575ULL, v1 = k1 ^ 0x646f72616e646f6dULL;
-	__u64 v2 = k0 ^ 0x6c7967656e657261ULL, v3 = k1 ^ 0x7465646279746573ULL;
+	SIPKEYS(k0, k1);
 	const __u32 *w = (const void *)flow;
 
 	if (!flow)
@@ -81,30 +65,47 @@ __noinline __u64 cookie_hash(const struct tcpha_flow *flow, __u64 k0, __u64 k1, 
 	SIPWORD((__u64)w[7] << 32 | w[6]);
 	SIPWORD((__u64)isn << 32 | w[8]);
 	SIPWORD(((__u64)47 << 56) | meta);
-	v2 ^= 0xff;
-	SIPROUND;
-	SIPROUND;
-	SIPROUND;
-	SIPROUND;
+	SIPEND;
 	return v0 ^ v1 ^ v2 ^ v3;
 }
 
+/* TCP options that are being read; the stack has no room. */
 struct options_left {
 	__u8 b[64]; /* 40 are read at most; the rest is for the verifier */
 	__u32 at;
 	__u32 length;
 	__u32 bad;
-	struct options *o;
+	struct options o;
 };
 
-/* One option, or NOP. Returns 1 behind the last one. */
-static long read_option(__u32 i, struct options_left *l)
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct options_left);
+} reading SEC(".maps");
+
+static __always_inline struct options_left *in_reading(void)
 {
-	struct options *o = l->o;
-	__u32 at = l->at, size;
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&reading, &zero);
+}
+
+/* One option, or NOP. Returns 1 behind the last one. */
+static long read_option(__u32 i, void *ctx)
+{
+	struct options_left *l = in_reading();
+	struct options *o;
+	__u32 at, size;
 	const __u8 *b;
 
 	(void)i;
+	(void)ctx;
+	if (!l)
+		return 1;
+	o = &l->o;
+	at = l->at;
 	if (at >= l->length || at >= 40)
 		return 1;
 	b = l->b + at;
@@ -139,15 +140,20 @@ static long read_option(__u32 i, struct options_left *l)
 static __always_inline int read_options(struct __sk_buff *skb, __u32 offset, __u32 length,
 					struct options *o)
 {
-	struct options_left l = {.length = length, .o = o};
+	struct options_left *l = in_reading();
 
 	__builtin_memset(o, 0, sizeof(*o));
 	if (length == 0)
 		return 0;
-	if (length > 40 || bpf_skb_load_bytes(skb, offset, l.b, length) < 0)
+	if (!l || length > 40 || bpf_skb_load_bytes(skb, offset, l->b, length) < 0)
 		return -1;
-	bpf_loop(40, read_option, &l, 0);
-	return l.bad ? -1 : 0;
+	l->at = 0;
+	l->length = length;
+	l->bad = 0;
+	__builtin_memset(&l->o, 0, sizeof(l->o));
+	bpf_loop(40, read_option, 0, 0);
+	*o = l->o;
+	return l->bad ? -1 : 0;
 }
 
 static __always_inline __u32 clock_ms(void)

@@ -13,6 +13,7 @@
 
 #include "cookie.bpf.h"
 #include "flow.h"
+#include "verdict.bpf.h"
 
 const volatile struct tcpha_fe_conf conf SEC(".rodata.conf");
 
@@ -36,8 +37,8 @@ struct {
 	__uint(map_flags, BPF_F_MMAPABLE);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct tcpha_keys);
-} keys SEC(".maps");
+	__type(value, struct tcpha_state);
+} state SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -329,6 +330,8 @@ static __always_inline __u32 owner(struct __sk_buff *skb, struct bpf_sock_tuple 
 	return state;
 }
 
+#define DECIDED 1000 /* no TC_ACT_*: there is a fresh entry by which the packet may go on */
+
 /*
  * A packet to the VIP that belongs to no back end; e: the entry of an older flow of its name, or 0.
  * Whatever is unusual goes to our stack.
@@ -339,20 +342,25 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	struct bpf_sock_tuple t = {};
 	struct tcpha_shaken *before, now = {};
 	struct tcpha_entry *fresh;
+	__u32 replaced = 0, offset;
+	__u64 old;
+	int hit;
+	struct tcpha_state *own;
 	struct tcpha_keys *k;
 	struct tcpha_flow flow;
 	struct cookie c = {};
-	__u32 zero = 0, state, length, seq, ack, doff;
+	__u32 zero = 0, socket, length, seq, ack, doff;
 	__be16 window;
 	__u8 flags = ((__u8 *)h->tcp)[13];
 
-	k = bpf_map_lookup_elem(&keys, &zero);
-	if (!k)
+	own = bpf_map_lookup_elem(&state, &zero);
+	if (!own)
 		return TC_ACT_UNSPEC;
+	k = &own->keys;
 	flow_of(h, &flow);
 	tuple_of(&flow, &t);
-	state = owner(skb, &t);
-	if (state != BPF_TCP_LISTEN)
+	socket = owner(skb, &t);
+	if (socket != BPF_TCP_LISTEN)
 		return TC_ACT_UNSPEC;
 	if (flags & TCPHA_T_SYN) {
 		if ((flags & (TCPHA_T_ACK | TCPHA_T_RST | TCPHA_T_FIN)) || h->ip->ihl != 5 ||
@@ -367,13 +375,14 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	ack = bpf_ntohl(h->tcp->ack_seq);
 	window = h->tcp->window;
 	doff = h->tcp->doff * 4;
+	offset = ETH_HLEN + h->ip->ihl * 4 + doff;
 	if (read_options(skb, ETH_HLEN + h->ip->ihl * 4 + sizeof(struct tcphdr),
 			 doff - sizeof(struct tcphdr), &c.opt) < 0)
 		return TC_ACT_SHOT;
 	before = bpf_map_lookup_elem(&shaken, &flow);
 	if (!cookie_check(&flow, k, seq, ack, &c)) {
-		if (before && seq - before->isn < TCPHA_LEAP)
-			return TC_ACT_SHOT; /* a later segment has come first, or a keep-alive probe */
+		if (before && seq - before->isn < TCPHA_LEAP) /* or a keep-alive probe */
+			return seq != before->isn && length ? to_worker(skb, TCPHA_FAST_EARLY) : TC_ACT_SHOT;
 		COUNT(forged, 1);
 		return TC_ACT_UNSPEC; /* which says so with a RST */
 	}
@@ -410,26 +419,43 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	fresh->end_seq = fresh->first_seq = seq;
 	fresh->first_ack = ack;
 	fresh->rtt_ms = before && before->isn == c.isn ? before->rtt_ms : c.rtt_ms;
-	if (e && __sync_lock_test_and_set(&e->live, 0))
-		fresh->slot = e->backend + 1;
+	hit = decide(skb, offset, length, fresh);
+	if (hit) {
+		fresh->state = TCPHA_FORWARD;
+		fresh->id = fresh->live = 1ULL << 63 | (__u64)c.isn << 31 | c.ours >> 1; /* fast_id() */
+	}
+	old = e ? __sync_lock_test_and_set(&e->live, 0) : 0;
+	if (old)
+		replaced = e->backend + 1;
+	if (!hit)
+		fresh->slot = replaced; /* user space counts that it is over */
 	if (bpf_map_update_elem(&flows, &flow, fresh, BPF_ANY) < 0) {
-		if (e && fresh->slot)
-			e->live = e->id;
+		if (old)
+			e->live = old;
 		return TC_ACT_SHOT;
 	}
 	bpf_map_delete_elem(&shaken, &flow);
-	COUNT(requests, 1);
-	return to_worker(skb, TCPHA_FAST_FIRST);
+	if (!hit) {
+		COUNT(requests, 1);
+		return to_worker(skb, TCPHA_FAST_FIRST);
+	}
+	count_load(fresh->backend, replaced);
+	COUNT(cached, 1);
+	return DECIDED;
 }
 
-/* A packet of a flow that took the packet path. */
+/* A packet of a flow that took the packet path. A function of its own for the verifier, too. */
 static __always_inline int fast_flow(struct __sk_buff *skb, struct tcpha_entry *e, __u32 seq, __u32 ack,
 				     __u32 length)
 {
-	bool first = seq == e->first_seq && length;
 	struct tcpha_backend *be;
-	__u32 index = e->backend;
+	__u32 index;
+	bool first;
 
+	if (!e)
+		return TC_ACT_SHOT;
+	first = seq == e->first_seq && length;
+	index = e->backend;
 	if (e->state == TCPHA_PENDING)
 		return to_worker(skb, first ? TCPHA_FAST_FIRST : TCPHA_FAST_LATER);
 	if (first && tcpha_closed(e))
@@ -457,6 +483,7 @@ int fe_ingress(struct __sk_buff *skb)
 	struct tcpha_flow flow;
 	struct headers h;
 	__u32 seq, ack, length;
+	int verdict;
 
 	if (skb->pkt_type != PACKET_HOST || skb->protocol != bpf_htons(ETH_P_IP) ||
 	    parse_tcp(skb, 0, &h) < 0)
@@ -470,14 +497,17 @@ int fe_ingress(struct __sk_buff *skb)
 	e = bpf_map_lookup_elem(&flows, &flow);
 	if (e && (e->flags & TCPHA_F_FAST) && h.tcp->syn && seq + 1 == e->first_seq)
 		return TC_ACT_SHOT; /* a late copy of the SYN that the flow began with */
-	if (e && is_of(e, &h)) {
-		if (e->flags & TCPHA_F_FAST)
-			return fast_flow(skb, e, seq, h.tcp->ack ? ack : e->first_ack, length);
-		return follow_entry(skb, e);
+	if (!e || !is_of(e, &h)) {
+		verdict = conf.mss ? without_flow(skb, &h, e) : TC_ACT_UNSPEC;
+		if (verdict != DECIDED)
+			return verdict;
+		e = bpf_map_lookup_elem(&flows, &flow);
+		if (!e || parse_tcp(skb, 0, &h) < 0 || !is_of(e, &h))
+			return TC_ACT_SHOT;
 	}
-	if (conf.mss)
-		return without_flow(skb, &h, e);
-	return TC_ACT_UNSPEC;
+	if (e->flags & TCPHA_F_FAST)
+		return fast_flow(skb, e, seq, h.tcp->ack ? ack : e->first_ack, length);
+	return follow_entry(skb, e);
 }
 
 /*
@@ -566,12 +596,12 @@ int fe_fast(struct __sk_buff *skb)
 {
 	struct bpf_sock_tuple t = {};
 	struct tcpha_offer *o;
-	struct tcpha_keys *k;
+	struct tcpha_state *own;
 	struct tcpha_entry *e;
 	struct tcpha_flow flow;
 	struct cookie c = {};
 	struct headers h;
-	__u32 zero = 0, seq, ack, length, state;
+	__u32 zero = 0, seq, ack, length, socket;
 	bool ours;
 	__u8 kind;
 
@@ -587,9 +617,9 @@ int fe_fast(struct __sk_buff *skb)
 	if (!o)
 		return TC_ACT_SHOT;
 	tuple_of(&flow, &t);
-	state = owner(skb, &t);
-	ours = state && state != BPF_TCP_LISTEN;
-	if (ours && kind != TCPHA_FAST_LATER && length && (!e || e->state == TCPHA_PENDING)) {
+	socket = owner(skb, &t);
+	ours = socket && socket != BPF_TCP_LISTEN;
+	if (ours && (kind == TCPHA_FAST_SEND || kind == TCPHA_FAST_SOCKET) && length && (!e || e->state == TCPHA_PENDING)) {
 		/* it was silent for long, and got a socket when the request was on its way already */
 		if (e) {
 			o->old = e->slot;
@@ -598,22 +628,24 @@ int fe_fast(struct __sk_buff *skb)
 		bpf_skb_change_type(skb, PACKET_HOST);
 		return TC_ACT_OK;
 	}
+	if (kind == TCPHA_FAST_EARLY && e && e->state == TCPHA_PENDING)
+		return to_worker(skb, TCPHA_FAST_LATER); /* behind the first one, which waits there by now */
 	if (kind == TCPHA_FAST_SEND) {
 		if (!e || !take_offer(o, e) || !is_of(e, &h))
 			return TC_ACT_SHOT;
 		return fast_flow(skb, e, seq, ack, length);
 	}
 	if (kind == TCPHA_FAST_SOCKET) {
-		k = bpf_map_lookup_elem(&keys, &zero);
-		if (!k || (length ? !e || e->state != TCPHA_PENDING || seq != e->first_seq : e != 0))
+		own = bpf_map_lookup_elem(&state, &zero);
+		if (!own || (length ? !e || e->state != TCPHA_PENDING || seq != e->first_seq : e != 0))
 			return TC_ACT_SHOT;
 		if (read_options(skb, ETH_HLEN + h.ip->ihl * 4 + sizeof(struct tcphdr),
 				 h.tcp->doff * 4 - sizeof(struct tcphdr), &c.opt) < 0)
 			return TC_ACT_SHOT;
-		if (!cookie_check(&flow, k, seq, ack, &c) && !e)
+		if (!cookie_check(&flow, &own->keys, seq, ack, &c) && !e)
 			return TC_ACT_SHOT;
 		if (!e) { /* a client that has been silent since the handshake: user space forged its ACK */
-			if (state != BPF_TCP_LISTEN)
+			if (socket != BPF_TCP_LISTEN)
 				return TC_ACT_SHOT;
 			cookie_accept(skb, &t, &c, conf.wscale, bpf_ntohs(h.ip->id));
 		} else {

@@ -20,6 +20,9 @@
 #define TCPHA_MAC_FAST 0x0276	 /* first two bytes of the MAC of a frame on the fast TAP; then TCPHA_FAST_* */
 #define TCPHA_MARK_AGAIN 0x7c9a0002 /* of a packet that comes a second time, behind the end of an old socket */
 #define TCPHA_COOKIE_MS 120000	 /* the oldest SYN-ACK that a request may answer, milliseconds */
+#define TCPHA_HEAD_MAX 2048	 /* bytes of a request head that the verdict cache knows; a power of two */
+#define TCPHA_LINE_MAX 512	 /* of which method and request-target */
+#define TCPHA_CHOICES 8		 /* back ends that a cached verdict may choose from */
 #define TCPHA_MAX_FAST 8	 /* front ends of a back end that may use the packet path */
 
 /* A flow, as a hash key. */
@@ -159,18 +162,33 @@ struct tcpha_counters {
 	__u64 decapsulated;
 	__u64 cookies;	   /* front end: SYNs answered */
 	__u64 requests;	   /* front end: requests that went to user space */
+	__u64 cached;	   /* front end: requests that the verdict cache decided */
 	__u64 forged;	   /* segments of no known flow that had no valid cookie */
 	__u64 adopted;	   /* back end: by a client's own segment */
 	__u64 yielded;	   /* back end: older sockets on the tuple that were ended for that */
 };
 
-/* The cookie keys of one front end, in memory shared with user space. */
+/* The cookie keys of one front end. */
 struct tcpha_keys {
 	__u64 key[2][2];
 	__u32 current; /* front end: the one for new cookies */
 	__u32 used;    /* front end: SYNs are answered; back end: the keys are known */
 	__u32 wscale;  /* that the front end offers */
 	__u32 pad;
+};
+
+/*
+ * The front end's keys, and of whom the maps are that outlive a daemon: flows, backends, shaken and this one.
+ * In memory shared with user space. The version changes with the layout of any of these.
+ */
+#define TCPHA_STATE_VERSION 1
+struct tcpha_state {
+	struct tcpha_keys keys;
+	__u64 key_number; /* of the cookie key in use */
+	__u32 version;
+	__be16 vport;
+	__u16 pad;
+	__u8 vaddr[16];
 };
 
 /* What a worker says of a request, and what the program answers; in memory shared with it. */
@@ -186,12 +204,43 @@ struct tcpha_offer {
 	char target[TCPHA_TARGET_MAX];
 };
 
+/* The verdict cache, in memory shared with user space. */
+struct tcpha_cache {
+	__u64 key[2];	  /* of the hashes by which it is looked up */
+	__u64 generation; /* of all that verdicts depend on; those of another one are void */
+	__u32 on;
+	__u32 pad;
+};
+
+struct tcpha_choice {
+	__u32 backend;
+	__u32 rule;
+};
+
+/* Who may take requests with a method and target; or that the rest of a head is well-formed. */
+struct tcpha_verdict {
+	__u64 generation;
+	__u64 until_ns; /* CLOCK_MONOTONIC; void from then on. 0: it has no end */
+	__u32 count;	/* of choices; 0: of the rest of a head */
+	__u32 pad;
+	struct tcpha_choice choice[TCPHA_CHOICES];
+};
+
+/* What a back end has, in memory shared with user space. */
+struct tcpha_load {
+	__u64 handed; /* by cached verdicts */
+	__u64 closed; /* known to be so by a connection that a cached verdict put in the place of an older one */
+	__u32 live;   /* connections handed to it, offers included */
+	__u32 pad;
+};
+
 /* What a worker wants of a frame that it writes to the fast TAP, or what one is that it reads there. */
 enum {
 	TCPHA_FAST_FIRST = 1,  /* read: a request */
 	TCPHA_FAST_LATER = 2,  /* read, written: another segment of its flow; it goes where its entry says */
 	TCPHA_FAST_SEND = 3,   /* written: to the back end of offer n; n is in the next two bytes */
 	TCPHA_FAST_SOCKET = 4, /* written: to a socket of our own */
+	TCPHA_FAST_EARLY = 5,  /* read, written: a later segment that has come before the request's first one */
 };
 
 /* A handshake that has ended, without a request yet. */

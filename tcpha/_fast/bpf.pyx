@@ -2,7 +2,7 @@
 """BPF objects, maps and tc filters, through libbpf. Errors are BpfError with libbpf's own words."""
 import os
 
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
 cdef extern from "<stdarg.h>" nogil:
@@ -61,11 +61,25 @@ cdef extern from "<bpf/libbpf.h>" nogil:
     bpf_program *bpf_object__find_program_by_name(const bpf_object *obj, const char *name)
     int bpf_map__fd(const bpf_map *m)
     int bpf_map__set_max_entries(bpf_map *m, uint32_t n)
+    int bpf_map__reuse_fd(bpf_map *m, int fd)
     int bpf_map__set_initial_value(bpf_map *m, const void *data, size_t n)
     int bpf_program__fd(const bpf_program *p)
     int bpf_tc_hook_create(bpf_tc_hook *hook)
     int bpf_tc_attach(const bpf_tc_hook *hook, bpf_tc_opts *opts)
+    int bpf_tc_query(const bpf_tc_hook *hook, bpf_tc_opts *opts)
     int libbpf_num_possible_cpus()
+
+cdef extern from "<bpf/bpf.h>" nogil:
+    struct bpf_prog_info:
+        uint32_t nr_map_ids
+        uint64_t map_ids
+    struct bpf_map_info:
+        uint32_t key_size
+        uint32_t value_size
+        char name[16]
+    int bpf_prog_get_fd_by_id(uint32_t id)
+    int bpf_map_get_fd_by_id(uint32_t id)
+    int bpf_obj_get_info_by_fd(int fd, void *info, uint32_t *length)
 
 
 class BpfError(OSError):
@@ -128,10 +142,11 @@ def kernel_has_function(str name):
 cdef class Object:
     """A BPF object file, loaded into the kernel.
 
-    rodata: initial bytes of the program's constants; max_entries: {map name: size}.
+    rodata: initial bytes of the program's constants; max_entries: {map name: size}; reuse: maps to
+    go on with, by name (see attached_maps()).
     """
 
-    def __cinit__(self, str path, bytes rodata=b"", dict max_entries=None):
+    def __cinit__(self, str path, bytes rodata=b"", dict max_entries=None, dict reuse=None):
         cdef bpf_object *obj
         cdef bpf_map *m
         cdef bytes raw = os.fsencode(path)
@@ -151,6 +166,11 @@ cdef class Object:
             if m == NULL:
                 raise BpfError(2, f"{path}: no map {name}")
             _check(bpf_map__set_max_entries(m, size), name)
+        for name, fd in (reuse or {}).items():
+            m = bpf_object__find_map_by_name(obj, name.encode())
+            if m == NULL:
+                raise BpfError(2, f"{path}: no map {name}")
+            _check(bpf_map__reuse_fd(m, fd), name)
         _check(bpf_object__load(obj), f"{os.path.basename(path)} does not load")
         _said()
 
@@ -190,6 +210,43 @@ cdef class Object:
 
 def possible_cpus():
     return libbpf_num_possible_cpus()
+
+
+def attached_maps(int ifindex, uint32_t priority, uint32_t handle):
+    """{name: (descriptor, size of a key, of a value)} of the maps of the program that tc_attach()
+    put there, perhaps in another process. The descriptors are the caller's to close."""
+    cdef bpf_tc_hook hook
+    cdef bpf_tc_opts opts
+    cdef bpf_prog_info program
+    cdef bpf_map_info info
+    cdef uint32_t ids[64]
+    cdef uint32_t length = sizeof(program), i
+    cdef int fd
+    memset(&hook, 0, sizeof(hook))
+    memset(&opts, 0, sizeof(opts))
+    memset(&program, 0, sizeof(program))
+    hook.sz = sizeof(hook)
+    hook.ifindex = ifindex
+    hook.attach_point = BPF_TC_INGRESS
+    opts.sz = sizeof(opts)
+    opts.handle = handle
+    opts.priority = priority
+    found = {}
+    if bpf_tc_query(&hook, &opts) < 0 or (fd := bpf_prog_get_fd_by_id(opts.prog_id)) < 0:
+        _said()
+        return found
+    program.nr_map_ids = 64
+    program.map_ids = <uint64_t>&ids[0]
+    if bpf_obj_get_info_by_fd(fd, &program, &length) < 0:
+        program.nr_map_ids = 0
+    os.close(fd)
+    for i in range(min(program.nr_map_ids, <uint32_t>64)):
+        fd = bpf_map_get_fd_by_id(ids[i])
+        length = sizeof(info)
+        memset(&info, 0, sizeof(info))
+        if fd >= 0 and bpf_obj_get_info_by_fd(fd, &info, &length) == 0:
+            found[info.name.decode()] = fd, info.key_size, info.value_size
+    return found
 
 
 def tc_attach(int ifindex, int prog_fd, uint32_t priority, uint32_t handle):

@@ -6,7 +6,8 @@ All functions return 0 or a negative number unless said otherwise.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from tcpha._fast.defs cimport (
-    tcpha_entry, tcpha_event, tcpha_flow, tcpha_gate, tcpha_keys, tcpha_offer)
+    tcpha_cache, tcpha_entry, tcpha_event, tcpha_flow, tcpha_gate, tcpha_keys, tcpha_load,
+    tcpha_offer, tcpha_state, tcpha_verdict)
 from tcpha._fast.rewrite cimport tcp_view
 from tcpha._fast.snapshot cimport snapshot
 
@@ -48,7 +49,7 @@ cdef struct fe_datapath:
     uint32_t nfast
     int fast_fd[FAST_QUEUES]
     tcpha_keys *keys
-    # The next frame: TCPHA_FAST_FIRST, a request, or TCPHA_FAST_LATER; 0: there is none.
+    # The next frame: TCPHA_FAST_FIRST, a request, TCPHA_FAST_LATER or _EARLY; 0: there is none.
     int (*fast_next)(void *self, uint32_t queue, uint8_t *frame, uint32_t *length,
                      tcp_view *v) noexcept nogil
     # Send it on, as 'kind' says (TCPHA_FAST_*). In the offer: see tcpha.h.
@@ -57,7 +58,15 @@ cdef struct fe_datapath:
     # A request becomes a socket of ours.
     void (*fast_socket)(void *self, uint32_t queue, uint32_t worker, uint8_t *frame,
                         uint32_t length, const tcpha_flow *flow) noexcept nogil
+    # A later segment has come first: its connection becomes a socket of ours, to which it goes.
+    void (*fast_early)(void *self, uint32_t queue, uint32_t worker, uint8_t *frame, uint32_t length,
+                       const tcpha_flow *flow) noexcept nogil
     tcpha_offer *offers    # by worker
+    tcpha_state *state     # what outlives us; NULL: nothing does
+    # Verdicts that need no worker, by hash; without the packet path, both pointers are NULL.
+    tcpha_cache *cache
+    tcpha_load *loads      # by back end
+    void (*keep_verdict)(void *self, uint64_t key, const tcpha_verdict *verdict) noexcept nogil
     # The back end did not take it: the client's next attempt is a request again. As forget().
     int (*take_back)(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
                      tcpha_entry *entry) noexcept nogil

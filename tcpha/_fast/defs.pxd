@@ -13,10 +13,15 @@ cdef extern from "tcpha.h" nogil:
         TCPHA_MAC_MARK
         TCPHA_MAC_FAST
         TCPHA_MAX_FAST
+        TCPHA_HEAD_MAX
+        TCPHA_LINE_MAX
+        TCPHA_CHOICES
+        TCPHA_STATE_VERSION
         TCPHA_FAST_FIRST
         TCPHA_FAST_LATER
         TCPHA_FAST_SEND
         TCPHA_FAST_SOCKET
+        TCPHA_FAST_EARLY
         TCPHA_IPID_PLAIN
         TCPHA_HOLD
         TCPHA_FORWARD
@@ -118,6 +123,7 @@ cdef extern from "tcpha.h" nogil:
         uint64_t decapsulated
         uint64_t cookies
         uint64_t requests
+        uint64_t cached
         uint64_t forged
         uint64_t adopted
         uint64_t yielded
@@ -127,6 +133,33 @@ cdef extern from "tcpha.h" nogil:
         uint32_t current
         uint32_t used
         uint32_t wscale
+
+    struct tcpha_state:
+        tcpha_keys keys
+        uint64_t key_number
+        uint32_t version
+        uint16_t vport
+        uint8_t vaddr[16]
+
+    struct tcpha_cache:
+        uint64_t key[2]
+        uint64_t generation
+        uint32_t on
+
+    struct tcpha_choice:
+        uint32_t backend
+        uint32_t rule
+
+    struct tcpha_verdict:
+        uint64_t generation
+        uint64_t until_ns
+        uint32_t count
+        tcpha_choice choice[8]
+
+    struct tcpha_load:
+        uint64_t handed
+        uint64_t closed
+        uint32_t live
 
     struct tcpha_offer:
         uint64_t id
@@ -178,6 +211,10 @@ cdef extern from "tcpha.h" nogil:
         uint8_t raddr[16]
         uint32_t tap
         uint32_t fast
+
+
+cdef extern from "siphash.h" nogil:
+    uint64_t tcpha_siphash(const uint8_t *p, uint32_t n, uint64_t k0, uint64_t k1)
 
 
 cdef extern from "flow.h" nogil:

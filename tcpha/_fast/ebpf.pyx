@@ -5,6 +5,8 @@ Both sides own a TAP device. A frame written to it has been handled by the BPF p
 passed by the network stack, when write() returns; that makes it a synchronous call into the kernel
 for look-ups (operation frames) and for adoption (forged segments).
 """
+import os
+
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
@@ -18,22 +20,23 @@ from tcpha._fast.datapath cimport (
     DP_ALIVE, DP_CLOSING, DP_GONE, DP_MORE, DP_TIME_WAIT, FAST_QUEUES, BeDatapath, FeDatapath,
     flow_row)
 from tcpha._fast.defs cimport (
-    TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_FAST_SOCKET, TCPHA_FORWARD, TCPHA_LOCAL, TCPHA_LOCAL_NODE,
-    TCPHA_IPID_PLAIN, TCPHA_MAC_FAST, TCPHA_MAC_MARK, TCPHA_MAX_FAST, TCPHA_MAX_OPS,
-    TCPHA_OP_ADOPT, TCPHA_OP_END, TCPHA_OP_QUERY, TCPHA_OP_TAKE_BACK, TCPHA_PENDING,
-    TCPHA_R_ASSIGN, TCPHA_R_LIVE, TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_NONE, TCPHA_R_OK,
-    TCPHA_R_TIME_WAIT, TCPHA_TUNNEL, tcpha_backend, tcpha_be_conf, tcpha_counters, tcpha_entry,
-    tcpha_event, tcpha_fe_conf, tcpha_flow, tcpha_gate, tcpha_keys, tcpha_offer, tcpha_op,
-    tcpha_shaken)
+    TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_FAST_EARLY, TCPHA_FAST_SOCKET, TCPHA_FORWARD,
+    TCPHA_IPID_PLAIN, TCPHA_LOCAL, TCPHA_LOCAL_NODE, TCPHA_MAC_FAST, TCPHA_MAC_MARK,
+    TCPHA_MAX_BACKENDS, TCPHA_MAX_FAST, TCPHA_MAX_OPS, TCPHA_OP_ADOPT, TCPHA_OP_END,
+    TCPHA_OP_QUERY, TCPHA_OP_TAKE_BACK, TCPHA_PENDING, TCPHA_R_ASSIGN, TCPHA_R_LIVE, TCPHA_R_NONE,
+    TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_OK, TCPHA_R_TIME_WAIT, TCPHA_STATE_VERSION,
+    TCPHA_TUNNEL, tcpha_backend, tcpha_be_conf, tcpha_cache, tcpha_counters, tcpha_entry,
+    tcpha_event, tcpha_fe_conf, tcpha_flow, tcpha_gate, tcpha_keys, tcpha_load, tcpha_offer,
+    tcpha_op, tcpha_shaken, tcpha_state, tcpha_verdict)
 from tcpha._fast.diag cimport SockDiag, diag, diag_refusal
 from tcpha._fast.ledger cimport (
-    PUT_NEW, ledger, ledger_close, ledger_divert, ledger_drop_pending, ledger_forget, ledger_open,
-    ledger_remove, ledger_sweep)
+    PUT_NEW, ledger, ledger_close, ledger_divert, ledger_drop_pending, ledger_forget,
+    ledger_linger, ledger_open, ledger_remove, ledger_sweep)
 from tcpha._fast.message cimport (
     REFUSE_BACKLOG, REFUSE_ERROR, REFUSE_LISTENER, REFUSE_UNSUPPORTED)
 from tcpha._fast.packet cimport (
     ETH_SIZE, FRAME_HEAD, TCP_ACK, TCP_FIN, TCP_PSH, TCP_RST, VNET_SIZE, address_bytes,
-    forge, segment, segment_from, tap_send)
+    address_text, forge, segment, segment_from, tap_send)
 from tcpha._fast.repair cimport saved_syn_mss
 from tcpha._fast.rewrite cimport tcp_parse_head, tcp_view
 from tcpha._fast.snapshot cimport (
@@ -116,6 +119,8 @@ cdef struct fe_ebpf:
     ledger book
     int fast_fd[FAST_QUEUES]
     tcpha_offer *offers
+    int verdicts           # maps
+    int shaken
     pthread_rwlock_t silent_lock  # a silent client gets a socket, and no request of it is decided
 
 
@@ -323,14 +328,6 @@ cdef void _fast_socket(void *self, uint32_t queue, uint32_t worker, uint8_t *fra
         ledger_drop_pending(&d.book, flow)
 
 
-cdef int _take_back(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
-                    tcpha_entry *entry) noexcept nogil:
-    """The entry stays, so that what the client still sends is not mistaken for a stranger's."""
-    cdef fe_ebpf *d = <fe_ebpf *>self
-    return id and _find(d, flow, entry) == 0 and entry.live == id and \
-        _change(d, worker, flow, id, True, TCPHA_OP_TAKE_BACK)
-
-
 cdef void _write_fast(fe_ebpf *d, uint32_t queue, uint32_t worker, uint8_t *frame, uint32_t length,
                       int kind) noexcept nogil:
     cdef uint16_t n = <uint16_t>worker
@@ -347,14 +344,60 @@ cdef void _fast_pass(void *self, uint32_t queue, uint32_t worker, uint8_t *frame
     pthread_rwlock_unlock(&d.silent_lock)
 
 
+cdef bint _wake(fe_ebpf *d, uint32_t queue, uint32_t worker, const tcpha_flow *flow,
+                const tcpha_shaken *r) noexcept nogil:
+    """A socket of ours for a client that has said nothing yet: its ACK is forged once more. False:
+    it has one, or has said something."""
+    cdef uint8_t frame[FRAME_HEAD]
+    cdef segment g
+    cdef bint ours
+    pthread_rwlock_wrlock(&d.silent_lock)
+    ours = bpf_map_delete_elem(d.shaken, flow) == 0
+    if ours:
+        memset(&g, 0, sizeof(g))
+        g.flow = flow
+        g.seq = r.isn + 1
+        g.ack = r.ours + 1
+        g.flags = TCP_ACK
+        g.window = r.window
+        g.timestamps = r.timestamps
+        g.tsval = r.tsval
+        g.tsecr = r.tsecr
+        g.ip_id = <uint16_t>min(r.rtt_ms, <uint32_t>0xffff)
+        _write_fast(d, queue, worker, frame, forge(frame, &g), TCPHA_FAST_SOCKET)
+    pthread_rwlock_unlock(&d.silent_lock)
+    return ours
+
+
+cdef void _fast_early(void *self, uint32_t queue, uint32_t worker, uint8_t *frame, uint32_t length,
+                      const tcpha_flow *flow) noexcept nogil:
+    cdef fe_ebpf *d = <fe_ebpf *>self
+    cdef tcpha_shaken r
+    if bpf_map_lookup_elem(d.shaken, flow, &r) == 0:
+        _wake(d, queue, worker, flow, &r)
+    _fast_pass(self, queue, worker, frame, length, TCPHA_FAST_EARLY)
+
+
+cdef int _take_back(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
+                    tcpha_entry *entry) noexcept nogil:
+    """The entry stays, so that what the client still sends is not mistaken for a stranger's."""
+    cdef fe_ebpf *d = <fe_ebpf *>self
+    return id and _find(d, flow, entry) == 0 and entry.live == id and \
+        _change(d, worker, flow, id, True, TCPHA_OP_TAKE_BACK)
+
+
+cdef void _keep_verdict(void *self, uint64_t key, const tcpha_verdict *verdict) noexcept nogil:
+    bpf_map_update_elem((<fe_ebpf *>self).verdicts, &key, verdict, BPF_ANY)
+
+
 cdef dict _counters(Object obj):
     """The per-CPU counters of an object, summed."""
     cdef tcpha_counters c[1024]
     cdef uint32_t zero = 0
     cdef int i, cpus = min(possible_cpus(), 1024)
     total = dict.fromkeys(("forwarded", "forwarded_bytes", "held", "live_syn", "unreachable",
-                           "guarded", "foreign", "decapsulated", "cookies", "requests", "forged",
-                           "adopted", "yielded"), 0)
+                           "guarded", "foreign", "decapsulated", "cookies", "requests", "cached",
+                           "forged", "adopted", "yielded"), 0)
     if bpf_map_lookup_elem(obj.map_fd("counters"), &zero, c) == 0:
         for i in range(cpus):
             total["forwarded"] += c[i].forwarded
@@ -367,6 +410,7 @@ cdef dict _counters(Object obj):
             total["decapsulated"] += c[i].decapsulated
             total["cookies"] += c[i].cookies
             total["requests"] += c[i].requests
+            total["cached"] += c[i].cached
             total["forged"] += c[i].forged
             total["adopted"] += c[i].adopted
             total["yielded"] += c[i].yielded
@@ -410,16 +454,29 @@ cdef class Batches:
         return count
 
 
+cdef dict _fitting(dict left, dict sizes):
+    """Of the maps that an earlier run left, {name: descriptor} of those in sizes ({name: (size of a
+    key, of a value)}); {} if one is missing or different, or there was no such run."""
+    out = {}
+    for name, (key, value) in sizes.items() if left else ():
+        fd, *found = left.get(name, (-1, 0, 0))
+        if found != [key, value]:
+            return {}
+        out[name] = fd
+    return out
+
+
 cdef class FeEbpf(FeDatapath):
     """The front end's half. tap: (descriptor, ifindex) of its TAP device; fast: None, or
     (descriptors, ifindex, MSS, window scale, options as in struct tcpha_fe_conf) of the packet
-    path."""
+    path; left: the maps of a run that was killed, as attached_maps() says."""
 
     cdef fe_ebpf *d
     cdef readonly Object obj
+    cdef readonly bint taken_over  # the connections of that run go on
 
     def __cinit__(self, str path, tap, str vaddr, int port, int slots, int maxflows, bint tunnel,
-                  fast=None):
+                  fast=None, dict left=None):
         cdef tcpha_fe_conf conf
         cdef int i
         self.d = <fe_ebpf *>calloc(1, sizeof(fe_ebpf))
@@ -444,7 +501,17 @@ cdef class FeEbpf(FeDatapath):
         if fast is not None:
             conf.fast_tap, conf.mss, conf.wscale, conf.options = fast[1:]
             conf.window = WINDOW
-        self.obj = Object(path, (<char *>&conf)[:sizeof(conf)], {"flows": maxflows})
+        sizes = {"flows": maxflows}
+        if fast is None:
+            sizes["verdicts"] = 1
+        reuse = self._reusable(left, &conf)
+        self.taken_over = bool(reuse)
+        self.obj = Object(path, (<char *>&conf)[:sizeof(conf)],
+                          {k: v for k, v in sizes.items() if k not in reuse}, reuse)
+        self.table.state = <tcpha_state *>self.obj.map_memory("state", sizeof(tcpha_state))
+        memcpy(self.table.state.vaddr, conf.vaddr, 16)
+        self.table.state.vport = conf.vport
+        self.table.state.version = TCPHA_STATE_VERSION
         self.d.tap = self.event_fd = tap[0]
         self.d.tunnel = tunnel
         self.d.flows = self.obj.map_fd("flows")
@@ -461,8 +528,9 @@ cdef class FeEbpf(FeDatapath):
             for i, fd in enumerate(fast[0]):
                 self.d.fast_fd[i] = self.table.fast_fd[i] = fd
             self.table.nfast = <uint32_t>len(fast[0])
-            self.table.keys = <tcpha_keys *>self.obj.map_memory("keys", sizeof(tcpha_keys))
+            self.table.keys = &self.table.state.keys
             self.table.keys.wscale = conf.wscale
+            self.table.keys.used = 0
             self.table.offers = <tcpha_offer *>self.obj.map_memory(
                 "offers", TCPHA_MAX_OPS * sizeof(tcpha_offer))
             self.table.fast_next = _fast_next
@@ -470,6 +538,53 @@ cdef class FeEbpf(FeDatapath):
             self.table.take_back = _take_back
             self.table.fast_socket = _fast_socket
             self.d.offers = self.table.offers
+            self.d.verdicts = self.obj.map_fd("verdicts")
+            self.d.shaken = self.obj.map_fd("shaken")
+            self.table.fast_early = _fast_early
+            self.table.cache = <tcpha_cache *>self.obj.map_memory("cache", sizeof(tcpha_cache))
+            key = os.urandom(16)
+            memcpy(self.table.cache.key, <const char *>(<bytes>key), 16)
+            self.table.loads = <tcpha_load *>self.obj.map_memory(
+                "loads", TCPHA_MAX_BACKENDS * sizeof(tcpha_load))
+            self.table.keep_verdict = _keep_verdict
+
+    cdef dict _reusable(self, dict left, tcpha_fe_conf *conf):
+        cdef tcpha_state state
+        cdef uint32_t zero = 0
+        maps = _fitting(left, {
+            "state": (4, sizeof(tcpha_state)), "flows": (sizeof(tcpha_flow), sizeof(tcpha_entry)),
+            "backends": (4, sizeof(tcpha_backend)),
+            "shaken": (sizeof(tcpha_flow), sizeof(tcpha_shaken))})
+        if not maps or bpf_map_lookup_elem(maps["state"], &zero, &state) < 0 or \
+                state.version != TCPHA_STATE_VERSION or state.vport != conf.vport or \
+                memcmp(state.vaddr, conf.vaddr, 16) != 0:
+            return {}
+        return maps
+
+    def take_over(self):
+        """Go through the entries of an earlier run. Connections that were in its hands are lost;
+        the Local Node's sockets find their packets by themselves. Returns ({back end: how many
+        live}, {back end: its address})."""
+        cdef Batches b = Batches(self.d.flows, sizeof(tcpha_entry))
+        cdef tcpha_entry *e
+        cdef tcpha_backend way
+        cdef uint32_t index
+        cdef long i, count
+        live = {}
+        while (count := b.more()) >= 0:
+            for i in range(count):
+                e = <tcpha_entry *>b.values + i
+                if e.state != TCPHA_FORWARD or e.backend == TCPHA_LOCAL_NODE:
+                    ledger_remove(&self.d.book, &b.keys[i])
+                elif e.live:
+                    live[e.backend] = live.get(e.backend, 0) + 1
+                else:
+                    ledger_linger(&self.d.book, &b.keys[i], e.id, now_ns())
+        known = {}
+        for index in range(TCPHA_LOCAL_NODE):
+            if bpf_map_lookup_elem(self.obj.map_fd("backends"), &index, &way) == 0 and way.mode:
+                known[index] = address_text(way.addr)
+        return live, known
 
     def __dealloc__(self):
         if self.d != NULL:
@@ -524,36 +639,16 @@ cdef class FeEbpf(FeDatapath):
     def take_silent(self, double seconds):
         """Make sockets of connections whose client has said nothing for so long since the
         handshake: they are accepted like any other. Returns how many."""
-        cdef Batches b = Batches(self.obj.map_fd("shaken"), sizeof(tcpha_shaken))
+        cdef Batches b = Batches(self.d.shaken, sizeof(tcpha_shaken))
         cdef tcpha_shaken *r
-        cdef uint8_t frame[FRAME_HEAD]
         cdef uint64_t before = now_ns() - <uint64_t>(seconds * 1e9)
         cdef long i, count, taken = 0
-        cdef segment g
         while (count := b.more()) >= 0:
             with nogil:
                 for i in range(count):
                     r = <tcpha_shaken *>b.values + i
-                    if r.since_ns > before:
-                        continue
-                    pthread_rwlock_wrlock(&self.d.silent_lock)
-                    if bpf_map_delete_elem(b.fd, &b.keys[i]) < 0:
-                        pthread_rwlock_unlock(&self.d.silent_lock)
-                        continue
-                    memset(&g, 0, sizeof(g))
-                    g.flow = &b.keys[i]
-                    g.seq = r.isn + 1
-                    g.ack = r.ours + 1
-                    g.flags = TCP_ACK
-                    g.window = r.window
-                    g.timestamps = r.timestamps
-                    g.tsval = r.tsval
-                    g.tsecr = r.tsecr
-                    g.ip_id = <uint16_t>min(r.rtt_ms, <uint32_t>0xffff)
-                    _write_fast(self.d, 0, TCPHA_MAX_OPS - 1, frame, forge(frame, &g),
-                                TCPHA_FAST_SOCKET)
-                    pthread_rwlock_unlock(&self.d.silent_lock)
-                    taken += 1
+                    if r.since_ns <= before:
+                        taken += _wake(self.d, 0, TCPHA_MAX_OPS - 1, &b.keys[i], r)
         return taken
 
     def drop_pending(self):
@@ -747,14 +842,14 @@ cdef void _nothing(void *self, uint64_t now) noexcept nogil:
 
 cdef class BeEbpf(BeDatapath):
     """The back end's half. sockets: given on the front end, for its Local Node; fast: with the
-    packet path."""
+    packet path; left: as for FeEbpf, for those who tunnel to us."""
 
     cdef be_ebpf *d
     cdef readonly Object obj
     cdef SockDiag sockets
 
     def __cinit__(self, str path, tap, str vaddr, str raddr, str listen_addr, int listen_port,
-                  SockDiag sockets=None, bint fast=False):
+                  SockDiag sockets=None, bint fast=False, dict left=None):
         cdef tcpha_be_conf conf
         self.d = <be_ebpf *>calloc(1, sizeof(be_ebpf))
         if self.d == NULL:
@@ -764,7 +859,8 @@ cdef class BeEbpf(BeDatapath):
         address_bytes(raddr, conf.raddr)
         conf.tap = tap[1]
         conf.fast = fast
-        self.obj = Object(path, (<char *>&conf)[:sizeof(conf)])
+        self.obj = Object(path, (<char *>&conf)[:sizeof(conf)], None,
+                          _fitting(left, {"frontends": (16, 4)}))
         self.d.tap = tap[0]
         self.d.ops = <tcpha_op *>self.obj.map_memory("ops", TCPHA_MAX_OPS * sizeof(tcpha_op))
         self.sockets = sockets

@@ -3,7 +3,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from tcpha._fast.core cimport Core, core
 from tcpha._fast.datapath cimport FAST_QUEUES, fe_datapath
-from tcpha._fast.defs cimport TCPHA_MAX_BACKENDS, tcpha_entry
+from tcpha._fast.defs cimport TCPHA_MAX_BACKENDS, tcpha_entry, tcpha_load
 from tcpha._fast.http cimport http_head
 from tcpha._fast.match cimport hs_scratch_t, ruleset
 from tcpha._fast.snapshot cimport snapshot
@@ -13,6 +13,7 @@ cdef enum:
     TRIED_WORDS = 4        # TCPHA_MAX_BACKENDS bits
     LINKS_MAX = 16         # control connections to one back end
     RETURNED = 1024        # requests that are remembered
+    SIGHTED = 4096         # strings of which the verdict cache has seen one
 
 cdef enum conn_state:
     CONN_FREE = 0
@@ -57,7 +58,6 @@ cdef struct backend:
     uint32_t link[LINKS_MAX]      # indexes into core.links
     uint64_t full_until_ns  # it said FULL: not asked again before, unless it has fewer connections
     uint32_t full_live     # than this
-    uint32_t live          # connections handed to it, offers included
     uint64_t handed
     uint64_t refused
     uint64_t closed
@@ -81,8 +81,9 @@ cdef struct fe_counters:
 cdef struct fe_worker:
     hs_scratch_t *scratch
     uint64_t scratch_of    # generation of the rules
-    uint64_t *bits
+    uint64_t *bits         # what matched last,
     uint32_t words
+    ruleset *rules         # of these
     conn request           # of the packet path; no slot of 'conns'
 
 
@@ -118,6 +119,9 @@ cdef struct frontend:
     uint32_t returns       # ever
     returned back[RETURNED]
     backend backends[TCPHA_MAX_BACKENDS]
+    tcpha_load *own_loads
+    tcpha_load *loads      # by back end; the datapath's, if it has some
+    uint64_t sighted[SIGHTED]  # hashes
     fe_counters n
 
 

@@ -17,8 +17,10 @@ from tcpha._fast.core cimport (
     link, link_put, notice, say, say_flow, say_more, say_number, watch, worker)
 from tcpha._fast.datapath cimport DP_GONE, FeDatapath
 from tcpha._fast.defs cimport (
-    TCPHA_F_FIN, TCPHA_FAST_FIRST, TCPHA_FAST_SEND, TCPHA_HOLD,
-    TCPHA_LOCAL_NODE, TCPHA_TARGET_MAX, tcpha_entry, tcpha_flow, tcpha_offer)
+    TCPHA_CHOICES, TCPHA_F_FIN, TCPHA_FAST_EARLY, TCPHA_FAST_FIRST, TCPHA_FAST_SEND,
+    TCPHA_HEAD_MAX, TCPHA_HOLD, TCPHA_LINE_MAX, TCPHA_LOCAL_NODE, TCPHA_MAX_BACKENDS,
+    TCPHA_TARGET_MAX, tcpha_cache, tcpha_entry, tcpha_flow, tcpha_load, tcpha_offer, tcpha_siphash,
+    tcpha_verdict)
 from tcpha._fast.http cimport HTTP_BAD, HTTP_DONE, HTTP_MORE, http_parse
 from tcpha._fast.match cimport (
     HS_SUCCESS, choice, hs_clone_scratch, hs_free_scratch, hs_scratch_t, match_scan, ruleset,
@@ -187,12 +189,22 @@ cdef void _answer(frontend *f, conn *k, const char *text, uint64_t *counter) noe
 
 # Choosing a back end
 
+cdef inline uint32_t _live(frontend *f, uint32_t b) noexcept nogil:
+    """Connections that a back end has, offers included."""
+    return load32(&f.loads[b].live)
+
+
+cdef inline bint _full(frontend *f, uint32_t b, uint64_t now) noexcept nogil:
+    cdef backend *be = &f.backends[b]
+    return now < be.full_until_ns and _live(f, b) >= be.full_live
+
+
 cdef bint _usable(frontend *f, conn *k, uint32_t b, uint64_t now, bint desperate) noexcept nogil:
     """desperate: even if nobody listened there when we last heard."""
     cdef backend *be = &f.backends[b]
     return (be.used and be.links and not be.draining and not be.dead
             and (desperate or not be.app_down)
-            and (now >= be.full_until_ns or load32(&be.live) < be.full_live)
+            and not _full(f, b, now)
             and not k.tried[b >> 6] >> (b & 63) & 1)
 
 
@@ -215,14 +227,20 @@ cdef bint _pick(frontend *f, conn *k, const ruleset *rules, const uint64_t *matc
             for i in range(n):
                 ch = &rules.choices[rules.first[g] + (at + i) % n]
                 if _usable(f, k, ch.backend, now, desperate) and \
-                        (best == <uint32_t>-1 or load32(&f.backends[ch.backend].live) < live):
+                        (best == <uint32_t>-1 or _live(f, ch.backend) < live):
                     best = ch.rule
-                    live = load32(&f.backends[ch.backend].live)
+                    live = _live(f, ch.backend)
                     k.entry.backend = ch.backend
             if best != <uint32_t>-1:
                 k.entry.rule = best
                 return True
     return False
+
+
+cdef inline void _void_verdicts(frontend *f) noexcept nogil:
+    """Something has changed that cached verdicts depend on."""
+    if f.dp.cache != NULL:
+        add64(&f.dp.cache.generation, 1)
 
 
 cdef fe_worker *_of_worker(worker *w) noexcept nogil:
@@ -251,6 +269,7 @@ cdef bint _by_rules(frontend *f, worker *w, conn *k, const uint8_t *buf) noexcep
         fw.words = rules.words if fw.bits != NULL else 0
         if fw.bits == NULL:
             return False
+    fw.rules = rules
     if match_scan(rules, fw.scratch, buf + k.head.target, k.head.target_len, fw.bits) < 0:
         return False
     # The application of a back end may be back without our knowing yet: it refuses, or has it.
@@ -271,19 +290,20 @@ cdef bint _choose(frontend *f, worker *w, conn *k, const uint8_t *buf) noexcept 
 cdef void _count_closed(frontend *f, uint32_t b) noexcept nogil:
     add64(&f.n.closed, 1)
     add64(&f.backends[b].closed, 1)
-    add32(&f.backends[b].live, -1)
+    add32(&f.loads[b].live, -1)
 
 
 cdef void _refused(frontend *f, uint32_t b, const tcpha_flow *flow, uint32_t reason) noexcept nogil:
     """An offer to a back end came to nothing."""
     cdef backend *be = &f.backends[b]
     cdef char line[160]
-    add32(&be.live, -1)
+    add32(&f.loads[b].live, -1)
     add64(&be.refused, 1)
     add64(&f.n.refused, 1)
     if reason == REFUSE_FULL:
-        be.full_live = load32(&be.live)
+        be.full_live = _live(f, b)
         be.full_until_ns = now_ns() + FULL_NS
+        _void_verdicts(f)
     if f.c.dbglevel >= 1:
         snprintf(line, sizeof(line), b"back end %s does not take it: %s", be.name,
                  refusal_text(reason))
@@ -366,7 +386,7 @@ cdef void _offer(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
             if k.seen > k.snap.len:  # arrived between the two looks
                 k.snap.rcv_nxt += k.seen - k.snap.len
                 k.snap.len = k.seen
-        add32(&f.backends[k.entry.backend].live, 1)
+        add32(&f.loads[k.entry.backend].live, 1)
         k.state = CONN_SENT
         k.deadline_ns = now_ns() + f.offer_ns
         if _send_offer(f, w, k, buf):
@@ -572,6 +592,76 @@ cdef void _accept(frontend *f, worker *w) noexcept nogil:
 
 # The packet path
 
+cdef bint _make_verdict(frontend *f, fe_worker *fw, tcpha_verdict *t) noexcept nogil:
+    """What _pick() would do with the rules that matched. False: no verdict can say so."""
+    cdef const ruleset *rules = fw.rules
+    cdef const choice *ch
+    cdef uint64_t bits, now = now_ns()
+    cdef uint32_t word, g, i
+    for word in range(rules.words):
+        bits = fw.bits[word]
+        while bits:
+            g = word * 64 + _lowest(bits)
+            bits &= bits - 1
+            if rules.first[g + 1] - rules.first[g] > TCPHA_CHOICES:
+                return False
+            for i in range(rules.first[g], rules.first[g + 1]):
+                ch = &rules.choices[i]
+                if _full(f, ch.backend, now):
+                    if t.until_ns == 0 or f.backends[ch.backend].full_until_ns < t.until_ns:
+                        t.until_ns = f.backends[ch.backend].full_until_ns
+                elif _usable(f, &fw.request, ch.backend, now, False):
+                    if load64(&f.backends[ch.backend].keyed) < load64(&f.key):
+                        return False  # its requests take the socket path
+                    t.choice[t.count].backend = ch.backend
+                    t.choice[t.count].rule = ch.rule
+                    t.count += 1
+            if t.count:
+                return True
+    return False
+
+
+cdef bint _sighted(frontend *f, uint64_t key) noexcept nogil:
+    """Whether it was there lately. What comes once is not worth a place in the kernel."""
+    cdef uint64_t *p = &f.sighted[key % SIGHTED]
+    if load64(p) == key:
+        return True
+    store64(p, key)
+    return False
+
+
+cdef void _keep_verdict(frontend *f, fe_worker *fw, conn *k, const tcp_view *v,
+                        uint64_t generation) noexcept nogil:
+    """Have the program decide requests like this one, from the second on: see verdict.bpf.h."""
+    cdef tcpha_cache *c = f.dp.cache
+    cdef uint32_t line = k.head.target + k.head.target_len, i
+    cdef uint64_t target, rest
+    cdef tcpha_verdict t
+    if c == NULL or not load32(&c.on) or k.head.pos != v.data_len or \
+            v.data_len > TCPHA_HEAD_MAX or line >= TCPHA_LINE_MAX:
+        return
+    for i in range(TRIED_WORDS):
+        if k.tried[i]:
+            return
+    target = tcpha_siphash(v.data, line, c.key[0], c.key[1])
+    rest = tcpha_siphash(v.data + line, v.data_len - line, c.key[0], ~c.key[1])
+    memset(&t, 0, sizeof(t))
+    t.generation = generation
+    if _sighted(f, rest):
+        f.dp.keep_verdict(f.dp.self, rest, &t)
+    if _sighted(f, target) and _make_verdict(f, fw, &t):
+        f.dp.keep_verdict(f.dp.self, target, &t)
+
+
+cdef void _flow_of(frontend *f, const tcp_view *v, tcpha_flow *flow) noexcept nogil:
+    memset(flow, 0, sizeof(tcpha_flow))
+    flow.caddr[10] = flow.caddr[11] = 0xff
+    memcpy(flow.caddr + 12, v.ip + 12, 4)
+    memcpy(&flow.cport, v.tcp, 2)
+    memcpy(flow.vaddr, f.vaddr, 16)
+    flow.vport = f.vport
+
+
 cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint32_t length,
                     const tcp_view *v) noexcept nogil:
     """A request in one segment: to a back end. Whatever is not plain becomes a socket of ours, from
@@ -581,18 +671,16 @@ cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint
     cdef backend *be
     cdef conn *k
     cdef bint chosen
+    cdef uint64_t generation = 0
     if fw == NULL:
         return                 # out of memory: the client sends it again
+    if f.dp.cache != NULL:     # before we look at anything that it stands for
+        generation = load64(&f.dp.cache.generation)
     k = &fw.request
     o.id = fast_id(get32(v.tcp + 4) - 1, get32(v.tcp + 8) - 1)
     _recall_returns(f, k, o.id)
     memset(&k.head, 0, sizeof(k.head))
-    memset(&k.snap.flow, 0, sizeof(k.snap.flow))
-    k.snap.flow.caddr[10] = k.snap.flow.caddr[11] = 0xff
-    memcpy(k.snap.flow.caddr + 12, v.ip + 12, 4)
-    memcpy(&k.snap.flow.cport, v.tcp, 2)
-    memcpy(k.snap.flow.vaddr, f.vaddr, 16)
-    k.snap.flow.vport = f.vport
+    _flow_of(f, v, &k.snap.flow)
     say_number(f.c, 6, &k.snap.flow, b"a first segment of %ld bytes", v.data_len)
     o.old = o.result = 0
     be = NULL
@@ -614,12 +702,12 @@ cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint
     o.target_len = k.head.target_len
     memcpy(o.target, v.data + k.head.target, min(k.head.target_len, TCPHA_TARGET_MAX))
     say_more(f.c, 3, &k.snap.flow, b"offered to %s, %ld bytes", be.name, v.data_len)
-    add32(&be.live, 1)
+    add32(&f.loads[o.backend].live, 1)
     f.dp.fast_pass(f.dp.self, queue, w.index, frame, length, TCPHA_FAST_SEND)
     if o.old:
         _count_closed(f, o.old - 1)
     if o.result != 1:
-        add32(&be.live, -1)    # a copy of a segment, or its flow is over
+        add32(&f.loads[o.backend].live, -1)  # a copy of a segment, or its flow is over
         return
     add64(&f.n.accepted, 1)
     add64(&f.n.handed, 1)
@@ -629,12 +717,14 @@ cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint
     if f.access_fd >= 0:
         k.accept_ns = o.start_ns
         _log_access(f, k, v.data)
+    _keep_verdict(f, fw, k, v, generation)
 
 
 cdef void _on_requests(frontend *f, worker *w, uint32_t queue) noexcept nogil:
     """All that a queue holds. One reader at a time keeps the segments of a flow in order; who comes
     second makes the first look again."""
     cdef tcp_view v
+    cdef tcpha_flow flow
     cdef uint32_t length
     cdef int kind
     if add32(&f.fast_readers[queue], 1) != 1:
@@ -647,6 +737,10 @@ cdef void _on_requests(frontend *f, worker *w, uint32_t queue) noexcept nogil:
                 break
             if kind == TCPHA_FAST_FIRST:
                 _dispatch(f, w, queue, w.scratch, length, &v)
+            elif kind == TCPHA_FAST_EARLY:
+                _flow_of(f, &v, &flow)
+                say_flow(f.c, 6, &flow, b"a later segment has come first: to a socket")
+                f.dp.fast_early(f.dp.self, queue, w.index, w.scratch, length, &flow)
             else:
                 f.dp.fast_pass(f.dp.self, queue, w.index, w.scratch, length, kind)
         if add32(&f.fast_readers[queue], -1) == 0:
@@ -699,6 +793,7 @@ cdef void _on_return(frontend *f, worker *w, uint32_t b, message *m) noexcept no
     add64(&f.backends[entry.backend].handed, -1)
     if m.reason == REFUSE_UNSUPPORTED:
         store64(&be.keyed, 0)  # of the connections that our cookies make
+        _void_verdicts(f)
     _refused(f, entry.backend, &m.snap.flow, m.reason)
 
 
@@ -734,6 +829,7 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
     if m.type == MSG_KEYED:
         if m.id == 0 or m.id >> 8 > f.backends[l.peer].keyed:  # several connections bring it
             store64(&f.backends[l.peer].keyed, m.id >> 8)
+            _void_verdicts(f)
         return 0
     if m.type == MSG_RETURN:
         _on_return(f, w, l.peer, m)
@@ -767,6 +863,7 @@ cdef void _on_link_down(core *c, worker *w, link *l) noexcept nogil:
         if be.link[i] == index:
             be.link[i] = MAX_LINKS
             add32(&be.links, -1)
+            _void_verdicts(f)
     if not l.gone:
         return
     for i in range(f.nconns):
@@ -814,6 +911,7 @@ cdef void _stalled(frontend *f, conn *k) noexcept nogil:
     """A back end did not answer in time. It must not find the offer later: its links are broken (by
     Python, at once), and it refuses what has grown old on the way."""
     store32(&f.backends[k.entry.backend].dead, 1)
+    _void_verdicts(f)
     notice(f.c)
 
 
@@ -846,8 +944,10 @@ cdef class FrontEnd(Core):
         self.f.nconns = maxclients
         self.f.conns = <conn *>calloc(maxclients, sizeof(conn))
         self.f.pool = <uint32_t *>calloc(maxclients, sizeof(uint32_t))
-        if self.f.conns == NULL or self.f.pool == NULL:
+        self.f.own_loads = <tcpha_load *>calloc(TCPHA_MAX_BACKENDS, sizeof(tcpha_load))
+        if self.f.conns == NULL or self.f.pool == NULL or self.f.own_loads == NULL:
             raise MemoryError
+        self.f.loads = self.f.own_loads
         pthread_mutex_init(&self.f.pool_lock, NULL)
         pthread_mutex_init(&self.f.return_lock, NULL)
         for i in range(self.f.nconns):
@@ -883,6 +983,7 @@ cdef class FrontEnd(Core):
         ruleset_free(self.f.rules)
         free(self.f.conns)
         free(self.f.pool)
+        free(self.f.own_loads)
         free(self.f)
 
     def start(self, datapath, listener, str vaddr):
@@ -892,6 +993,8 @@ cdef class FrontEnd(Core):
         self.datapath = d
         self.f.dp = d.table
         self.f.key = 1         # and so no back end has it
+        if d.table.loads != NULL:
+            self.f.loads = d.table.loads
         address_bytes(vaddr, self.f.vaddr)
         self.f.vport = htons(listener.getsockname()[1])
         listener.setblocking(False)
@@ -902,6 +1005,11 @@ cdef class FrontEnd(Core):
         for i in range(d.table.nfast):
             watch(self.c, EPOLL_CTL_ADD, d.table.fast_fd[i], EPOLLIN | EPOLLET, EV_FAST, i, 0)
 
+    def key_in_use(self):
+        """The number of the cookie key that an earlier run used last, if its connections go on; it
+        and the one before are known then. 0: there are none."""
+        return self.f.dp.state.key_number if self.datapath.taken_over else 0
+
     def set_key(self, uint64_t number, bytes key):
         """Know a cookie key (16 bytes) by its number: it replaces the last but one."""
         memcpy(self.f.dp.keys.key[number & 1], <const char *>key, 16)
@@ -909,12 +1017,19 @@ cdef class FrontEnd(Core):
     def use_key(self, uint64_t number):
         """Make cookies with a key from now on."""
         store64(&self.f.key, number)
+        self.f.dp.state.key_number = number
         store32(&self.f.dp.keys.current, number & 1)
+        _void_verdicts(self.f)
 
     def answer_syns(self, bint answer):
         """Answer SYNs by cookie from now on, or leave them to the listener."""
         if self.f.dp.nfast:
             store32(&self.f.dp.keys.used, answer)
+
+    def cache_verdicts(self, bint on):
+        """Have the packet path's program decide repeated requests from now on, or no longer."""
+        if self.f.dp.cache != NULL:
+            store32(&self.f.dp.cache.on, on)
 
     def send_key(self, uint32_t link_index, uint64_t number):
         """Tell a back end a cookie key."""
@@ -992,6 +1107,7 @@ cdef class FrontEnd(Core):
     def set_limits(self, uint32_t headlimit, double headtimeout):
         self.f.headlimit = headlimit
         self.f.headtimeout_ns = <uint64_t>(headtimeout * 1e9)
+        _void_verdicts(self.f)
 
     def publish_rules(self, list groups):
         """Put rules in force: [(pattern, [(backend index, rule index), ...]), ...] in order."""
@@ -1000,6 +1116,7 @@ cdef class FrontEnd(Core):
         fresh = ruleset_new(groups, self.generation)
         old = self.f.rules
         storep(<void **>&self.f.rules, fresh)
+        _void_verdicts(self.f)
         self.quiesce()
         ruleset_free(old)
 
@@ -1018,8 +1135,13 @@ cdef class FrontEnd(Core):
         be.full_until_ns = 0
         store32(&be.used, 1)
 
+    def backend_has(self, uint32_t b, uint32_t live):
+        """So many connections of an earlier run go on there."""
+        store32(&self.f.loads[b].live, live)
+
     def backend_close(self, uint32_t b):
         store32(&self.f.backends[b].used, 0)
+        _void_verdicts(self.f)
 
     def backend_add_link(self, uint32_t b, uint32_t link_index):
         """Use a link (see add_link) for a back end."""
@@ -1029,6 +1151,7 @@ cdef class FrontEnd(Core):
             if be.link[i] == MAX_LINKS:
                 be.link[i] = link_index
                 add32(&be.links, 1)
+                _void_verdicts(self.f)
                 if self.c.links[link_index].state != LINK_UP and be.link[i] == link_index:
                     be.link[i] = MAX_LINKS
                     add32(&be.links, -1)
@@ -1042,20 +1165,27 @@ cdef class FrontEnd(Core):
     def backend_forgets_keys(self, uint32_t b):
         """A new run of it, or one that cannot have them."""
         store64(&self.f.backends[b].keyed, 0)
+        _void_verdicts(self.f)
 
     def backend_flags(self, uint32_t b, draining=None, dead=None, app_down=None):
+        cdef backend *be = &self.f.backends[b]
+        before = (be.draining, be.dead, be.app_down)
         if draining is not None:
-            store32(&self.f.backends[b].draining, draining)
+            store32(&be.draining, draining)
         if dead is not None:
-            store32(&self.f.backends[b].dead, dead)
+            store32(&be.dead, dead)
         if app_down is not None:
-            store32(&self.f.backends[b].app_down, app_down)
+            store32(&be.app_down, app_down)
+        if before != (be.draining, be.dead, be.app_down):
+            _void_verdicts(self.f)
 
     def backend_stats(self, uint32_t b):
         cdef backend *be = &self.f.backends[b]
+        cdef tcpha_load *load = &self.f.loads[b]
         return {"links": be.links, "draining": bool(be.draining), "dead": bool(be.dead),
-                "listens": bool(be.server_said & 1),
-                "live": be.live, "handed": be.handed, "refused": be.refused, "closed": be.closed}
+                "listens": bool(be.server_said & 1), "live": load.live,
+                "handed": be.handed + load.handed, "refused": be.refused,
+                "closed": be.closed + load.closed}
 
     def send_owned(self, uint32_t b, uint32_t link_index):
         """Tell a back end that was started anew which connections it has."""
@@ -1072,10 +1202,17 @@ cdef class FrontEnd(Core):
 
     def counters(self):
         cdef fe_counters *n = &self.f.n
-        return {"accepted": n.accepted, "handed": n.handed, "closed": n.closed,
+        cdef uint64_t cached = 0, closed = 0
+        cdef uint32_t i
+        for i in range(TCPHA_MAX_BACKENDS):
+            cached += self.f.loads[i].handed
+            closed += self.f.loads[i].closed
+        return {"accepted": n.accepted + cached, "handed": n.handed + cached,
+                "closed": n.closed + closed,
                 "refused": n.refused, "lost": n.lost, "expired": n.expired,
                 "answered_400": n.answered_400, "answered_408": n.answered_408,
-                "fast": n.fast, "answered_431": n.answered_431, "answered_503": n.answered_503,
+                "fast": n.fast + cached, "answered_431": n.answered_431,
+                "answered_503": n.answered_503,
                 "late_bytes": n.late_bytes}
 
     def in_hand(self):
@@ -1091,5 +1228,5 @@ cdef class FrontEnd(Core):
             if d.forget_flow(entry["flow"], entry["id"]):
                 n += 1
                 add64(&self.f.n.expired, 1)
-                add32(&self.f.backends[<uint32_t>entry["backend"]].live, -1)
+                add32(&self.f.loads[<uint32_t>entry["backend"]].live, -1)
         return n

@@ -51,4 +51,6 @@ cdef void ledger_remove(ledger *l, const tcpha_flow *flow) noexcept nogil
 cdef int ledger_forget(ledger *l, uint32_t worker, const tcpha_flow *flow, uint64_t id, bint linger,
                        tcpha_entry *entry) noexcept nogil
 cdef void ledger_drop_pending(ledger *l, const tcpha_flow *flow) noexcept nogil
+cdef void ledger_linger(ledger *l, const tcpha_flow *flow, uint64_t id,
+                        uint64_t since) noexcept nogil
 cdef void ledger_sweep(ledger *l, uint64_t now) noexcept nogil

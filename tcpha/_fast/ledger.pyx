@@ -94,6 +94,13 @@ cdef void ledger_drop_pending(ledger *l, const tcpha_flow *flow) noexcept nogil:
     pthread_mutex_unlock(_stripe(l, flow))
 
 
+cdef void ledger_linger(ledger *l, const tcpha_flow *flow, uint64_t id,
+                        uint64_t since) noexcept nogil:
+    """An entry that is no longer live, of an earlier run: it goes in the same way."""
+    if not _linger(l, flow, id, since):
+        ledger_remove(l, flow)
+
+
 cdef void ledger_sweep(ledger *l, uint64_t now) noexcept nogil:
     """Remove entries whose lingering is over."""
     cdef lingering item

@@ -35,6 +35,8 @@ class Frontend(Protocol):
     table: Any
     name: str
     fastpath: bool  # whether it has the packet path
+    # back ends of a run that was killed, by address: index, and how many connections go on
+    left: dict[str, tuple[int, int]]
 
     def set_backend(self, index: int, path: Path | None) -> None: ...
     def set_down(self, index: int, down: bool) -> None:
@@ -88,11 +90,8 @@ def open_frontend(name: str, config: Config, host: Host) -> Frontend:
 
 def allow_adoption(host: Host) -> None:
     """What adoption needs of the kernel: connections whose options somebody else negotiated."""
-    if host.read_sysctl("net/ipv4/tcp_syncookies") == "0":
-        host.sysctl("net/ipv4/tcp_syncookies", "1")
-    for name in ("tcp_timestamps", "tcp_sack", "tcp_window_scaling"):
-        if host.read_sysctl(f"net/ipv4/{name}") == "0":
-            host.sysctl(f"net/ipv4/{name}", "1")
+    for name in ("tcp_syncookies", "tcp_timestamps", "tcp_sack", "tcp_window_scaling"):
+        host.sysctl_on(f"net/ipv4/{name}")
     host.sysctl("net/ipv4/tcp_rfc1337", "0")  # a TIME_WAIT socket yields to a RST
 
 

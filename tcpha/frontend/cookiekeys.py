@@ -19,11 +19,13 @@ class CookieKeys:
 
     def __init__(self, core: Any):
         self.core = core
-        self.number = 1  # of the key in use; 0 and 1 are the first
-        for number in (0, 1):
-            core.set_key(number, os.urandom(16))
+        self.number = core.key_in_use()  # a killed run's: its clients' cookies stay good
+        if not self.number:
+            self.number = 1  # 0 and 1 are the first
+            for number in (0, 1):
+                core.set_key(number, os.urandom(16))
         core.use_key(self.number)
-        self.newest = 1
+        self.newest = self.number
         self.since = time.monotonic()
 
     def send(self, link: int) -> None:

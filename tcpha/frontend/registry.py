@@ -13,6 +13,7 @@ from typing import Any
 
 from tcpha.admin.server import Refused
 from tcpha.config import ANY, Config, Rule, Server
+from tcpha.config.keys import BE_PORT
 from tcpha.control.hello import PATIENCE, Hello, HelloError, call, check, new_instance
 from tcpha.datapath import Path
 from tcpha.frontend.cookiekeys import CookieKeys
@@ -69,6 +70,7 @@ class Registry:
         self.registered: dict[str, tuple[Server, list[Rule], object]] = {}
         self.rules: list[Rule] = []
         self.keys = CookieKeys(core) if datapath.fastpath else None
+        self.left: dict[str, tuple[int, int]] = dict(datapath.left)
         self.started = False
         self.interval = config.dtcinterval
 
@@ -126,16 +128,34 @@ class Registry:
                 index = entry.index
                 break
         else:
-            used = {e.index for e in [*self.entries.values(), *self.gone]}
-            free = [i for i in range(MAX_BACKENDS) if i not in used]
-            if not free:
-                raise Refused(f"more than {MAX_BACKENDS} back ends")
-            index = free[0]
+            index = self._place(server.address)
         entry = BackEndEntry(index, server)
+        # what it said to an earlier run of connections that ended may be lost
+        entry.missed = self.core.backend_stats(index)["live"] > 0
         self.core.backend_open(index, server.address)
         if self.started:
             entry.task = self.spawn(self._keep_connected(entry))
         return entry
+
+    def _place(self, address: str) -> int:
+        """An index for a new back end. Connections of an earlier run know it by the one it had."""
+        if address in self.left:
+            index, live = self.left.pop(address)
+            self.core.backend_has(index, live)
+            return index
+        used = {e.index for e in self._all()} | {index for index, _ in self.left.values()}
+        free = [i for i in range(MAX_BACKENDS) if i not in used]
+        if not free:
+            raise Refused(f"more than {MAX_BACKENDS} back ends")
+        return free[0]
+
+    def keep_left(self) -> None:
+        """Back ends of an earlier run that no server line lists: what they have goes on."""
+        for address, (_, live) in list(self.left.items()):
+            if live:
+                self._remove(self._add(Server(address, BE_PORT)))
+            else:
+                self.datapath.set_backend(self.left.pop(address)[0], None)
 
     def _remove(self, entry: BackEndEntry) -> None:
         """No new connections; the flows that it has go on."""

@@ -37,7 +37,8 @@ DEAD_IDLE = 60.0  # seconds of silence after which a dead back end's flow is for
 class FrontEndService(Service):
     role = "fe"
     reloadable = Service.reloadable | {"server", "rule", "headlimit", "headtimeout",
-                                       "idletimeout", "dtcinterval", "accesslog"}
+                                       "idletimeout", "dtcinterval", "accesslog",
+                                       "verdictcache"}
 
     def __init__(self, config: Config, run: RunDir, foreground: bool):
         super().__init__(config, run, foreground)
@@ -66,6 +67,7 @@ class FrontEndService(Service):
             raise
         self.registry = Registry(self.core, self.datapath, host, config, self.secret, self.spawn)
         self.registry.configure(config)
+        self.registry.keep_left()
         self.registrations = self._registrations(device) if self._registers() else None
 
     def _device(self) -> int:
@@ -167,6 +169,12 @@ class FrontEndService(Service):
     def set_level(self, dbglevel: int) -> None:
         super().set_level(dbglevel)
         self.local.level(dbglevel)
+        self._cache_verdicts()
+
+    def _cache_verdicts(self) -> None:
+        """Not while each handoff is to leave a line in a log."""
+        self.core.cache_verdicts(self.config.verdictcache == "on" and self.core.dbglevel < 2
+                                 and not self.config.accesslog)
 
     def on_notice(self) -> None:
         self.registry.on_notice(self.reap_links)
@@ -236,7 +244,7 @@ class FrontEndService(Service):
         if config.accesslog != self.config.accesslog:
             self._open_access_log(config.accesslog)  # first: if it fails, nothing is changed
         self.config = config
-        self.set_level(config.dbglevel)
+        self.set_level(config.dbglevel)  # and what depends on the access log
         self.core.set_limits(config.headlimit, float(config.headtimeout))
         self.dtcinterval = config.dtcinterval
         self.workers.limits(config.minspareservers, config.maxspareservers)

@@ -85,8 +85,8 @@ class Host:
     # Journal
 
     def recover(self) -> None:
-        """Undo what a killed predecessor left, but for rules: their packets must not pass as they
-        are before there are new ones. See forget_rules()."""
+        """Learn what a killed predecessor left. It stays in force until there is something in its
+        place, so that its connections go on: see settle()."""
         try:
             left = json.loads(self.journal.read_text())
         except FileNotFoundError:
@@ -95,25 +95,46 @@ class Host:
             log.warning("%s is damaged; what a killed daemon left behind stays", self.journal)
             left = []
         if left:
-            log.info("undoing %d changes of an earlier run that was killed", len(left))
-        self.undo = [change for change in left if change["what"] != "rules"]
-        self.restore()
-        self.inherited = [change for change in left if change["what"] == "rules"]
-        self.undo = list(self.inherited)
-        self._write()
+            log.info("taking over from an earlier run that was killed")
+        self.undo = list(left)
+        self.inherited = list(left)
+
+    def settle(self) -> None:
+        """All of ours is in force: undo what else a killed predecessor changed."""
+        self._forget(self.inherited)
 
     def forget_rules(self) -> None:
         """New rules are in force: take those of a killed predecessor away."""
-        for change in self.inherited:
-            self._undo_rules(change)
+        self._forget([change for change in self.inherited if change["what"] == "rules"])
+
+    def _forget(self, changes: list[dict[str, Any]]) -> None:
+        for change in reversed(list(changes)):
+            self.inherited.remove(change)
             self.undo.remove(change)
-        self.inherited = []
+            self._undo(change)
         self._write()
+
+    def inherit(self, **change: Any) -> dict[str, Any] | None:
+        """A predecessor's change, which is ours from now on; None: there is none like it."""
+        for old in self.inherited:
+            if all(old.get(key) == value for key, value in change.items()):
+                self.inherited.remove(old)
+                self.undo.remove(old)
+                self.undo.append(old)
+                self._write()
+                return old
+        return None
 
     def will_undo(self, **change: Any) -> None:
         """Note a change that is about to be made."""
         self.undo.append(change)
         self._write()
+
+    def _undo(self, change: dict[str, Any]) -> None:
+        try:
+            getattr(self, "_undo_" + change["what"])(change)
+        except (OSError, NetlinkError, KeyError, IndexError) as error:
+            log.warning("cannot undo %s: %s", change, error)
 
     def _write(self) -> None:
         scratch = self.journal.with_suffix(".new")
@@ -131,11 +152,7 @@ class Host:
     def restore_to(self, mark: int) -> None:
         """Undo all changes but the first 'mark' ones."""
         while len(self.undo) > mark:
-            change = self.undo.pop()
-            try:
-                getattr(self, "_undo_" + change["what"])(change)
-            except (OSError, NetlinkError, KeyError, IndexError) as error:
-                log.warning("cannot undo %s: %s", change, error)
+            self._undo(self.undo.pop())
             self._write()
 
     def close(self) -> None:
@@ -150,11 +167,21 @@ class Host:
             old = path.read_text().strip()
         except FileNotFoundError:
             return
+        inherited = self.inherit(what="sysctl", name=name)
         if old.split() == value.split():
+            return
+        if inherited:
+            path.write_text(value)
             return
         log.info("sysctl %s: %s, was %s", name.replace("/", "."), value, old)
         self.will_undo(what="sysctl", name=name, old=old)
         path.write_text(value)
+
+    def sysctl_on(self, name: str) -> None:
+        """Set a sysctl to 1, if it is 0: other values mean more than that."""
+        value = self.read_sysctl(name)
+        if value:
+            self.sysctl(name, "1" if value == "0" else value)
 
     def read_sysctl(self, name: str) -> str:
         try:
@@ -188,9 +215,15 @@ class Host:
 
     def add_address(self, address: str, index: int) -> None:
         """Add address/32, unless an interface holds it (the administrator's then, and kept)."""
+        name = self.interface(index)
+        inherited = self.inherit(what="address", address=address, interface=name)
         if self.holder(address) is not None:
-            return
-        self.will_undo(what="address", address=address, interface=self.interface(index))
+            elsewhere = not inherited and self.inherit(what="address", address=address)
+            if not elsewhere:
+                return
+            self._undo(self.undo.pop())
+        if not inherited:
+            self.will_undo(what="address", address=address, interface=name)
         self.ipr.addr("add", index=index, address=address, prefixlen=32)
 
     def _undo_address(self, change: dict[str, Any]) -> None:
@@ -305,11 +338,14 @@ class Host:
     def attach(self, index: int, program_fd: int, priority: int) -> None:
         """Put a BPF program on an interface's tc ingress, beside whatever is there."""
         from tcpha._fast.bpf import tc_attach
+        place = {"interface": self.interface(index), "priority": priority, "handle": self.handle}
+        if self.inherit(what="filter", **place):  # the new program takes the old one's place
+            tc_attach(index, program_fd, priority, self.handle)
+            return
         # the qdisc goes with the last of our instances, if one of them made it
         ours = not self._has_clsact(index) or (bool(self._filters(index)) and all(
             f["handle"] >> 16 == 0 and self._is_ours(f) for f in self._filters(index)))
-        self.will_undo(what="filter", interface=self.interface(index), priority=priority,
-                   handle=self.handle, qdisc=ours)
+        self.will_undo(what="filter", **place, qdisc=ours)
         tc_attach(index, program_fd, priority, self.handle)
 
     @staticmethod

@@ -116,6 +116,8 @@ def hide_in_arp(host: Host, name: str, address: str, instead: str) -> None:
                           genex("payload", {"sreg": 1, "base": NETWORK, "offset": ARP_SENDER,
                                             "len": 4, "csum_type": 0, "csum_offset": 0})]]):
             nft.rule("add", table=name, chain="output", expressions=expressions)
+    if host.inherit(what="arp", name=name):
+        host.restore_to(len(host.undo) - 1)
     host.will_undo(what="arp", name=name)
     try:
         _in_thread(work, NFPROTO_ARP)

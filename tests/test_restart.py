@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A front end that is killed loses no connection that it has handed over (datapath ebpf)."""
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from test_bpf import Bpf, number
+
+from tcpha.lab.bed import Cluster, Daemon, wait_for
+from test_serve import REQUEST, settle
+
+pytestmark = pytest.mark.modes("tunnel", "fast-direct")
+KEEP = REQUEST.replace(b"close", b"keep-alive")
+COUNT = 20
+VERSION = 56  # offset in struct tcpha_state
+
+
+@pytest.fixture
+def busy(mode: dict[str, Any]) -> Iterator[Cluster]:
+    c = Cluster(2, **mode, rules=[(1, "jpg"), (0, ".*")], fe_conf="headtimeout = 3")
+    try:
+        for n in c.nginx:
+            n.file("1k", size=1024)
+            n.file("big", size=8 << 20)
+            (n.root / "big.jpg").write_bytes((n.root / "big").read_bytes())
+        yield c
+    finally:
+        c.close()
+
+
+def front(c: Cluster) -> Daemon:
+    assert c.fe
+    return c.fe
+
+
+def begin(c: Cluster, path: bytes = b"/big") -> socket.socket:
+    """A download that waits for its reader."""
+    s = c.client.connect(c.VIP)
+    s.sendall(KEEP.replace(b"/1k", path))
+    assert s.recv(1) == b"H"
+    return s
+
+
+def kill(c: Cluster) -> None:
+    """When the front end has none in its hands: such would be lost."""
+    wait_for(lambda: front(c).ctl("status")["in_hand"] == 0, "all handed over")
+    front(c).kill()
+
+
+def finish(s: socket.socket, want: bytes) -> None:
+    """The rest of it, and a request behind it."""
+    for size, request in ((len(want), KEEP), (1024, b"")):
+        data = bytearray()
+        while (end := data.find(b"\r\n\r\n")) < 0 or len(data) < end + 4 + size:
+            got = s.recv(1 << 20)
+            assert got, "the connection has ended"
+            data += got
+        if size > 1024:
+            assert data[end + 4:] == want
+        s.sendall(request)
+    s.close()
+
+
+def test_downloads_outlive_the_front_end(busy: Cluster) -> None:
+    want = (busy.nginx[0].root / "big").read_bytes()
+    held = [begin(busy) for _ in range(COUNT)]
+    ports = {f"{busy.client.address}:{s.getsockname()[1]}" for s in held}
+    kill(busy)
+    for s in held[:COUNT // 2]:  # nobody is needed to forward their ACKs and the next request
+        finish(s, want)
+    front(busy).start()
+    busy.connected()
+    rows = [r for r in front(busy).ctl("conns") if r["client"] in ports]
+    assert len(rows) >= COUNT // 2
+    assert {(r["target"], r["server"]) for r in rows} == {("/big", busy.be_hosts[0].address)}
+    for s in held[COUNT // 2:]:
+        finish(s, want)
+    settle(busy)
+    assert busy.get("/1k", "-o", "/dev/null", "-w", "%{http_code}") == "200"
+
+
+@pytest.mark.parametrize("first", ["fe", "be"])
+def test_downloads_outlive_both_daemons(busy: Cluster, first: str) -> None:
+    want = (busy.nginx[0].root / "big").read_bytes()
+    held = [begin(busy) for _ in range(COUNT)]
+    both = [front(busy), *busy.be]
+    kill(busy)
+    for d in busy.be:
+        d.kill()
+    for d in both if first == "fe" else both[::-1]:
+        d.start()
+    busy.connected()
+    for s in held:
+        finish(s, want)
+    settle(busy)
+
+
+def test_killed_again_and_again(busy: Cluster) -> None:
+    want = (busy.nginx[0].root / "big").read_bytes()
+    held = []
+    for _ in range(4):
+        held += [begin(busy) for _ in range(5)]
+        kill(busy)
+        front(busy).start()
+        busy.connected()
+    for s in held:
+        finish(s, want)
+    settle(busy)
+
+
+@pytest.mark.modes("fast-direct", "fast-tunnel")
+def test_a_handshake_outlives_the_front_end(busy: Cluster) -> None:
+    """On the packet path nobody remembers it; but the key of its cookie is kept. On the socket path
+    it would have been in the killed front end's hands."""
+    with busy.client.connect(busy.VIP) as s:
+        kill(busy)
+        front(busy).start()
+        busy.connected()
+        s.sendall(REQUEST)
+        s.settimeout(30)
+        assert s.recv(65536).startswith(b"HTTP/1.1 200 ")
+    settle(busy)
+
+
+def test_back_ends_that_are_no_longer_listed_keep_what_they_have(busy: Cluster) -> None:
+    want = (busy.nginx[0].root / "big").read_bytes()
+    held = [begin(busy, b"/big.jpg"), begin(busy)]
+    kill(busy)
+    second = busy.be_hosts[1].address
+    text = front(busy).config.read_text()
+    kept = text.replace(f"server = {second} 666\n", "").replace(f"rule = {second} jpg\n", "")
+    front(busy).config.write_text(kept)
+    front(busy).start()
+    wait_for(lambda: front(busy).ctl("servers")[0]["state"] == "up", "the first back end")
+    assert sorted(r["server"] for r in front(busy).ctl("conns")) == \
+        sorted(h.address for h in busy.be_hosts)
+    finish(held[0], (busy.nginx[1].root / "big").read_bytes())
+    finish(held[1], want)
+    front(busy).config.write_text(text)
+    front(busy).ctl("reload")
+    busy.connected()
+    settle(busy)
+
+
+def test_tables_of_another_version_are_not_read(busy: Cluster) -> None:
+    bpf = Bpf(busy.fe_host, ("fe_ingress",))
+    state = bytearray(bpf.get("state", number(0)))
+    struct.pack_into("=I", state, VERSION, 99)
+    kill(busy)
+    bpf.put("state", number(0), bytes(state))
+    front(busy).start()
+    busy.connected()
+    assert "of another version" in front(busy).log.read_text()
+    assert busy.get("/1k", "-o", "/dev/null", "-w", "%{http_code}") == "200"
+    settle(busy)
