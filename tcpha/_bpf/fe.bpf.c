@@ -419,6 +419,9 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	fresh->end_seq = fresh->first_seq = seq;
 	fresh->first_ack = ack;
 	fresh->rtt_ms = before && before->isn == c.isn ? before->rtt_ms : c.rtt_ms;
+	/* of two copies of this segment, on two CPUs, one goes on */
+	if (e && __sync_lock_test_and_set(&e->state, TCPHA_GONE) == TCPHA_GONE)
+		return TC_ACT_SHOT;
 	hit = decide(skb, offset, length, fresh);
 	if (hit) {
 		fresh->state = TCPHA_FORWARD;
@@ -429,9 +432,11 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 		replaced = e->backend + 1;
 	if (!hit)
 		fresh->slot = replaced; /* user space counts that it is over */
-	if (bpf_map_update_elem(&flows, &flow, fresh, BPF_ANY) < 0) {
-		if (old)
+	if (bpf_map_update_elem(&flows, &flow, fresh, e ? BPF_ANY : BPF_NOEXIST) < 0) {
+		if (e) {
 			e->live = old;
+			e->state = TCPHA_FORWARD;
+		}
 		return TC_ACT_SHOT;
 	}
 	bpf_map_delete_elem(&shaken, &flow);

@@ -38,6 +38,7 @@ enum {
 	TCPHA_HOLD = 1,	   /* being handed over: packets go to user space, which keeps them */
 	TCPHA_FORWARD = 2, /* handed over: packets go to the back end */
 	TCPHA_PENDING = 3, /* the request is on its way to user space, and what follows goes there too */
+	TCPHA_GONE = 4,	   /* over, and about to be replaced by that of a new connection */
 };
 
 /* Flags of struct tcpha_entry, set by BPF unless said otherwise. */
