@@ -342,16 +342,15 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	struct bpf_sock_tuple t = {};
 	struct tcpha_shaken *before, now = {};
 	struct tcpha_entry *fresh;
-	__u32 replaced = 0, offset;
-	__u64 old;
-	int hit;
 	struct tcpha_state *own;
 	struct tcpha_keys *k;
 	struct tcpha_flow flow;
 	struct cookie c = {};
-	__u32 zero = 0, socket, length, seq, ack, doff;
-	__be16 window;
+	__u32 zero = 0, length, seq, ack, doff, offset, replaced = 0;
 	__u8 flags = ((__u8 *)h->tcp)[13];
+	__be16 window;
+	__u64 old;
+	bool hit;
 
 	own = bpf_map_lookup_elem(&state, &zero);
 	if (!own)
@@ -359,8 +358,7 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	k = &own->keys;
 	flow_of(h, &flow);
 	tuple_of(&flow, &t);
-	socket = owner(skb, &t);
-	if (socket != BPF_TCP_LISTEN)
+	if (owner(skb, &t) != BPF_TCP_LISTEN)
 		return TC_ACT_UNSPEC;
 	if (flags & TCPHA_T_SYN) {
 		if ((flags & (TCPHA_T_ACK | TCPHA_T_RST | TCPHA_T_FIN)) || h->ip->ihl != 5 ||

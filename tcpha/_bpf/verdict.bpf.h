@@ -163,7 +163,7 @@ static __always_inline int decide(struct __sk_buff *skb, __u32 offset, __u32 len
 	__u64 generation, key;
 
 	c = bpf_map_lookup_elem(&cache, &zero);
-	if (!c || !c->on || !h || !fresh || length < 16 || length > TCPHA_HEAD_MAX)
+	if (!c || !c->on || !h || length < 16 || length > TCPHA_HEAD_MAX)
 		return 0;
 	generation = *(volatile __u64 *)&c->generation;
 	if (bpf_skb_load_bytes(skb, offset, h->b, length) < 0)

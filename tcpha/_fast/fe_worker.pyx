@@ -1006,8 +1006,8 @@ cdef class FrontEnd(Core):
             watch(self.c, EPOLL_CTL_ADD, d.table.fast_fd[i], EPOLLIN | EPOLLET, EV_FAST, i, 0)
 
     def key_in_use(self):
-        """The number of the cookie key that an earlier run used last, if its connections go on; it
-        and the one before are known then. 0: there are none."""
+        """The number of the cookie key that an earlier run used last, if its connections go on; the
+        other place holds the one before, or the next. 0: there are none."""
         return self.f.dp.state.key_number if self.datapath.taken_over else 0
 
     def set_key(self, uint64_t number, bytes key):
