@@ -242,6 +242,24 @@ def test_direct_use_from_a_port_that_was_handed_over(cluster: Cluster) -> None:
                 assert body(read_all(s)) == b"fe\n"
 
 
+@pytest.mark.parametrize("end", ["server", "client", "both", "hasty"])
+def test_direct_use_after(cluster: Cluster, end: str) -> None:
+    """Whoever closed the connection for the VIP first, and even if the client uses its port for the
+    server before that one was handed over."""
+    for port in range(20050, 20074):
+        with connect_from(cluster, port) as s:
+            s.sendall(REQUEST if end in ("server", "both") else KEEP)
+            if end == "both":
+                s.shutdown(socket.SHUT_WR)
+            if end in ("server", "both"):
+                read_all(s)
+            elif end == "client":
+                s.recv(65536)
+        with connect_from(cluster, port, 8080) as s:
+            s.sendall(REQUEST.replace(b"/1k", b"/"))
+            assert body(read_all(s)) == b"fe\n"
+
+
 def test_none_where_the_front_end_listens(mode: dict[str, Any]) -> None:
     """Its default port may be the front end's own."""
     c = Cluster(1, **mode, rules=[(0, "jpg$")], fe_conf="port = 8080")

@@ -59,12 +59,14 @@ cdef enum be_state:
     B_SYNACK = 2
     B_REFUSED = 3          # it was a RST: nothing listens
     B_LIVE = 4
+    B_DIRECT = 5           # it is over, and the client talks to the local server directly now
 
 
 # What the table knows of an adopted connection. Its key is the flow of the local socket.
 cdef struct be_flow:
     uint32_t state
     tcpha_flow outside     # as the client sees it
+    uint32_t asked         # what the SYN-ACK acknowledges
     uint32_t isn           # of the local server
     uint32_t tsval         # of its SYN-ACK
     int wscale             # of its SYN-ACK; -1: none
@@ -233,7 +235,7 @@ cdef int _outward(be_nfqueue *d, queue *q, packet *p) noexcept nogil:
         return V_ACCEPT if d.shared else V_DROP
     _key(d, v.ip + 16, v.tcp + 2, &local)
     f = <be_flow *>table_find(&d.flows, &local)
-    if f == NULL:
+    if f == NULL or f.state == B_DIRECT:
         if d.shared:
             return V_ACCEPT
         add64(&d.unknown, 1)
@@ -261,27 +263,64 @@ cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
     return V_WHOLE if q.whole else _inward(d, p)
 
 
+cdef void _hand_back(be_flow *f) noexcept nogil:
+    """The name of an adopted connection is a direct one's now. The entry stays, lest the socket is
+    taken for the adopted one's. The lock is held for writing."""
+    f.state = B_DIRECT
+    if f.ended_ns == 0:
+        f.ended_ns = now_ns()
+
+
+cdef void _on_syn(be_nfqueue *d, tcp_view *v) noexcept nogil:
+    """A client begins to talk to the local server directly. If it used the same port for an adopted
+    connection, which is over, then the TIME_WAIT socket has the new one's name, but numbers and
+    timestamps of another, and would answer by ACKs that mean nothing to the client."""
+    cdef tcpha_flow local
+    cdef be_flow *f
+    cdef diag_answer a
+    cdef bint known
+    _key(d, v.ip + 12, v.tcp, &local)
+    pthread_rwlock_rdlock(&d.lock)
+    f = <be_flow *>table_find(&d.flows, &local)
+    known = f != NULL and f.state == B_LIVE
+    pthread_rwlock_unlock(&d.lock)
+    if not known or diag_query(d.sockets, &local, &a) < 0 or \
+            (a.state != 0 and a.state != TCP_TIME_WAIT):
+        return
+    pthread_rwlock_wrlock(&d.lock)
+    f = <be_flow *>table_find(&d.flows, &local)
+    known = f != NULL and f.state == B_LIVE
+    if known:
+        _hand_back(f)
+    pthread_rwlock_unlock(&d.lock)
+    if known and a.state == TCP_TIME_WAIT and diag_destroy(d.sockets, &local):
+        add64(&d.killed, 1)
+
+
 cdef bint _on_syn_ack(be_nfqueue *d, tcp_view *v) noexcept nogil:
     """The local server's answer to a forged SYN; it must not leave the host. False: another's."""
     cdef tcpha_flow local
     cdef be_flow *f
+    cdef bint ours
     _key(d, v.ip + 16, v.tcp + 2, &local)
     pthread_rwlock_wrlock(&d.lock)
     f = <be_flow *>table_find(&d.flows, &local)
-    if f != NULL and f.state == B_SYN:
+    if f != NULL and d.shared and (
+            (f.state == B_SYN and get32(v.tcp + 8) != f.asked) or
+            (f.state == B_LIVE and get32(v.tcp + 4) != f.isn)):
+        # the SYN came while we sent ours, or just before the adopted connection ended
+        _hand_back(f)
+    elif f != NULL and f.state == B_SYN:
         f.isn = get32(v.tcp + 4)
         f.ts_ok = v.ts != NULL
         f.tsval = get32(v.ts) if v.ts != NULL else 0
         f.wscale = v.wscale
         f.ecn_ok = (v.flags & (TCP_ECE | TCP_CWR)) == TCP_ECE
         f.state = B_SYNACK
-    elif f != NULL and d.shared and f.state == B_LIVE and get32(v.tcp + 4) != f.isn:
-        # the client uses the port of an adopted connection, which is over, to talk to it directly
-        table_remove(&d.flows, &local)
-        f = NULL
+    ours = f != NULL and f.state != B_DIRECT
     pthread_rwlock_unlock(&d.lock)
     _tell(d)
-    return f != NULL or not d.shared
+    return ours or not d.shared
 
 
 # Adoption
@@ -437,29 +476,41 @@ cdef void _drop_flow(be_nfqueue *d, const tcpha_flow *local) noexcept nogil:
 cdef int _room(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) noexcept nogil:
     """Enter a new flow, in place of an older one of the same name. 0 or a refusal."""
     cdef be_flow *f
-    cdef bint occupied
+    cdef diag_answer a
+    cdef bint occupied, unknown
     pthread_rwlock_wrlock(&d.lock)
     f = <be_flow *>table_find(&d.flows, local)
+    unknown = f == NULL or f.state == B_DIRECT
     # a client with one port and two of the VIP's: the local server cannot tell them apart
     occupied = f != NULL and f.outside.vport != s.flow.vport and f.ended_ns == 0
-    if f != NULL and not occupied:
-        table_remove(&d.flows, local)
+    if not occupied:
+        if f != NULL:
+            table_remove(&d.flows, local)
+        f = <be_flow *>table_add(&d.flows, local)
+        if f == NULL and _evict(d):
+            f = <be_flow *>table_add(&d.flows, local)
+        if f != NULL:
+            f.state = B_SYN
+            f.outside = s.flow
+            f.asked = s.rcv_nxt - (1 if s.flags & SNAP_FIN else 0) - s.len
     pthread_rwlock_unlock(&d.lock)
     if occupied:
         return REFUSE_UNSUPPORTED
-    # A socket of an earlier connection may own the 4-tuple. The client has given that one up, or
-    # the front end could not have accepted this one.
+    if f == NULL:
+        return REFUSE_FULL
+    if diag_query(d.sockets, local, &a) < 0 or a.state == 0:
+        return 0
+    if d.shared and unknown and (a.full or a.state == TCP_NEW_SYN_RECV or a.state == TCP_SYN_RECV):
+        # the client talks to the local server directly
+        pthread_rwlock_wrlock(&d.lock)
+        table_remove(&d.flows, local)
+        pthread_rwlock_unlock(&d.lock)
+        return REFUSE_UNSUPPORTED
+    # A socket of an earlier connection owns the 4-tuple. The client has given that one up, or the
+    # front end could not have accepted this one.
     if diag_destroy(d.sockets, local):
         add64(&d.killed, 1)
-    pthread_rwlock_wrlock(&d.lock)
-    f = <be_flow *>table_add(&d.flows, local)
-    if f == NULL and _evict(d):
-        f = <be_flow *>table_add(&d.flows, local)
-    if f != NULL:
-        f.state = B_SYN
-        f.outside = s.flow
-    pthread_rwlock_unlock(&d.lock)
-    return 0 if f != NULL else REFUSE_FULL
+    return 0
 
 
 cdef int _settle(be_nfqueue *d, const tcpha_flow *local, diag_answer *a) noexcept nogil:
@@ -500,6 +551,8 @@ cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
     if rc != 0:
         return rc
     rc = _await_answer(d, &local, s, &copy)
+    if rc == 0 and copy.state == B_DIRECT:
+        return REFUSE_UNSUPPORTED
     if rc == 0 and copy.state == B_REFUSED:
         rc = REFUSE_LISTENER
     if rc == 0 and ((s.flags & SNAP_TIMESTAMP and not copy.ts_ok) or
@@ -593,13 +646,18 @@ cdef int _alive(void *self, uint32_t worker, const tcpha_flow *flow) noexcept no
     cdef be_nfqueue *d = <be_nfqueue *>self
     cdef tcpha_flow local
     cdef diag_answer a
-    cdef bint known
+    cdef be_flow *f
+    cdef bint known, direct
     _local(d, flow, &local)
     if diag_query(d.sockets, &local, &a) < 0:
         return DP_ALIVE
     pthread_rwlock_rdlock(&d.lock)
-    known = table_find(&d.flows, &local) != NULL
+    f = <be_flow *>table_find(&d.flows, &local)
+    known = f != NULL
+    direct = known and f.state == B_DIRECT
     pthread_rwlock_unlock(&d.lock)
+    if direct:
+        return 0
     if a.state != 0 and not known:
         diag_destroy(d.sockets, &local)  # an earlier run's; nobody can rewrite its packets
         return 0
@@ -740,15 +798,19 @@ cdef class BeNfqueue(BeDatapath):
         self.raw.close()
         self.sockets.close()
 
-    def handshake(self, bytes syn_ack):
-        """A SYN-ACK that wants to leave this host. True: it may, it is none of ours."""
-        cdef bytearray copy = bytearray(syn_ack)
+    def handshake(self, bytes payload):
+        """A SYN for the local server's own address and port, or a SYN-ACK that wants to leave this
+        host. True: it may pass, it is none of ours."""
+        cdef bytearray copy = bytearray(payload)
         cdef tcp_view v
-        cdef bint ours
+        cdef bint ours = False
         if tcp_parse(copy, <uint32_t>len(copy), &v) < 0:
             return bool(self.d.shared)
         with nogil:
-            ours = _on_syn_ack(self.d, &v)
+            if v.flags & TCP_ACK:
+                ours = _on_syn_ack(self.d, &v)
+            else:
+                _on_syn(self.d, &v)
         return not ours
 
     def allow(self, str address, bint allowed):

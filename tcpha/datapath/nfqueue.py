@@ -181,7 +181,8 @@ class NfqueueFrontend(_Nfqueue):
 
 
 class _Handshakes:
-    """SYN-ACKs of the local server, few and small, through the netfilterqueue package."""
+    """SYN-ACKs of the local server and SYNs for its own port, few and small, through the
+    netfilterqueue package."""
 
     def __init__(self, table: BeNfqueue, first: int):
         self.table = table
@@ -239,13 +240,17 @@ class _Adopter(_Nfqueue):
             Rule(**local, queue=(first + total, total) if self.heads else self._span)]
         if self.heads:
             self.outward.append(Rule("numbers", source=address, sport=port, store=True))
+        self.direct = []
+        if file is None or address != config.vaddr:
+            self.direct.append(Rule("prerouting", destination=address, dport=port,
+                                    flags=rules.SYN, queue=(self.handshakes.num, 1), bypass=True))
 
     def _serve(self, address: str, inward: list[Rule]) -> None:
         guard = []
         if address.startswith("127."):
             # packets for it come from the network and leave for it; only those that we rewrite may
             guard = [Rule("prerouting", drop=True, protocol=None, destination=rules.LOOPBACK)]
-        self._begin([*guard, *inward, *self.outward])
+        self._begin([*guard, Rule("prerouting", mark=MARK), *inward, *self.direct, *self.outward])
         if guard:
             self.host.sysctl("net/ipv4/conf/all/route_localnet", "1")
 
@@ -267,7 +272,6 @@ class NfqueueBackend(_Adopter):
         super().__init__(config, host, "be", listen, config.redirectport, config.maxclients,
                          host.journal.with_suffix(".flows"))
         self._serve(listen, [
-            Rule("prerouting", mark=MARK),
             Rule("prerouting", queue=self._span, protocol=rules.IPIP, destination=config.raddr),
             Rule("prerouting", queue=self._span, destination=config.vaddr)])
 
