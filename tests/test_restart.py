@@ -116,6 +116,8 @@ def test_killed_again_and_again(busy: Cluster) -> None:
 def test_a_handshake_outlives_the_front_end(busy: Cluster) -> None:
     """On the packet path nobody remembers it; but the key of its cookie is kept. On the socket path
     it would have been in the killed front end's hands."""
+    wait_for(lambda: busy.get("/1k", "-o", "/dev/null") == "" and
+             front(busy).ctl("status")["counters"]["fast"], "the packet path")
     with busy.client.connect(busy.VIP) as s:
         kill(busy)
         front(busy).start()

@@ -381,6 +381,15 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	if (!cookie_check(&flow, k, seq, ack, &c)) {
 		if (before && seq - before->isn < TCPHA_LEAP) /* or a keep-alive probe */
 			return seq != before->isn && length ? to_worker(skb, TCPHA_FAST_EARLY) : TC_ACT_SHOT;
+		/*
+		 * Another CPU may have had the first segment in its hands since we looked for an entry.
+		 * First there is an entry, and perhaps a socket in its place; then 'shaken' forgets.
+		 */
+		if (owner(skb, &t) != BPF_TCP_LISTEN)
+			return TC_ACT_UNSPEC;
+		fresh = bpf_map_lookup_elem(&flows, &flow);
+		if (fresh && fresh != e)
+			return DECIDED;
 		COUNT(forged, 1);
 		return TC_ACT_UNSPEC; /* which says so with a RST */
 	}

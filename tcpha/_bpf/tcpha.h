@@ -223,7 +223,7 @@ struct tcpha_verdict {
 	__u64 generation;
 	__u64 until_ns; /* CLOCK_MONOTONIC; void from then on. 0: it has no end */
 	__u32 count;	/* of choices; 0: of the rest of a head */
-	__u32 pad;
+	__u32 turn;	/* how often it was used */
 	struct tcpha_choice choice[TCPHA_CHOICES];
 };
 

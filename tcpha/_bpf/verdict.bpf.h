@@ -127,10 +127,10 @@ static long next_byte(__u32 i, void *ctx)
 	return 0;
 }
 
-/* The one with the fewest connections; equal ones take turns by 'start'. */
-static __always_inline int choose(const struct tcpha_verdict *v, struct tcpha_entry *fresh)
+/* The one with the fewest connections; equal ones take turns. */
+static __always_inline int choose(struct tcpha_verdict *v, struct tcpha_entry *fresh)
 {
-	__u32 start = bpf_get_prandom_u32(), i, n, backend, live = -1U;
+	__u32 start = __sync_fetch_and_add(&v->turn, 1), i, n, backend, live = -1U;
 	struct tcpha_load *load;
 	int found = 0;
 

@@ -15,6 +15,10 @@ cdef struct leftover:
     uint8_t data[1]
 
 
+cdef enum:
+    AGAIN = 1024
+
+
 # An adopted connection.
 cdef struct adopted:
     adopted *next          # in its hash chain, or in the free list
@@ -58,6 +62,8 @@ cdef struct backend_state:
     uint32_t unloading     # refuse what comes
     pthread_mutex_t ring_lock  # the packet path's events
     uint32_t swept         # bucket that _sweep() has come to
+    tcpha_flow again[AGAIN]  # to look at once more, at the timer's next turn; guarded by the lock
+    uint32_t nagain
     pthread_mutex_t feed_lock
     leftover *leftovers
     be_counters n

@@ -45,7 +45,7 @@ cdef enum:
 cdef uint64_t SETTLED_NS = 1000000000  # older connections surely have a socket, or none any more
 cdef int64_t DELAYED_NS = 50000000  # an offer this old may have been made to another one since
 cdef uint64_t REAP_NS = 1000000     # at most one look through the whole table in this time
-cdef uint64_t YOUNG_NS = 50000      # an adoption so recent may have no socket yet
+cdef uint64_t YOUNG_NS = 20000000   # an adoption so recent may have no socket yet
 
 
 # The table of adopted connections; b.lock is held.
@@ -112,13 +112,10 @@ cdef inline bint _living(int owner) noexcept nogil:
     return owner == DP_ALIVE or owner == DP_CLOSING
 
 
-cdef int _owner(backend_state *b, worker *w, adopted *a) noexcept nogil:
-    """Which socket owns a connection's tuple, see alive(). The packet that adopted it may still be
-    on its way up, and have no socket yet."""
-    cdef int owner = b.dp.alive(b.dp.self, w.index, &a.flow)
-    while owner == 0 and a.fast and now_ns() - a.since_ns < YOUNG_NS:
-        owner = b.dp.alive(b.dp.self, w.index, &a.flow)
-    return owner
+cdef inline bint _unsettled(adopted *a, int owner) noexcept nogil:
+    """Nobody owns the tuple; but the packet that adopted it may still be on its way up (its CPU may
+    be doing something else), and its socket come."""
+    return owner == 0 and a.fast and now_ns() - a.since_ns < YOUNG_NS
 
 
 cdef bint _tell_closed(backend_state *b, worker *w, adopted *a, uint32_t how) noexcept nogil:
@@ -165,10 +162,10 @@ cdef uint32_t _check_all(backend_state *b, worker *w) noexcept nogil:
                 opened += 1
                 a = following
                 continue
-            owner = _owner(b, w, a)
-            if owner == DP_ALIVE:
+            owner = b.dp.alive(b.dp.self, w.index, &a.flow)
+            if not a.over and (owner == DP_ALIVE or _unsettled(a, owner)):
                 opened += 1
-            if a.over or not _living(owner):
+            elif a.over or not _living(owner):
                 _ended(b, w, a, END_TIME_WAIT if owner == DP_TIME_WAIT else END_GONE)
             a = following
         pthread_mutex_unlock(&b.lock)
@@ -417,9 +414,30 @@ cdef void _check(backend_state *b, worker *w, const tcpha_flow *flow) noexcept n
     if a != NULL and a.adopting:
         a.recheck = True  # perhaps the end of an earlier connection on the same 4-tuple
     elif a != NULL and not a.over:
-        owner = _owner(b, w, a)  # the report may be of an older one
-        if not _living(owner):
+        owner = b.dp.alive(b.dp.self, w.index, &a.flow)  # the report may be of an older one
+        if _unsettled(a, owner):
+            if b.nagain < AGAIN:  # or _sweep() finds it
+                b.again[b.nagain] = flow[0]
+                b.nagain += 1
+        elif not _living(owner):
             _ended(b, w, a, END_TIME_WAIT if owner == DP_TIME_WAIT else END_GONE)
+    pthread_mutex_unlock(&b.lock)
+
+
+cdef void _look_again(backend_state *b, worker *w) noexcept nogil:
+    cdef tcpha_flow flow
+    cdef uint32_t n
+    pthread_mutex_lock(&b.lock)
+    n = b.nagain
+    while n:
+        n -= 1
+        flow = b.again[n]
+        b.nagain -= 1
+        b.again[n] = b.again[b.nagain]
+        pthread_mutex_unlock(&b.lock)
+        _check(b, w, &flow)
+        pthread_mutex_lock(&b.lock)
+        n = min(n, b.nagain)
     pthread_mutex_unlock(&b.lock)
 
 
@@ -487,6 +505,7 @@ cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
     cdef leftover *p
     b.dp.sweep(b.dp.self, now)
     _on_ring(b, w)
+    _look_again(b, w)
     _sweep(b, w, now)
     if b.leftovers == NULL or pthread_mutex_trylock(&b.feed_lock) != 0:
         return
