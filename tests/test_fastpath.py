@@ -7,6 +7,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -538,6 +539,21 @@ UNUSUAL = {
 def test_unusual_syns(lab: Cluster, what: str) -> None:
     packet, want = UNUSUAL[what]
     assert Bpf(lab.fe_host, ("fe_ingress",)).run("fe_ingress", packet)[0] == want
+
+
+def test_segment_behind_one_that_yields(lab: Cluster) -> None:
+    """An older socket on the tuple ends before the first segment becomes a new one; what came right
+    behind waits in the same queue. So does what overtook the first one's last steps."""
+    bpf = Bpf(lab.be_hosts[0], ("be_ingress",))
+    cases = ((0, 1, 7101, REDIRECT), (0, 0, 7101, REDIRECT), (0, 1, 6990, DROP),
+             (0, 1, 7000 + (1 << 25), DROP), (20_000_000, 1, 7101, DROP))
+    for age, yields, seq, verdict in cases:
+        bpf.put("adoptions", flow(4010),
+                struct.pack("=QII", time.monotonic_ns() + 5_000_000_000 * (age == 0) - age, 7000,
+                            yields))
+        packet = Packet(ACK | PSH, sport=4010, seq=seq, data=b"body")
+        assert bpf.run("be_ingress", packet)[0] == verdict, (age, yields, seq)
+    bpf.drop("adoptions", flow(4010))
 
 
 def stamped(tsval: int, tsecr: int) -> bytes:

@@ -55,6 +55,7 @@ def names(c: Cluster, count: int) -> set[str]:
 
 def test_equal_patterns_share_the_load(pair: Cluster) -> None:
     assert names(pair, 10) == {"be1", "be2"}
+    settle(pair)
     held = []
     for _ in range(20):  # fewest live connections first
         s = pair.client.connect(pair.VIP)

@@ -48,7 +48,7 @@ struct {
 struct adoption {
 	__u64 at_ns;
 	__u32 isn;
-	__u32 pad;
+	__u32 yields; /* it is about to be: an older socket on the tuple ends first */
 };
 
 struct {
@@ -60,6 +60,9 @@ struct {
 
 /* Below the least RTO (RFC 6298; 200 ms in Linux): no retransmission comes so soon, but a copy does. */
 #define COPY_NS 150000000ULL
+
+#define REUSED_NS 60000000000ULL
+#define YIELD_NS 10000000LL
 
 /*
  * RST instead of the packet: it ends a socket that expects just this number (RFC 5961 section 3.2). The
@@ -82,7 +85,7 @@ static __always_inline int into_reset(struct __sk_buff *skb, const struct header
 
 /* Tell user space. Adoptions may wait for its next look; a refusal is passed on at once. */
 static __always_inline void report(const struct tcpha_flow *flow, const struct cookie *c, __u32 frontend,
-				   __u32 result)
+				   __u32 result, __u32 reused)
 {
 	struct tcpha_event *event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
 
@@ -94,6 +97,8 @@ static __always_inline void report(const struct tcpha_flow *flow, const struct c
 	event->ours = c->ours;
 	event->frontend = frontend;
 	event->result = result;
+	event->reused = reused;
+	event->pad = 0;
 	bpf_ringbuf_submit(event, result == TCPHA_R_OK ? BPF_RB_NO_WAKEUP : BPF_RB_FORCE_WAKEUP);
 }
 
@@ -102,24 +107,20 @@ static __always_inline void report(const struct tcpha_flow *flow, const struct c
  * the socket. old: the sequence number that would end an older socket on the tuple, if there is one.
  */
 static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct headers *h,
-					   const struct options *o, const __u32 *old)
+					   const struct tcpha_flow *flow, const struct options *o,
+					   const __u32 *old)
 {
 	struct bpf_sock_tuple t = {};
 	struct tcpha_keys *k = 0;
 	struct tcpha_gate *g;
-	struct tcpha_flow flow;
 	struct cookie c = {};
 	struct adoption *before, now = {};
 	struct headers again;
-	__u32 i, n = 0, zero = 0, seq, ack, rtt, mark;
+	__u32 i, n = 0, zero = 0, seq, ack, rtt, mark, reused;
 	int result;
 
 	if (!conf.fast || h->tcp->syn || h->tcp->rst || !h->tcp->ack || h->tcp->doff < 5)
 		return TC_ACT_SHOT;
-	map_v4(flow.caddr, h->ip->saddr);
-	map_v4(flow.vaddr, h->ip->daddr);
-	flow.cport = h->tcp->source;
-	flow.vport = h->tcp->dest;
 	seq = bpf_ntohl(h->tcp->seq);
 	ack = bpf_ntohl(h->tcp->ack_seq);
 	rtt = bpf_ntohs(h->ip->id);
@@ -130,7 +131,7 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 	for (i = 0; i < TCPHA_MAX_FAST; i++) {
 		n = i;
 		k = bpf_map_lookup_elem(&keys, &n);
-		if (k && k->used && cookie_check(&flow, k, seq, ack, &c))
+		if (k && k->used && cookie_check(flow, k, seq, ack, &c))
 			break;
 	}
 	if (i == TCPHA_MAX_FAST || !k)
@@ -139,6 +140,10 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 		/* end the older one first; this segment comes again, behind that, by the same way */
 		if (skb->mark == TCPHA_MARK_AGAIN)
 			return TC_ACT_SHOT; /* it did not end: the client's next attempt finds it out */
+		now.at_ns = bpf_ktime_get_ns();
+		now.isn = c.isn;
+		now.yields = 1;
+		bpf_map_update_elem(&adoptions, flow, &now, BPF_ANY);
 		mark = skb->mark;
 		skb->mark = TCPHA_MARK_AGAIN;
 		if (bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS) < 0)
@@ -149,31 +154,50 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 			return TC_ACT_SHOT;
 		return into_reset(skb, &again, *old);
 	}
-	before = bpf_map_lookup_elem(&adoptions, &flow);
-	if (before && before->isn == c.isn && bpf_ktime_get_ns() - before->at_ns < COPY_NS)
+	before = bpf_map_lookup_elem(&adoptions, flow);
+	if (before && before->isn == c.isn && !before->yields &&
+	    bpf_ktime_get_ns() - before->at_ns < COPY_NS)
 		return TC_ACT_SHOT; /* that connection is over already: do not serve its request again */
 	if (g->live + g->coming >= g->max) {
-		report(&flow, &c, n, TCPHA_R_FULL);
+		report(flow, &c, n, TCPHA_R_FULL, 0);
 		return TC_ACT_SHOT;
 	}
-	t.ipv4.saddr = unmap_v4(flow.caddr);
-	t.ipv4.sport = flow.cport;
+	t.ipv4.saddr = unmap_v4(flow->caddr);
+	t.ipv4.sport = flow->cport;
 	t.ipv4.daddr = unmap_v4(g->listen_addr);
 	t.ipv4.dport = g->listen_port;
 	result = cookie_accept(skb, &t, &c, k->wscale, rtt);
 	if (result) {
-		report(&flow, &c, n, result);
+		report(flow, &c, n, result, 0);
 		return TC_ACT_SHOT;
 	}
 	if (skb->mark == TCPHA_MARK_AGAIN)
 		skb->mark = 0;
 	now.at_ns = bpf_ktime_get_ns();
 	now.isn = c.isn;
-	bpf_map_update_elem(&adoptions, &flow, &now, BPF_ANY);
+	now.yields = 0;
+	reused = before && now.at_ns - before->at_ns < REUSED_NS;
+	bpf_map_update_elem(&adoptions, flow, &now, BPF_ANY);
 	__sync_fetch_and_add(&g->coming, 1);
 	COUNT(adopted, 1);
-	report(&flow, &c, n, TCPHA_R_OK);
+	report(flow, &c, n, TCPHA_R_OK, reused);
 	return TC_ACT_UNSPEC;
+}
+
+/*
+ * A segment that came right behind one which had to wait for the end of an older socket: it waits in the
+ * same queue, once, or it would be lost.
+ */
+static __always_inline int behind_yielding(struct __sk_buff *skb, const struct tcpha_flow *flow, __u32 seq)
+{
+	struct adoption *a = bpf_map_lookup_elem(&adoptions, flow);
+
+	if (!a || skb->mark == TCPHA_MARK_AGAIN ||
+	    (__s64)(bpf_ktime_get_ns() - a->at_ns) > YIELD_NS ||
+	    seq - a->isn > 1 << 24)
+		return TC_ACT_SHOT;
+	skb->mark = TCPHA_MARK_AGAIN;
+	return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
 }
 
 /*
@@ -187,6 +211,7 @@ static __always_inline int guard(struct __sk_buff *skb, const struct headers *h)
 	struct bpf_sock *skc;
 	struct tcp_sock *tp;
 	struct options o = {};
+	struct tcpha_flow flow;
 	__u32 state = 0, old = 0, ack = bpf_ntohl(h->tcp->ack_seq), seq = bpf_ntohl(h->tcp->seq);
 	__u32 ts_recent = 0;
 	int pass = 0, other = 0, verdict;
@@ -216,8 +241,11 @@ static __always_inline int guard(struct __sk_buff *skb, const struct headers *h)
 		bpf_sk_release(skc);
 	}
 	pass = state && state != BPF_TCP_LISTEN && !(state == BPF_TCP_TIME_WAIT && h->tcp->syn);
-	if (pass && !other)
+	if (pass && !other) {
+		if (skb->mark == TCPHA_MARK_AGAIN)
+			skb->mark = 0;
 		return TC_ACT_UNSPEC;
+	}
 	if (conf.fast && h->tcp->doff >= 5 &&
 	    read_options(skb, ETH_HLEN + h->ip->ihl * 4 + sizeof(struct tcphdr),
 			 h->tcp->doff * 4 - sizeof(struct tcphdr), &o) < 0)
@@ -226,9 +254,15 @@ static __always_inline int guard(struct __sk_buff *skb, const struct headers *h)
 	if (state == BPF_TCP_TIME_WAIT && pass && (__s32)(seq - old) <= 0 &&
 	    !((o.found & OPT_TS) && ts_recent && (__s32)(o.tsval - ts_recent) > 0))
 		return TC_ACT_UNSPEC;
-	verdict = adopt_by_cookie(skb, h, &o, other ? &old : 0);
+	map_v4(flow.caddr, h->ip->saddr);
+	map_v4(flow.vaddr, h->ip->daddr);
+	flow.cport = h->tcp->source;
+	flow.vport = h->tcp->dest;
+	verdict = adopt_by_cookie(skb, h, &flow, &o, other ? &old : 0);
 	if (verdict == TC_ACT_SHOT && pass)
 		return TC_ACT_UNSPEC;
+	if (verdict == TC_ACT_SHOT && conf.fast)
+		verdict = behind_yielding(skb, &flow, seq);
 	if (verdict == TC_ACT_SHOT)
 		COUNT(guarded, 1);
 	return verdict;

@@ -275,6 +275,8 @@ struct tcpha_event {
 	__u32 ours; /* our initial sequence number */
 	__u32 frontend;
 	__u32 result; /* TCPHA_R_OK, or why not */
+	__u32 reused; /* its tuple had another one within a minute, whose end may yet be reported */
+	__u32 pad;
 };
 
 struct tcpha_fe_conf {

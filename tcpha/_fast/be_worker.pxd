@@ -32,6 +32,7 @@ cdef struct adopted:
     bint recheck           # a report came meanwhile: look again afterwards
     bint over              # closed, but the front end could not be told
     bint fast              # by the packet path: nobody waited for its socket
+    bint reused            # and a report may be of an earlier one
 
 
 cdef struct be_counters:

@@ -112,9 +112,9 @@ cdef inline bint _living(int owner) noexcept nogil:
     return owner == DP_ALIVE or owner == DP_CLOSING
 
 
-cdef inline bint _unsettled(adopted *a, int owner) noexcept nogil:
-    """Nobody owns the tuple; but the packet that adopted it may still be on its way up (its CPU may
-    be doing something else), and its socket come."""
+cdef inline bint _unborn(adopted *a, int owner) noexcept nogil:
+    """Nobody owns the tuple; but unless its end has been reported, the packet that adopted it may
+    still be on its way up (its CPU may be doing something else), and its socket come."""
     return owner == 0 and a.fast and now_ns() - a.since_ns < YOUNG_NS
 
 
@@ -163,9 +163,9 @@ cdef uint32_t _check_all(backend_state *b, worker *w) noexcept nogil:
                 a = following
                 continue
             owner = b.dp.alive(b.dp.self, w.index, &a.flow)
-            if not a.over and (owner == DP_ALIVE or _unsettled(a, owner)):
+            if owner == DP_ALIVE:
                 opened += 1
-            elif a.over or not _living(owner):
+            if a.over or not (_living(owner) or _unborn(a, owner)):
                 _ended(b, w, a, END_TIME_WAIT if owner == DP_TIME_WAIT else END_GONE)
             a = following
         pthread_mutex_unlock(&b.lock)
@@ -319,6 +319,7 @@ cdef void _take_event(backend_state *b, worker *w, const tcpha_event *e) noexcep
     cdef adopted *a
     cdef uint64_t id = fast_id(e.isn, e.ours)
     cdef uint32_t reason = REFUSE_FULL
+    cdef bint reused = e.reused != 0
     cdef uint8_t buf[MSG_CLOSED_SIZE]
     cdef link *l
     cdef int i
@@ -330,6 +331,7 @@ cdef void _take_event(backend_state *b, worker *w, const tcpha_event *e) noexcep
             if a.over:
                 _remove(b, a)
             a = NULL
+            reused = True
         if a == NULL:
             a = _insert_any(b, &e.flow)
             if a == NULL:  # full of connections whose end we have not heard of yet
@@ -339,6 +341,7 @@ cdef void _take_event(backend_state *b, worker *w, const tcpha_event *e) noexcep
                 a = _insert_any(b, &e.flow)
             if a != NULL:
                 a.fast = True
+                a.reused = reused
                 a.id = id
                 a.since_ns = e.at_ns
                 a.link = a.link_gen = 0  # any: no link has generation 0
@@ -415,7 +418,7 @@ cdef void _check(backend_state *b, worker *w, const tcpha_flow *flow) noexcept n
         a.recheck = True  # perhaps the end of an earlier connection on the same 4-tuple
     elif a != NULL and not a.over:
         owner = b.dp.alive(b.dp.self, w.index, &a.flow)  # the report may be of an older one
-        if _unsettled(a, owner):
+        if a.reused and _unborn(a, owner):
             if b.nagain < AGAIN:  # or _sweep() finds it
                 b.again[b.nagain] = flow[0]
                 b.nagain += 1

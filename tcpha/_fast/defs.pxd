@@ -195,6 +195,7 @@ cdef extern from "tcpha.h" nogil:
         uint32_t ours
         uint32_t frontend
         uint32_t result
+        uint32_t reused
 
     struct tcpha_fe_conf:
         uint8_t vaddr[16]
