@@ -43,17 +43,19 @@ def ask(s: socket.socket, data: bytes = KEEP) -> None:
 def test_no_socket_on_the_front_end(cluster: Cluster) -> None:
     settle(cluster)
     before = fast(cluster)
-    held = []
+    held, late = [], 0
     for _ in range(20):
+        begin = time.monotonic()
         held.append(cluster.client.connect(cluster.VIP))
-        ask(held[-1])  # at once, or it would become a socket
+        ask(held[-1])
+        late += time.monotonic() - begin > 0.9  # who is silent for a second gets a socket
     seen = cluster.fe_host.run("ss", "-Htan", "sport = :80").stdout
     ports = ["{}:{}".format(*s.getsockname()) for s in held]
     for s in held:
         s.close()
     assert "LISTEN" in seen and not any(port in seen for port in ports)
     settle(cluster)
-    assert fast(cluster) == before + 20
+    assert late < 5 and before + 20 - late <= fast(cluster) <= before + 20
 
 
 # what is lost, once: where at the client, and which packets are meant
