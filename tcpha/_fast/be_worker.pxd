@@ -48,6 +48,8 @@ cdef struct backend_state:
     core *c
     be_datapath dp
     int netlink_fd
+    uint32_t ends          # reports since the timer's last turn
+    uint32_t lazy          # reports wait for the timer
     uint64_t stale_ns
     uint32_t max
     uint32_t mask

@@ -27,9 +27,10 @@ from tcpha._fast.message cimport (
     message_return, message_short, refusal_text)
 from tcpha._fast.packet cimport address_text
 from tcpha._fast.sys cimport (
-    EINTR, ENOBUFS, EPOLL_CTL_ADD, EPOLLET, EPOLLIN, MSG_DONTWAIT, add32, add64, errno, now_ns,
+    EINTR, ENOBUFS, EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLLET, EPOLLIN, EPOLLONESHOT, MSG_DONTWAIT,
+    add32, add64, errno, load32, now_ns,
     ntohs, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock,
-    pthread_mutex_unlock, recv, store32)
+    pthread_mutex_unlock, recv, store32, xchg32)
 
 cdef extern from "<linux/netlink.h>" nogil:
     struct nlmsghdr:
@@ -41,6 +42,7 @@ cdef extern from "<linux/netlink.h>" nogil:
 cdef enum:
     PIECE = 1024           # buckets that are read under one lock
     SWEEP = 64             # buckets that are looked through at one turn of the timer
+    MANY_ENDS = 32         # in one turn of the timer
 
 cdef uint64_t SETTLED_NS = 1000000000  # older connections surely have a socket, or none any more
 cdef int64_t DELAYED_NS = 50000000  # an offer this old may have been made to another one since
@@ -469,6 +471,7 @@ cdef void _on_netlink(backend_state *b, worker *w) noexcept nogil:
             d = <inet_diag_msg *>(p + NLMSG_HDRLEN)
             if _flow_of(d, &flow) and b.dp.outside(b.dp.self, &flow):
                 _check(b, w, &flow)
+                add32(&b.ends, 1)
             p += (h.nlmsg_len + 3) & ~3u
             n -= (h.nlmsg_len + 3) & ~3u
     if lost:
@@ -493,20 +496,45 @@ cdef bint _flow_of(const inet_diag_msg *d, tcpha_flow *flow) noexcept nogil:
     return True
 
 
+cdef int _await_ends(backend_state *b, int op) noexcept nogil:
+    """Have the next report wake a worker, once."""
+    return watch(b.c, op, b.netlink_fd, EPOLLIN | EPOLLONESHOT, EV_NETLINK, 0, 0)
+
+
+cdef void _pace(backend_state *b, worker *w) noexcept nogil:
+    """At each turn of the timer. Where many connections end, a wake-up and a message for each would
+    cost more than all else: the reports wait for the timer then, unless so many in the table that
+    are over could be missed as room for others."""
+    cdef uint32_t n
+    cdef bint lazy
+    if load32(&b.lazy):
+        _on_netlink(b, w)
+    n = xchg32(&b.ends, 0)
+    lazy = n >= MANY_ENDS and (<uint64_t>b.live + 2 * n) * 2 < b.max
+    if lazy:
+        store32(&b.lazy, 1)
+    elif xchg32(&b.lazy, 0):
+        _await_ends(b, EPOLL_CTL_MOD)
+
+
 cdef void _on_event(core *c, worker *w, int kind, uint32_t index, uint32_t gen,
                     uint32_t events) noexcept nogil:
+    cdef backend_state *b = <backend_state *>c.role
     if kind == EV_NETLINK:
-        _on_netlink(<backend_state *>c.role, w)
+        if not load32(&b.lazy):
+            _on_netlink(b, w)
+            _await_ends(b, EPOLL_CTL_MOD)
     elif kind == EV_RING:
-        _on_ring(<backend_state *>c.role, w)
+        _on_ring(b, w)
 
 
 cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
-    """Feed sockets that had no room."""
+    """Look for ends that wait, and feed sockets that had no room."""
     cdef backend_state *b = <backend_state *>c.role
     cdef leftover **at
     cdef leftover *p
     b.dp.sweep(b.dp.self, now)
+    _pace(b, w)
     _on_ring(b, w)
     _look_again(b, w)
     _sweep(b, w, now)
@@ -597,7 +625,7 @@ cdef class BackEnd(Core):
         nl.bind((0, 1))  # SKNLGRP_INET_TCP_DESTROY
         nl.setblocking(False)
         self.fds["netlink"] = self.b.netlink_fd = nl.detach()
-        watch(self.c, EPOLL_CTL_ADD, self.b.netlink_fd, EPOLLIN | EPOLLET, EV_NETLINK, 0, 0)
+        _await_ends(self.b, EPOLL_CTL_ADD)
         if self.b.dp.gate != NULL:
             watch(self.c, EPOLL_CTL_ADD, self.b.dp.event_fd, EPOLLIN | EPOLLET, EV_RING, 0, 0)
             _tell_live(self.b)

@@ -143,6 +143,7 @@ cdef extern from "<sys/epoll.h>" nogil:
         EPOLLHUP
         EPOLLRDHUP
         EPOLLET
+        EPOLLONESHOT
         EPOLL_CTL_ADD
         EPOLL_CTL_MOD
         EPOLL_CTL_DEL
