@@ -18,7 +18,8 @@ from test_nfqueue import OFF_NO_PROBE, TCP_REPAIR, TCP_TIMESTAMP, numbers, optio
 from tcpha.lab.bed import Cluster, Host, wait_for
 from test_serve import REQUEST, body, read_all, settle
 
-pytestmark = pytest.mark.modes("direct", "tunnel", "nfqueue-direct", "nfqueue-tunnel")
+pytestmark = pytest.mark.modes("direct", "tunnel", "fast-direct", "nfqueue-direct",
+                               "nfqueue-tunnel")
 KEEP = REQUEST.replace(b"close", b"keep-alive")
 RST, SYN, ACK, FIN = 4, 2, 16, 1
 

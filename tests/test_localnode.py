@@ -17,7 +17,8 @@ from test_clients import connect_from
 from test_serve import REQUEST, body, digest, links, read_all, settle, upload_many
 
 # back ends play a small part here
-pytestmark = pytest.mark.modes("direct", "tunnel", "nfqueue-direct", "nfqueue-tunnel")
+pytestmark = pytest.mark.modes("direct", "tunnel", "fast-direct", "nfqueue-direct",
+                               "nfqueue-tunnel")
 KEEP = REQUEST.replace(b"close", b"keep-alive")
 UNAVAILABLE = "Service Unavailable\n503"
 

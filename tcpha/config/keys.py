@@ -99,7 +99,7 @@ SHARED = {
     "minspareservers": Key(integer(1, 1000), 2),
     "datapath": Key(choice("auto", "ebpf", "nfqueue"), "auto"),
     "forward": Key(choice("direct", "tunnel"), "direct"),
-    "fastpath": Key(choice("on", "off"), "off"),
+    "fastpath": Key(choice("on", "off"), "on"),
     "secret": Key(text),
     "dbglevel": Key(integer(0, 6, "level"), 0),
     "logfile": Key(text),

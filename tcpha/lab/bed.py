@@ -48,6 +48,17 @@ def wait_for(what: Callable[[], Any], why: str, seconds: float = 10.0) -> Any:
         time.sleep(0.02)
 
 
+def inside(ns: str, work: Callable[[], T]) -> T:
+    """Run a function in a thread that is in a network namespace; sockets made there stay there."""
+    def enter() -> T:
+        with open(f"/run/netns/{ns}") as f:
+            if ctypes.CDLL(None, use_errno=True).setns(f.fileno(), CLONE_NEWNET) < 0:
+                raise OSError(ctypes.get_errno(), f"cannot enter {ns}")
+        return work()
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(enter).result()
+
+
 class Host:
     """A network namespace with one interface, eth0."""
 
@@ -89,14 +100,8 @@ class Host:
         return process
 
     def inside(self, work: Callable[[], T]) -> T:
-        """Run a function in a thread that is on this host; sockets made there stay there."""
-        def enter() -> T:
-            with open(f"/run/netns/{self.ns}") as f:
-                if ctypes.CDLL(None, use_errno=True).setns(f.fileno(), CLONE_NEWNET) < 0:
-                    raise OSError(ctypes.get_errno(), f"cannot enter {self.ns}")
-            return work()
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(enter).result()
+        """Run a function on this host; sockets made there stay there."""
+        return inside(self.ns, work)
 
     def connect(self, address: str, port: int = 80, mss: int = 0,
                 timeout: float = 30.0) -> socket.socket:

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The packet path on an imperfect network: between the front end and the back ends, with large
+requests, without offloads, with many short connections."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from tcpha.lab.bed import Cluster, Host, inside, sh, wait_for
+from test_serve import REQUEST, body, read_all, settle, upload_many
+
+pytestmark = pytest.mark.modes("fast-direct", "fast-tunnel")
+BODY = os.urandom(2000)
+PUT = b"PUT /up/between HTTP/1.1\r\nHost: lab\r\nConnection: close\r\nContent-Length: 2000\r\n\r\n"
+
+
+def fast(c: Cluster) -> int:
+    """Connections that took the packet path."""
+    assert c.fe
+    return int(c.fe.ctl("status")["counters"]["fast"])
+
+
+def mac(host: Host) -> bytes:
+    link, = json.loads(host.ip("-j", "link", "show", "eth0"))
+    return bytes.fromhex(link["address"].replace(":", ""))
+
+
+def nft_on_switch(c: Cluster, rules: str) -> None:
+    sh("nsenter", f"--net=/run/netns/{c.bed.switch}", "nft", "-f", "-",
+       input=f"table bridge lab\ndelete table bridge lab\n{rules}")
+
+
+@contextmanager
+def between(c: Cluster, count: int,
+            change: Callable[[list[bytes]], list[bytes]]) -> Iterator[list[bytes]]:
+    """What the front end forwards with payload waits on the switch until there are so many frames,
+    and leaves as change() says; whatever follows passes. Yields what has passed so far."""
+    def tap(host: Host) -> socket.socket:
+        s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0003))
+        s.bind((host.port, 0x0003))
+        return s
+    to = {mac(h): inside(c.bed.switch, lambda h=h: tap(h)) for h in c.be_hosts}
+    source = inside(c.bed.switch, lambda: tap(c.fe_host))
+    source.settimeout(0.05)
+    proto, least = (4, 100) if c.forward == "tunnel" else (6, 80)
+    # port 666: the control connections
+    match = "ip protocol 4" if proto == 4 else "tcp dport != 666 tcp sport != 666"
+    nft_on_switch(c, f"""table bridge lab {{
+        chain keep {{
+            type filter hook forward priority 0
+            iifname {c.fe_host.port} {match} ip length > {least} drop
+        }}
+    }}
+    """)
+    ended = threading.Event()
+    waiting: list[bytes] = []
+    passed: list[bytes] = []
+
+    def work() -> None:
+        while not ended.is_set():
+            try:
+                frame, address = source.recvfrom(65536)
+            except TimeoutError:
+                continue
+            if address[2] == socket.PACKET_OUTGOING or frame[:6] not in to or \
+                    frame[12:14] != b"\x08\0" or frame[23] != proto or \
+                    int.from_bytes(frame[16:18], "big") <= least or \
+                    (proto == 6 and b"\x02\x9a" in (frame[34:36], frame[36:38])):
+                continue
+            waiting.append(frame)
+            if len(passed) or len(waiting) == count:
+                out = waiting if passed else change(waiting)
+                for f in out:
+                    to[f[:6]].send(f)
+                passed.extend(waiting)
+                waiting.clear()
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield passed
+    finally:
+        ended.set()
+        thread.join()
+        nft_on_switch(c, "")
+        for s in (source, *to.values()):
+            s.close()
+
+
+CHANGES: dict[str, Callable[[list[bytes]], list[bytes]]] = {
+    "request lost": lambda f: f[1:], "body lost": lambda f: f[:1],
+    "request twice": lambda f: [f[0], *f], "request again behind the body": lambda f: [*f, f[0]],
+    "both lost": lambda f: [], "in the other order": lambda f: f[::-1]}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_between_front_end_and_back_end(cluster: Cluster, what: str) -> None:
+    """A request in one segment, its body in another. It is served once, and whole."""
+    cluster.client.run("ethtool", "-K", "eth0", "tx", "off")  # frames that are sent on are complete
+    settle(cluster)
+    before = fast(cluster)
+    name = what.replace(" ", "-")
+    stored = cluster.nginx[0].root / "up" / name
+    try:
+        with between(cluster, 2, CHANGES[what]) as passed:
+            with cluster.client.connect(cluster.VIP) as s:
+                s.sendall(PUT.replace(b"between", name.encode()))
+                s.sendall(BODY[:1000])
+                s.sendall(BODY[1000:])
+                assert read_all(s).split()[1] in (b"201", b"204")
+            assert len(passed) >= 3
+    finally:
+        cluster.client.run("ethtool", "-K", "eth0", "tx", "on")
+    assert stored.read_bytes() == BODY
+    settle(cluster)
+    assert fast(cluster) == before + 1
+    served = [r for r in cluster.nginx[0].seen() if f"PUT /up/{name}" in r["request"]]
+    assert len(served) == 1
+    stored.unlink()
+
+
+@pytest.mark.parametrize("size", [20_000, 60_000])
+def test_request_in_one_large_packet(cluster: Cluster, size: int) -> None:
+    """Head and body in one GSO packet, which the front end forwards as it is."""
+    client, data = cluster.client, os.urandom(size)
+    route = ("route", "replace", f"{cluster.VIP}/32", "dev", "eth0")
+    client.ip(*route, "initcwnd", "60")
+    settle(cluster)
+    before = fast(cluster)
+    try:
+        for n in range(5):
+            with client.connect(cluster.VIP) as s:
+                s.sendall(PUT.replace(b"2000", b"%d" % size).replace(b"between", b"%d" % n) + data)
+                assert read_all(s).split()[1] in (b"201", b"204")
+            stored = cluster.nginx[0].root / "up" / str(n)
+            assert stored.read_bytes() == data
+            stored.unlink()
+    finally:
+        client.ip("route", "del", f"{cluster.VIP}/32")
+    settle(cluster)
+    assert fast(cluster) == before + 5
+
+
+OFFLOADS = ("rx", "tx", "tso", "gso", "gro")
+
+
+@pytest.mark.parametrize("where", ["client", "fe", "be", "all"])
+def test_without_offloads(cluster: Cluster, where: str) -> None:
+    """Checksums that are complete already, single segments: nothing depends on the offloads."""
+    hosts = {"client": [cluster.client], "fe": [cluster.fe_host], "be": cluster.be_hosts,
+             "all": [cluster.client, cluster.fe_host, *cluster.be_hosts]}[where]
+
+    def switch(on: str) -> None:
+        for h in hosts:
+            h.run("ethtool", "-K", "eth0", *(x for o in OFFLOADS for x in (o, on)))
+    before = fast(cluster)
+    switch("off")
+    try:
+        for _ in range(10):
+            with cluster.client.connect(cluster.VIP) as s:
+                s.sendall(REQUEST)
+                assert len(body(read_all(s))) == 1024
+        upload_many(cluster, 8, 1 << 20, "-H", "Expect:")
+        errors = cluster.fe_host.run("nstat", "-asz", "TcpInCsumErrors").stdout.split()[-2]
+        assert [h.run("nstat", "-asz", "TcpInCsumErrors").stdout.split()[-2]
+                for h in (cluster.client, *cluster.be_hosts)] == ["0", "0", "0"] and errors == "0"
+    finally:
+        switch("on")
+    settle(cluster)
+    assert fast(cluster) == before + 18
+
+
+def counters(hosts: list[Host]) -> dict[str, int]:
+    """What a connection that goes wrong would leave, summed over the hosts."""
+    names = ("TcpRetransSegs", "TcpExtTCPLossProbes", "TcpExtPAWSActive", "TcpExtPAWSEstab",
+             "TcpEstabResets", "TcpOutRsts", "TcpExtTCPTimeouts")
+    total = dict.fromkeys(names, 0)
+    for h in hosts:
+        for line in h.run("nstat", "-asz", *names).stdout.splitlines():
+            if line.startswith(names):
+                total[line.split()[0]] += int(line.split()[1])
+    # a probe says that the machine was busy, not that something was lost (RFC 8985 section 7)
+    total["TcpRetransSegs"] -= total.pop("TcpExtTCPLossProbes")
+    return total
+
+
+def test_100000_short_connections(cluster: Cluster) -> None:
+    """Three times as many as the client has ports: each is used again, and nothing tells one
+    connection on it from the next but its numbers. Nobody retransmits, resets or drops by PAWS more
+    than on connections straight to nginx."""
+    hosts = [cluster.client, cluster.fe_host, *cluster.be_hosts]
+
+    def run(address: str) -> dict[str, int]:
+        before = counters(hosts)
+        done = cluster.client.run("ab", "-q", "-s", "60", "-n", "100000", "-c", "32",
+                                  f"http://{address}/1k")
+        assert "Complete requests:      100000" in done.stdout
+        assert "Failed requests:        0" in done.stdout, done.stdout
+        return {k: n - before[k] for k, n in counters(hosts).items()}
+    direct = run(cluster.be_hosts[0].address)
+    settle(cluster)
+    before = fast(cluster)
+    ours = run(cluster.VIP)
+    settle(cluster)
+    assert fast(cluster) >= before + 99_000
+    worse = {k: (n, direct[k]) for k, n in ours.items() if n > direct[k] + 20}
+    assert not worse, (ours, direct)
+
+
+def test_server_that_stops_for_a_while(cluster: Cluster) -> None:
+    """Its accept queue fills, then it goes on: whoever was let in is served, and whoever was not is
+    told so, or served when its request comes again."""
+    assert cluster.fe
+    server, host = cluster.nginx[0], cluster.be_hosts[0]
+    somaxconn = host.sysctl("net.core.somaxconn")
+    host.sysctl("net.core.somaxconn", "16")
+    cluster.fe.ctl("drain", cluster.be_hosts[1].address)
+    try:
+        server.stop()
+        server.start()
+        workers = wait_for(lambda: sh("pgrep", "-P", str(server.process.pid), check=False)
+                           .stdout.split(), "nginx's workers")
+        wait_for(lambda: cluster.get("/1k", "-o", "/dev/null", "-w", "%{http_code}") == "200",
+                 "the back end in use")
+        for pid in workers:
+            os.kill(int(pid), signal.SIGSTOP)
+        clients: list[Any] = []
+        for _ in range(200):
+            s = cluster.client.connect(cluster.VIP)
+            s.sendall(REQUEST)
+            clients.append(s)
+        wait_for(lambda: cluster.be[0].ctl("status")["counters"]["refusals"].get(
+            "accept queue full"), "a refusal for the full queue")
+        for pid in workers:
+            os.kill(int(pid), signal.SIGCONT)
+        codes = [int(read_all(s).split()[1]) for s in clients]
+        assert codes.count(200) >= 16 and codes.count(200) + codes.count(503) == 200, codes
+        for s in clients:
+            s.close()
+    finally:
+        host.sysctl("net.core.somaxconn", somaxconn)
+        server.stop()
+        server.start()
+        cluster.fe.ctl("undrain", cluster.be_hosts[1].address)
+    settle(cluster)
