@@ -7,7 +7,9 @@ Machines are shared and noisy: the ratios of one run count, absolute figures do 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import re
 import socket
 import statistics
@@ -151,7 +153,25 @@ class Bench:
         return self.cluster.client.inside(work)
 
 
+    def cpu(self, base: str) -> float:
+        """Microseconds of CPU time that the front end's processes use for a connection."""
+        def used() -> int:
+            ticks = 0
+            for process in self.cluster.fe_host.processes:
+                for child in Path("/proc").glob("[0-9]*/stat"):
+                    with contextlib.suppress(OSError):
+                        fields = child.read_text().rpartition(")")[2].split()
+                        if str(process.pid) in (child.parent.name, fields[1]):
+                            ticks += int(fields[11]) + int(fields[12])
+            return ticks
+        before, begin = used(), time.monotonic()
+        rate = self.wrk(base, "/1k", 32, "-H", "Connection: close")
+        count = rate * (time.monotonic() - begin)
+        return (used() - before) / os.sysconf("SC_CLK_TCK") * 1e6 / count if count else 0.0
+
+
 LARGE = "64 MB downloads, c=4"
+FE_CPU = "CPU of the front end's processes, a connection"
 
 
 def workloads(b: Bench) -> dict[str, tuple[str, bool, Callable[[str], float]]]:
@@ -167,6 +187,7 @@ def workloads(b: Bench) -> dict[str, tuple[str, bool, Callable[[str], float]]]:
         "1 KB, a connection each, c=128": ("req/s", True,
                                            lambda base: b.wrk(base, "/1k", 128, *close)),
         "request to first byte, p50": ("us", False, b.first_byte),
+        FE_CPU: ("us", False, b.cpu),
     }
 
 
@@ -211,6 +232,10 @@ def measure(beds: dict[str, Bench], rounds: int) -> dict[str, dict[str, list[flo
     return samples
 
 
+def ratio(ours: float, other: float) -> float | None:
+    return ours / other if other else None
+
+
 def report(samples: dict[str, dict[str, list[float]]], units: dict[str, str],
            output: Path) -> None:
     """The table on stdout and everything as JSON."""
@@ -220,13 +245,14 @@ def report(samples: dict[str, dict[str, list[float]]], units: dict[str, str],
         medians = {w: statistics.median(v) for w, v in by_way.items()}
         for way, values in by_way.items():
             m = medians[way]
-            rows.append([name if way == "nginx direct" else "", way, f"{m:.0f} {units[name]}",
+            ratios = ratio(m, medians["nginx direct"]), ratio(m, medians["haproxy http"])
+            rows.append([name if way == "nginx direct" else "", way,
+                         f"{m:.{m < 100:d}f} {units[name]}",
                          f"{min(values):.0f}-{max(values):.0f}",
-                         f"{m / medians['nginx direct']:.2f}",
-                         f"{m / medians['haproxy http']:.2f}"])
+                         *("-" if r is None else f"{r:.2f}" for r in ratios)])
             results.append({"workload": name, "way": way, "unit": units[name], "median": m,
-                            "samples": values, "to_direct": m / medians["nginx direct"],
-                            "to_haproxy_http": m / medians["haproxy http"]})
+                            "samples": values, "to_direct": ratios[0],
+                            "to_haproxy_http": ratios[1]})
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(f.ljust(w) for f, w in zip(row, widths, strict=True)).rstrip())
