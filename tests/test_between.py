@@ -115,7 +115,7 @@ def test_between_front_end_and_back_end(cluster: Cluster, what: str) -> None:
                 s.sendall(BODY[:1000])
                 s.sendall(BODY[1000:])
                 assert read_all(s).split()[1] in (b"201", b"204")
-            assert len(passed) >= 3
+            assert len(passed) >= 2
     finally:
         cluster.client.run("ethtool", "-K", "eth0", "tx", "on")
     assert stored.read_bytes() == BODY

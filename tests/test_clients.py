@@ -89,7 +89,9 @@ def test_silent_and_slow_clients_get_408_and_hold_up_nobody(cluster: Cluster) ->
     slow = cluster.client.connect(cluster.VIP)
     slow.sendall(REQUEST[:20])
     assert cluster.get("/") == "index of be1\n"
-    assert cluster.fe and cluster.fe.ctl("status")["workers"]["idle"] >= 2
+    assert cluster.fe
+    fe = cluster.fe
+    wait_for(lambda: fe.ctl("status")["workers"]["idle"] >= 2, "workers that are idle")
     for s in [*silent, slow]:
         assert status(s) == 408
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from netfilterqueue import NetfilterQueue
 from test_bpf import ACK, DROP, FIN, PSH, REDIRECT, RST, STACK, SYN, Bpf, Packet, flow, number
+from test_clients import connect_from
 from test_edges import Forger
 
 from tcpha.lab.bed import Cluster, Host, wait_for
@@ -253,6 +254,20 @@ def test_silent_client_becomes_a_socket(cluster: Cluster) -> None:
     settle(cluster)
     after = fe.ctl("status")["counters"]
     assert after["handed"] == before["handed"] + 1 and after["fast"] == before["fast"]
+
+
+def test_silent_client_on_a_port_used_before(cluster: Cluster) -> None:
+    """The front end still knows the connection before, which is over."""
+    for _ in range(3):
+        with connect_from(cluster, 20080) as s:
+            s.sendall(REQUEST)
+            assert len(body(read_all(s))) == 1024
+        with connect_from(cluster, 20080) as s:
+            assert cluster.fe
+            fe = cluster.fe
+            wait_for(lambda: fe.ctl("status")["in_hand"] == 1, "a socket of the front end")
+            ask(s)
+        settle(cluster)
 
 
 def test_a_back_end_smaller_than_its_traffic(mode: dict[str, Any]) -> None:

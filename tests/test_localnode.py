@@ -261,6 +261,29 @@ def test_direct_use_after(cluster: Cluster, end: str) -> None:
             assert body(read_all(s)) == b"fe\n"
 
 
+def test_direct_use_while_the_last_ack_is_missing(cluster: Cluster) -> None:
+    """The client sends its FIN again when the port has a direct connection already, and must get
+    its answer."""
+    with connect_from(cluster, 20047) as s:
+        s.sendall(REQUEST)
+        assert len(body(read_all(s))) == 1024
+        cluster.client.nft("""table ip lab {
+            counter lost { }
+            chain in { type filter hook input priority 0;
+                tcp sport 80 tcp dport 20047 tcp flags & (syn | psh) == 0 counter name lost drop; }
+        }""")
+    try:
+        wait_for(lambda: cluster.client.nft_counter("lost"), "the lost ACK")
+        with connect_from(cluster, 20047, 8080) as s:
+            s.sendall(REQUEST.replace(b"/1k", b"/"))
+            assert body(read_all(s)) == b"fe\n"
+    finally:
+        cluster.client.nft("")
+    with connect_from(cluster, 20047) as s:  # not before the FIN was answered
+        s.sendall(REQUEST)
+        assert len(body(read_all(s))) == 1024
+
+
 def test_none_where_the_front_end_listens(mode: dict[str, Any]) -> None:
     """Its default port may be the front end's own."""
     c = Cluster(1, **mode, rules=[(0, "jpg$")], fe_conf="port = 8080")

@@ -649,19 +649,19 @@ int fe_fast(struct __sk_buff *skb)
 	}
 	if (kind == TCPHA_FAST_SOCKET) {
 		own = bpf_map_lookup_elem(&state, &zero);
-		if (!own || (length ? !e || e->state != TCPHA_PENDING || seq != e->first_seq : e != 0))
+		if (!own || (length ? !e || e->state != TCPHA_PENDING || seq != e->first_seq : e && is_of(e, &h)))
 			return TC_ACT_SHOT;
 		if (read_options(skb, ETH_HLEN + h.ip->ihl * 4 + sizeof(struct tcphdr),
 				 h.tcp->doff * 4 - sizeof(struct tcphdr), &c.opt) < 0)
 			return TC_ACT_SHOT;
-		if (!cookie_check(&flow, &own->keys, seq, ack, &c) && !e)
+		if (!cookie_check(&flow, &own->keys, seq, ack, &c) && !length)
 			return TC_ACT_SHOT;
-		if (!e) { /* a client that has been silent since the handshake: user space forged its ACK */
+		if (!length) { /* a client that has been silent since the handshake: user space forged its ACK */
 			if (socket != BPF_TCP_LISTEN)
 				return TC_ACT_SHOT;
 			cookie_accept(skb, &t, &c, conf.wscale, bpf_ntohs(h.ip->id));
 		} else {
-			if (cookie_accept(skb, &t, &c, conf.wscale, e->rtt_ms))
+			if (!e || cookie_accept(skb, &t, &c, conf.wscale, e->rtt_ms))
 				return TC_ACT_SHOT; /* the client's next attempt may find room */
 			/* the worker removes the entry, once there is a socket */
 			o->old = e->slot;

@@ -105,11 +105,37 @@ cdef be_flow *_flow_to(be_nfqueue *d, const tcp_view *v) noexcept nogil:
     cdef be_flow *f
     _key(d, v.ip + 12, v.tcp, &local)
     f = <be_flow *>table_find(&d.flows, &local)
+    if f != NULL and f.state == B_DIRECT and v.flags & TCP_FIN and \
+            memcmp(&f.outside.vport, v.tcp + 2, 2) == 0:
+        _acknowledge(d, v)
     if f == NULL or f.state != B_LIVE or memcmp(&f.outside.vport, v.tcp + 2, 2) != 0 or \
             (v.flags & TCP_SYN and f.ended_ns):
         add64(<uint64_t *>&d.n.guarded, 1)
         return NULL
     return f
+
+
+cdef void _acknowledge(be_nfqueue *d, const tcp_view *v) noexcept nogil:
+    """A FIN that comes once more, in the name of the TIME_WAIT socket that had to go: its client
+    could not use the port again before it is answered."""
+    cdef uint8_t buf[IP_SIZE + TCP_SIZE]
+    cdef uint32_t ack = htonl(get32(v.tcp + 4) + v.data_len + 1)
+    cdef uint16_t length = htons(sizeof(buf))
+    memset(buf, 0, sizeof(buf))
+    buf[0] = 0x45
+    memcpy(buf + 2, &length, 2)
+    buf[6] = 0x40          # DF
+    buf[8] = 64
+    buf[9] = 6
+    memcpy(buf + 12, v.ip + 16, 4)
+    memcpy(buf + 16, v.ip + 12, 4)
+    memcpy(buf + IP_SIZE, v.tcp + 2, 2)
+    memcpy(buf + IP_SIZE + 2, v.tcp, 2)
+    memcpy(buf + IP_SIZE + 4, v.tcp + 8, 4)
+    memcpy(buf + IP_SIZE + 8, &ack, 4)
+    buf[IP_SIZE + 12] = 5 << 4
+    buf[IP_SIZE + 13] = TCP_ACK
+    _inject(d, buf, sizeof(buf))
 
 
 cdef int _inward(be_nfqueue *d, packet *p) noexcept nogil:
@@ -235,12 +261,12 @@ cdef int _outward(be_nfqueue *d, queue *q, packet *p) noexcept nogil:
         return V_ACCEPT if d.shared else V_DROP
     _key(d, v.ip + 16, v.tcp + 2, &local)
     f = <be_flow *>table_find(&d.flows, &local)
-    if f == NULL or f.state == B_DIRECT:
+    if f == NULL or (f.state == B_DIRECT and get32(v.tcp + 4) != f.high):
         if d.shared:
             return V_ACCEPT
         add64(&d.unknown, 1)
         return V_DROP
-    if f.state != B_LIVE:
+    if f.state != B_LIVE and f.state != B_DIRECT:
         if v.flags & TCP_RST and f.state == B_SYN:
             f.state = B_REFUSED
             _tell(d)
