@@ -11,7 +11,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 BPF = Path("tcpha/_bpf")
-LIBRARIES = {"bpf": ["libbpf"], "ebpf": ["libbpf"], "match": ["libhs"], "fe_worker": ["libhs"]}
+LIBRARIES = {"bpf": ["libbpf"], "ebpf": ["libbpf"], "match": ["libhs"], "fe_worker": ["libhs"],
+             "tls": ["libssl", "libcrypto"]}
 
 
 def pkg_config(packages: list[str], option: str) -> list[str]:

@@ -166,6 +166,10 @@ class Service:
             self.host.restore()
             raise
         self.set_level(self.config.dbglevel)
+        if self.secret is None:
+            log.warning("no 'secret': control connections are neither authenticated nor encrypted; "
+                        "make one with 'openssl rand -hex 32', or keep them on a network of your "
+                        "own")
         self.workers = Supervisor(self.core, self.config.startservers,
                                   self.config.minspareservers, self.config.maxspareservers,
                                   min(self.config.maxclients, 512))

@@ -68,13 +68,21 @@ def root() -> None:
 
 @pytest.fixture(scope="session")
 def shared(mode: dict[str, Any]) -> Iterator[Cluster]:
-    """One client, one FE, two BEs with nginx on ports 80 and 8080."""
+    """One client, one FE, two BEs with nginx on ports 80 and 8080. Where packets are tunnelled, the
+    control connections are encrypted."""
     # a client that lost a SYN-ACK may take 3 s as its first RTO: under loss, headtimeout is longer
     c = Cluster(**mode, fe_conf="headtimeout = 8\nmaxclients = 512",
-                be_conf="maxclients = 8192", nginx={"ports": (80, 8080)})
+                be_conf="maxclients = 8192", nginx={"ports": (80, 8080)}, start=False)
     # hosts share the kernel's timestamp offsets otherwise, and mistakes would not show
     c.fe_host.sysctl("net.ipv4.tcp_timestamps", "2")
     try:
+        if mode["forward"] == "tunnel":
+            secret = c.bed.dir / "secret"
+            secret.write_text(os.urandom(16).hex())
+            secret.chmod(0o600)
+            c.fe_conf += f"\nsecret = {secret}"
+            c.be_conf += f"\nsecret = {secret}"
+        c.start()
         for n in c.nginx:
             n.file("index.html", f"index of {n.host.name}\n".encode())
             n.file("a.jpg", f"picture of {n.host.name}\n".encode())

@@ -195,7 +195,7 @@ def test_garbage_where_back_ends_register(plain: Cluster) -> None:
         return bytes(message.encode_hello(json.dumps(known | fields).encode()))
     for data in (REQUEST, os.urandom(500), hello()[:20] + b"\xff" * 400, hello(role="fe"),
                  hello(rule=[]), hello(rule=[7]), hello(rule="x"), hello(port=0), hello(port="x"),
-                 hello(vaddr="10.0.0.1"), hello(version=99), hello(nonce="ab")):
+                 hello(vaddr="10.0.0.1"), hello(version=99), b"\x16\x03\x01" + os.urandom(300)):
         said(data)
     assert b"does not compile" in said(hello(rule=["jpg("]))
     assert len(front(plain).ctl("servers")) == 1

@@ -4,6 +4,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from tcpha._fast.defs cimport TCPHA_MAX_OPS, tcpha_flow
 from tcpha._fast.message cimport message
 from tcpha._fast.sys cimport pthread_mutex_t
+from tcpha._fast.tls cimport tls
 
 cdef enum:
     MAX_LINKS = 1024
@@ -42,6 +43,10 @@ cdef struct link:
     uint32_t out_len
     uint32_t out_sent
     uint32_t out_cap
+    tls *tls               # or NULL: no shared secret. Guarded by the lock
+    uint8_t *sealed        # what it made of the next bytes of 'out'
+    uint32_t sealed_len
+    uint32_t sealed_sent
     uint8_t *buf
     uint32_t buf_len
     uint64_t last_rx_ns
@@ -104,5 +109,6 @@ cdef class Core:
     cdef core *c
     cdef object log_file
     cdef dict fds
+    cdef dict channels     # by link
     cdef worker *outsider(self) except NULL
     cdef void flush_outsider(self) noexcept nogil

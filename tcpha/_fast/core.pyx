@@ -23,6 +23,8 @@ from tcpha._fast.sys cimport (
     add32, add64, epoll_ctl, epoll_event, epoll_wait, errno, getsockopt, load32, load64, now_ns,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, read,
     recv, send, shutdown, socklen_t, store32, store64, write, xchg32)
+from tcpha._fast.tls cimport (
+    TLS_BROKEN, TLS_CLOSED, TLS_RECORD, TLS_SEALED, Channel, tls_open, tls_received, tls_seal)
 
 cdef extern from "<linux/tcp.h>" nogil:
     struct tcp_info_head "tcp_info":
@@ -107,16 +109,41 @@ cdef bint half_closed(int fd) noexcept nogil:
     return info.tcpi_state != 1  # TCP_ESTABLISHED
 
 
+cdef int _next_bytes(link *l, uint8_t **data) noexcept nogil:
+    """What to send next. How many bytes, or -1: they cannot be encrypted. l.lock is held."""
+    cdef int n
+    if l.tls == NULL:
+        data[0] = l.out + l.out_sent
+        return <int>(l.out_len - l.out_sent)
+    if l.sealed_sent == l.sealed_len and l.out_sent < l.out_len:
+        n = <int>min(l.out_len - l.out_sent, <uint32_t>TLS_RECORD)
+        l.sealed_sent = l.sealed_len = 0
+        l.out_sent += n
+        n = tls_seal(l.tls, l.out + l.out_sent - n, n, l.sealed)
+        if n < 0:
+            return -1
+        l.sealed_len = n
+    data[0] = l.sealed + l.sealed_sent
+    return <int>(l.sealed_len - l.sealed_sent)
+
+
 cdef void _flush(core *c, worker *w, link *l) noexcept nogil:
     """Send what is queued, as far as the socket takes it; EPOLLOUT brings us back for the rest."""
     cdef ssize_t n
-    cdef int error = 0
+    cdef int error = 0, want
+    cdef uint8_t *data
     cdef bint broken = False
     pthread_mutex_lock(&l.lock)
-    while l.state == LINK_UP and l.out_sent < l.out_len:
-        n = send(l.fd, l.out + l.out_sent, l.out_len - l.out_sent, MSG_DONTWAIT | MSG_NOSIGNAL)
-        if n > 0:
+    while l.state == LINK_UP:
+        want = _next_bytes(l, &data)
+        broken = want < 0
+        if want <= 0:
+            break
+        n = send(l.fd, data, want, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if n > 0 and l.tls == NULL:
             l.out_sent += <uint32_t>n
+        elif n > 0:
+            l.sealed_sent += <uint32_t>n
         elif errno == EINTR:
             continue
         else:
@@ -207,6 +234,27 @@ cdef void _learn_delta(link *l, uint64_t now, uint64_t sent) noexcept nogil:
         l.delta_ns = delta
 
 
+cdef ssize_t _receive(worker *w, link *l, uint8_t *to, uint32_t room) noexcept nogil:
+    """As recv() does, decrypted; TLS_BROKEN: the peer's bytes are not what it encrypted."""
+    cdef ssize_t got
+    if l.tls == NULL:
+        return recv(l.fd, to, room, MSG_DONTWAIT)
+    while True:
+        pthread_mutex_lock(&l.lock)
+        got = tls_open(l.tls, to, room)
+        pthread_mutex_unlock(&l.lock)
+        if got > 0 or got == TLS_BROKEN:
+            return got
+        if got == TLS_CLOSED:
+            return 0
+        got = recv(l.fd, w.scratch, SCRATCH, MSG_DONTWAIT)
+        if got <= 0:
+            return got
+        pthread_mutex_lock(&l.lock)
+        tls_received(l.tls, w.scratch, <uint32_t>got)
+        pthread_mutex_unlock(&l.lock)
+
+
 cdef void _read_link(core *c, worker *w, link *l) noexcept nogil:
     cdef ssize_t got
     cdef int used
@@ -214,7 +262,11 @@ cdef void _read_link(core *c, worker *w, link *l) noexcept nogil:
     cdef message m
     cdef uint8_t pong[16]
     while l.state == LINK_UP:
-        got = recv(l.fd, l.buf + l.buf_len, LINK_IN - l.buf_len, MSG_DONTWAIT)
+        got = _receive(w, l, l.buf + l.buf_len, LINK_IN - l.buf_len)
+        if got == TLS_BROKEN:
+            say(c, 0, b"a control connection was tampered with: closing it")
+            link_break(c, w, l, False)
+            return
         if got < 0:
             if errno == EINTR:
                 continue
@@ -260,7 +312,8 @@ cdef void _on_link(core *c, worker *w, uint32_t index, uint32_t gen,
         return
     if events & EPOLLOUT:
         _flush(c, w, l)
-    if events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+    # what came behind the peer's HELLO may have been decrypted, and no event tells of it
+    if l.tls != NULL or events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
         # one reader at a time; who comes second makes the first look again
         if add32(&l.readers, 1) == 1:
             while True:
@@ -314,6 +367,7 @@ cdef class Core:
         for i in range(MAX_LINKS):
             pthread_mutex_init(&self.c.links[i].lock, NULL)
         self.fds = {}
+        self.channels = {}
 
     def _open(self, int timer_ms):
         import ctypes
@@ -343,6 +397,7 @@ cdef class Core:
         for i in range(MAX_LINKS):
             free(self.c.links[i].out)
             free(self.c.links[i].buf)
+            free(self.c.links[i].sealed)
             pthread_mutex_destroy(&self.c.links[i].lock)
         free(self.c.outside.scratch)
         free(self.c)
@@ -437,10 +492,11 @@ cdef class Core:
 
     # Control connections
 
-    def add_link(self, sock, uint32_t peer, int64_t delta_ns):
+    def add_link(self, sock, uint32_t peer, int64_t delta_ns, Channel channel=None):
         """Hand a connected socket over to the workers; HELLO has been exchanged. Returns its index.
 
-        delta_ns: our CLOCK_MONOTONIC less the peer's, as HELLO showed it.
+        delta_ns: our CLOCK_MONOTONIC less the peer's, as HELLO showed it; channel: what encrypts
+        it, if something does.
         """
         cdef uint32_t i
         cdef link *l
@@ -454,14 +510,18 @@ cdef class Core:
             l.buf = <uint8_t *>malloc(LINK_IN)
             l.out = <uint8_t *>malloc(1 << 16)
             l.out_cap = 1 << 16
-        if l.buf == NULL or l.out == NULL:
+        if channel is not None and l.sealed == NULL:
+            l.sealed = <uint8_t *>malloc(TLS_SEALED)
+        if l.buf == NULL or l.out == NULL or (channel is not None and l.sealed == NULL):
             raise MemoryError
+        self.channels[i] = channel
+        l.tls = NULL if channel is None else &channel.t
         sock.setblocking(False)
         l.fd = sock.detach()
         l.gen += 1
         l.peer = peer
         l.readers = 0
-        l.buf_len = l.out_len = l.out_sent = 0
+        l.buf_len = l.out_len = l.out_sent = l.sealed_len = l.sealed_sent = 0
         l.last_rx_ns = l.delta_since_ns = now_ns()
         l.delta_ns = l.delta_prev_ns = delta_ns
         store32(&l.state, LINK_UP)
@@ -514,6 +574,8 @@ cdef class Core:
         """Close a broken link's descriptor and free its place. Call quiesce() before."""
         if self.c.links[index].state == LINK_DOWN:
             os.close(self.c.links[index].fd)
+            self.c.links[index].tls = NULL
+            self.channels.pop(index)
             store32(&self.c.links[index].state, LINK_FREE)
 
     def ponged(self, uint32_t index):

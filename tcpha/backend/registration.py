@@ -62,7 +62,7 @@ class Registration:
         sock.bind((config.raddr, 0))
         async with asyncio.timeout(PATIENCE):
             await asyncio.get_running_loop().sock_connect(sock, (config.feaddr, config.feport))
-            hello, _ = await call(sock, Hello("be", config.vaddr, config.port,
+            hello, _, _ = await call(sock, Hello("be", config.vaddr, config.port,
                                               instance=self.instance,
                                               rule=[r.pattern for r in config.rule]), self.secret)
         check(hello, "fe", config.vaddr)

@@ -131,7 +131,7 @@ class BackEndService(Service):
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             async with asyncio.timeout(PATIENCE):
-                hello, delta = await answer(sock, mine, self.secret, self._judge)
+                hello, delta, channel = await answer(sock, mine, self.secret, self._judge)
         except (TimeoutError, OSError, HelloError) as error:
             log.warning("control connection from %s refused: %s", address, error or "no HELLO")
             sock.close()
@@ -149,7 +149,7 @@ class BackEndService(Service):
             self.frontends.append(peer)
             log.info("front end %s: connected", address)
         self.datapath.allow(address, True)
-        self.core.add_link(sock, index, delta)
+        self.core.add_link(sock, index, delta, channel)
         self.core.check_all()
 
     def on_notice(self) -> None:

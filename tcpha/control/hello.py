@@ -5,15 +5,13 @@ HELLO's body is JSON, so that versions that differ can still tell each other why
 role, version (of the messages), instance (a random number for each start), vaddr, clock
 (CLOCK_MONOTONIC, nanoseconds), server, and on refusal error. A back end that registers says rule.
 
-With a shared secret each HELLO has a nonce, and both sides prove that they know the secret before
-anything else is said: HMAC-SHA256 (RFC 2104) of the prover's place and both HELLOs, first the one
-that connected. This tells who connects; it does not protect what is said afterwards.
+With a shared secret, the connection is TLS 1.3 with that as its pre-shared key, see _fast/tls.pyx:
+each side knows that the other has the secret, and nobody else reads or changes what is said.
 """
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
+import contextlib
 import json
 import logging
 import secrets
@@ -25,10 +23,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tcpha._fast.message import HEADER_SIZE, HELLO, VERSION, encode_hello
+from tcpha._fast.tls import Channel, TlsError
 
 log = logging.getLogger("tcpha")
 LIMIT = 65536
-CLIENT, SERVER = b"client", b"server"
+MAGIC = 0x5443
+PLAIN, HANDSHAKE = b"T", b"\x16"  # what a connection begins with: a message, or a TLS record
 STRANGER = "the peer does not speak TCPHA's control protocol"
 NO_SECRET = "one side has a shared secret and the other has none; set 'secret' on both"
 WRONG_SECRET = "the shared secrets differ; install the same file on both"
@@ -52,7 +52,6 @@ class Hello:
     clock: int = 0
     fastpath: bool = False  # of a back end: it adopts by cookie
     server: int = 0  # of a back end: as in message SERVER
-    nonce: str = ""
     rule: list[str] = field(default_factory=list)
     error: str = ""
 
@@ -65,28 +64,79 @@ def new_instance() -> str:
     return secrets.token_hex(8)
 
 
-async def _exactly(sock: socket.socket, count: int) -> bytes:
-    data = bytearray()
-    loop = asyncio.get_running_loop()
-    while len(data) < count:
-        more = await loop.sock_recv(sock, count - len(data))
-        if not more:
+class _Wire:
+    """A connection before the workers have it: a socket, and what encrypts it if something does."""
+
+    def __init__(self, sock: socket.socket):
+        self.sock = sock
+        self.channel: Channel | None = None
+        self.ahead = b""  # received, and not looked at yet
+
+    async def _more(self, count: int) -> None:
+        data = await asyncio.get_running_loop().sock_recv(self.sock, count)
+        if not data:
             raise HelloError("the peer closed the connection during HELLO")
-        data += more
-    return bytes(data)
+        self.ahead += data
 
+    async def _write(self, data: bytes) -> None:
+        if data:
+            await asyncio.get_running_loop().sock_sendall(self.sock, data)
 
-async def _send(sock: socket.socket, body: bytes) -> None:
-    await asyncio.get_running_loop().sock_sendall(sock, bytes(encode_hello(body)))
+    async def _exactly(self, count: int) -> bytes:
+        """So many bytes. What the peer says next stays in the channel, or else in the socket."""
+        if self.channel is None:
+            while len(self.ahead) < count:
+                await self._more(count - len(self.ahead))
+            out, self.ahead = self.ahead[:count], self.ahead[count:]
+            return out
+        out = b""
+        while len(out) < count:
+            piece = self.channel.read(count - len(out))
+            if not piece:
+                await self._more(LIMIT)
+                self.channel.received(self.ahead)
+                self.ahead = b""
+            out += piece
+        return out
 
+    async def send(self, body: bytes) -> None:
+        data = bytes(encode_hello(body))
+        if self.channel is not None:
+            self.channel.write(data)
+            data = self.channel.to_send()
+        await self._write(data)
 
-async def _receive(sock: socket.socket) -> tuple[bytes, int]:
-    """(the body of one message of HELLO's kind, its version). Reads not a byte beyond it."""
-    head = await _exactly(sock, HEADER_SIZE)
-    magic, version, kind, length, _ = struct.unpack("!HBBIQ", head)
-    if magic != 0x5443 or kind != HELLO or not HEADER_SIZE <= length <= LIMIT:
-        raise HelloError(STRANGER)
-    return await _exactly(sock, length - HEADER_SIZE), version
+    async def receive(self) -> tuple[bytes, int]:
+        """(the body of a HELLO, its version)."""
+        head = await self._exactly(HEADER_SIZE)
+        magic, version, kind, length, _ = struct.unpack("!HBBIQ", head)
+        if magic != MAGIC or kind != HELLO or not HEADER_SIZE <= length <= LIMIT:
+            raise HelloError(STRANGER)
+        return await self._exactly(length - HEADER_SIZE), version
+
+    async def encrypt(self, secret: bytes, server: bool) -> None:
+        """Agree on keys. Returns without any if the peer has no secret and says HELLO instead."""
+        channel = Channel(secret, server)
+        try:
+            while not channel.established:
+                channel.received(self.ahead)
+                self.ahead = b""
+                channel.shake_hands()
+                await self._write(channel.to_send())
+                if not channel.established:
+                    await self._more(LIMIT)
+                    if self.ahead[:1] == PLAIN:
+                        return
+        except TlsError:
+            with contextlib.suppress(OSError):
+                await self._write(channel.to_send())
+            raise HelloError(STRANGER if server and not channel.claimed else WRONG_SECRET) from None
+        self.channel = channel
+
+    async def peek(self) -> bytes:
+        """The first byte of what the peer says first."""
+        await self._more(LIMIT)
+        return self.ahead[:1]
 
 
 def _read(body: bytes, version: int) -> tuple[Hello, int]:
@@ -111,62 +161,47 @@ def _read(body: bytes, version: int) -> tuple[Hello, int]:
     return hello, delta
 
 
-def _proof(secret: bytes, place: bytes, said: list[bytes]) -> bytes:
-    digests = b"".join(hashlib.sha256(body).digest() for body in said)
-    return hmac.digest(secret, place + digests, "sha256")
-
-
-async def _prove(sock: socket.socket, secret: bytes, place: bytes, said: list[bytes]) -> None:
-    await _send(sock, _proof(secret, place, said))
-
-
-async def _verify(sock: socket.socket, secret: bytes, place: bytes, said: list[bytes]) -> None:
-    body, _ = await _receive(sock)
-    if not hmac.compare_digest(body, _proof(secret, place, said)):
-        raise HelloError(WRONG_SECRET)
-
-
-async def call(sock: socket.socket, mine: Hello, secret: bytes | None) -> tuple[Hello, int]:
-    """Begin the exchange on a connection of ours. (the peer's HELLO, our clock less its in ns)."""
-    mine.nonce = secrets.token_hex(16) if secret else ""
-    ours = mine.body()
-    await _send(sock, ours)
-    theirs, version = await _receive(sock)
-    hello, delta = _read(theirs, version)
-    if bool(hello.nonce) != bool(secret):
-        raise HelloError(NO_SECRET)
+async def call(sock: socket.socket, mine: Hello,
+               secret: bytes | None) -> tuple[Hello, int, Channel | None]:
+    """Begin the exchange on a connection of ours. (the peer's HELLO, our clock less its in ns, what
+    encrypts the connection)."""
+    wire = _Wire(sock)
     if secret:
-        said = [ours, theirs]
-        await _prove(sock, secret, CLIENT, said)
-        try:
-            await _verify(sock, secret, SERVER, said)
-        except HelloError:
-            raise HelloError(WRONG_SECRET) from None  # it has closed, since our proof was wrong
-    return hello, delta
+        await wire.encrypt(secret, False)
+    if not secret or wire.channel:
+        await wire.send(mine.body())
+    hello, delta = _read(*await wire.receive())
+    if secret and not wire.channel:
+        raise HelloError(NO_SECRET)
+    return hello, delta, wire.channel
 
 
 async def answer(sock: socket.socket, mine: Hello, secret: bytes | None,
-                 judge: Callable[[Hello], None]) -> tuple[Hello, int]:
+                 judge: Callable[[Hello], None]) -> tuple[Hello, int, Channel | None]:
     """Answer a peer that has connected. judge: raises HelloError if it does not fit, which the peer
     is told."""
-    mine.nonce = secrets.token_hex(16) if secret else ""
+    wire = _Wire(sock)
+    first = await wire.peek()
     try:
-        theirs, version = await _receive(sock)
-        hello, delta = _read(theirs, version)
-        if bool(hello.nonce) != bool(secret):
+        if first not in (PLAIN, HANDSHAKE):
+            raise HelloError(STRANGER)
+        if (first == HANDSHAKE) != bool(secret):
             raise HelloError(NO_SECRET)
+    except HelloError as error:
+        mine.error = str(error)
+        await wire.send(mine.body())
+        raise
+    if secret:
+        await wire.encrypt(secret, True)
+    try:
+        hello, delta = _read(*await wire.receive())
         judge(hello)
     except HelloError as error:
         mine.error = str(error)
-        await _send(sock, mine.body())
+        await wire.send(mine.body())
         raise
-    ours = mine.body()
-    await _send(sock, ours)
-    if secret:
-        said = [theirs, ours]
-        await _verify(sock, secret, CLIENT, said)
-        await _prove(sock, secret, SERVER, said)
-    return hello, delta
+    await wire.send(mine.body())
+    return hello, delta, wire.channel
 
 
 async def accept_each(listener: socket.socket,

@@ -213,10 +213,10 @@ class Registry:
                 entry.timeout = PROCESS
                 mine = Hello("fe", self.config.vaddr, self.config.port, self.config.forward,
                              instance=self.instance)
-                hello, delta = await call(sock, mine, self.secret)
+                hello, delta, channel = await call(sock, mine, self.secret)
             check(hello, "be", self.config.vaddr)
             self._set_path(entry, sock.getsockname()[0])
-            index = self.core.add_link(sock, entry.index, delta)
+            index = self.core.add_link(sock, entry.index, delta, channel)
             self.core.backend_add_link(entry.index, index)
             if entry.missed or entry.instance not in ("", hello.instance):
                 entry.missed = False
