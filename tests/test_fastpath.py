@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from netfilterqueue import NetfilterQueue
 from test_bpf import ACK, DROP, FIN, PSH, REDIRECT, RST, STACK, SYN, Bpf, Packet, flow, number
-from test_clients import connect_from
 from test_edges import Forger
 
 from tcpha.lab.bed import Cluster, Host, wait_for
+from test_clients import connect_from
 from test_serve import REQUEST, body, read_all, settle
 
 pytestmark = pytest.mark.modes("fast-direct", "fast-tunnel")
@@ -258,13 +258,13 @@ def test_silent_client_becomes_a_socket(cluster: Cluster) -> None:
 
 def test_silent_client_on_a_port_used_before(cluster: Cluster) -> None:
     """The front end still knows the connection before, which is over."""
+    assert cluster.fe
+    fe = cluster.fe
     for _ in range(3):
         with connect_from(cluster, 20080) as s:
             s.sendall(REQUEST)
             assert len(body(read_all(s))) == 1024
         with connect_from(cluster, 20080) as s:
-            assert cluster.fe
-            fe = cluster.fe
             wait_for(lambda: fe.ctl("status")["in_hand"] == 1, "a socket of the front end")
             ask(s)
         settle(cluster)
