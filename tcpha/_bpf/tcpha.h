@@ -260,7 +260,7 @@ struct tcpha_shaken {
 /* Room for adoptions at the back end, in memory shared with user space. */
 struct tcpha_gate {
 	__u32 max;
-	__u32 live;   /* connections that user space knows of */
+	__u32 live;   /* connections that user space knows of, and the application may have open */
 	__u32 coming; /* of those it does not know of yet */
 	__be16 listen_port;
 	__u16 pad;

@@ -33,6 +33,7 @@ cdef struct adopted:
     bint over              # closed, but the front end could not be told
     bint fast              # by the packet path: nobody waited for its socket
     bint reused            # and a report may be of an earlier one
+    bint is_open           # nobody has seen the application close it
 
 
 cdef struct be_counters:
@@ -57,11 +58,12 @@ cdef struct backend_state:
     adopted *pool
     adopted *free_list
     adopted **buckets
-    uint32_t live          # entries in the table; some may be closed by the application
-    uint32_t room          # more that may be taken although live has reached max
+    uint32_t entries       # that there is room for in the table
+    uint32_t live          # entries in the table,
+    uint32_t opened        # and those that count for max: is_open
     pthread_mutex_t reap_lock
     uint64_t reaped_ns     # the last look through the whole table,
-    uint32_t opened        # and how many the application had open
+    uint64_t pause_ns      # and how long none is to follow
     uint32_t unloading     # refuse what comes
     pthread_mutex_t ring_lock  # the packet path's events
     uint32_t swept         # bucket that _sweep() has come to

@@ -46,7 +46,7 @@ cdef enum:
 
 cdef uint64_t SETTLED_NS = 1000000000  # older connections surely have a socket, or none any more
 cdef int64_t DELAYED_NS = 50000000  # an offer this old may have been made to another one since
-cdef uint64_t REAP_NS = 1000000     # at most one look through the whole table in this time
+cdef uint64_t REAP_NS = 1000000     # the longest pause between two looks through the whole table
 cdef uint64_t YOUNG_NS = 20000000   # an adoption so recent may have no socket yet
 
 
@@ -69,15 +69,26 @@ cdef adopted *_find(backend_state *b, const tcpha_flow *flow) noexcept nogil:
 cdef inline void _tell_live(backend_state *b) noexcept nogil:
     """The packet path asks nobody: it reads how many there are, and may be."""
     if b.dp.gate != NULL:
-        store32(&b.dp.gate.max, 0 if b.unloading else max(b.max, b.live + b.room))
-        store32(&b.dp.gate.live, b.live)
+        store32(&b.dp.gate.max, 0 if b.unloading else min(b.max, b.opened + b.entries - b.live))
+        store32(&b.dp.gate.live, b.opened)
+
+
+cdef inline void _set_open(backend_state *b, adopted *a, bint is_open) noexcept nogil:
+    """Whether the application has it open, as far as is known. The one count of that stays exact
+    while others come and go. b.lock is held."""
+    if a.is_open != is_open:
+        a.is_open = is_open
+        b.opened += 1 if is_open else -1
+        _tell_live(b)
+
+
+cdef inline bint _is_full(backend_state *b) noexcept nogil:
+    return b.opened >= b.max or b.live >= b.entries
 
 
 cdef adopted *_insert(backend_state *b, const tcpha_flow *flow) noexcept nogil:
     """NULL if maxclients is reached."""
-    if b.live >= b.max and b.room == 0:
-        return NULL
-    return _insert_any(b, flow)
+    return NULL if _is_full(b) else _insert_any(b, flow)
 
 
 cdef adopted *_insert_any(backend_state *b, const tcpha_flow *flow) noexcept nogil:
@@ -87,15 +98,13 @@ cdef adopted *_insert_any(backend_state *b, const tcpha_flow *flow) noexcept nog
     if a == NULL:
         return NULL
     b.free_list = a.next
-    if b.live >= b.max and b.room:
-        b.room -= 1
     a.flow = flow[0]
-    a.over = a.adopting = a.recheck = a.fast = False
+    a.over = a.adopting = a.recheck = a.fast = a.is_open = False
     head = _bucket(b, flow)
     a.next = head[0]
     head[0] = a
     b.live += 1
-    _tell_live(b)
+    _set_open(b, a, True)
     return a
 
 
@@ -107,6 +116,7 @@ cdef void _remove(backend_state *b, adopted *a) noexcept nogil:
     a.next = b.free_list
     b.free_list = a
     b.live -= 1
+    _set_open(b, a, False)
     _tell_live(b)
 
 
@@ -139,6 +149,7 @@ cdef void _ended(backend_state *b, worker *w, adopted *a, uint32_t how) noexcept
     """A connection is over. b.lock is held."""
     if not a.over:
         b.dp.ended(b.dp.self, &a.flow)
+        _set_open(b, a, False)
         add64(&b.n.closed, 1)
         say_flow(b.c, 2, &a.flow, b"closed")
     if _tell_closed(b, w, a, how):
@@ -147,11 +158,11 @@ cdef void _ended(backend_state *b, worker *w, adopted *a, uint32_t how) noexcept
         a.over = True  # told when the front end is back
 
 
-cdef uint32_t _check_all(backend_state *b, worker *w) noexcept nogil:
-    """Look at each connection: after lost reports, when a front end is back, or for want of room.
-    Returns how many the application has open."""
-    cdef uint32_t i, opened = 0
+cdef void _check_all(backend_state *b, worker *w) noexcept nogil:
+    """Look at each connection: after lost reports, when a front end is back, for want of room."""
+    cdef uint32_t i
     cdef int owner
+    cdef bint unborn
     cdef adopted *a
     cdef adopted *following
     for i in range(b.mask + 1):
@@ -161,32 +172,27 @@ cdef uint32_t _check_all(backend_state *b, worker *w) noexcept nogil:
             following = a.next
             if a.adopting:
                 a.recheck = True
-                opened += 1
                 a = following
                 continue
             owner = b.dp.alive(b.dp.self, w.index, &a.flow)
-            if owner == DP_ALIVE:
-                opened += 1
-            if a.over or not (_living(owner) or _unborn(a, owner)):
+            unborn = _unborn(a, owner)
+            if a.over or not (_living(owner) or unborn):
                 _ended(b, w, a, END_TIME_WAIT if owner == DP_TIME_WAIT else END_GONE)
+            else:
+                _set_open(b, a, owner == DP_ALIVE or unborn)
             a = following
         pthread_mutex_unlock(&b.lock)
-    return opened
 
 
 cdef void _reap(backend_state *b, worker *w) noexcept nogil:
     """Look before refusing for want of room: reports of ended connections lag behind under load,
     and those that the application has closed are no load for it. A look that another worker has
-    begun is waited for; what it finds counts for all."""
-    cdef uint32_t opened
+    begun is waited for; what it finds counts for all. The pause after one follows its cost."""
     pthread_mutex_lock(&b.reap_lock)
-    if b.live >= b.max and now_ns() - b.reaped_ns > REAP_NS:
-        opened = _check_all(b, w)
-        pthread_mutex_lock(&b.lock)
-        b.opened = opened
-        b.room = b.max - opened if opened < b.max else 0
-        _tell_live(b)
-        pthread_mutex_unlock(&b.lock)
+    if _is_full(b) and now_ns() - b.reaped_ns > b.pause_ns:
+        b.reaped_ns = now_ns()
+        _check_all(b, w)
+        b.pause_ns = min(4 * (now_ns() - b.reaped_ns), REAP_NS)
         b.reaped_ns = now_ns()
     pthread_mutex_unlock(&b.reap_lock)
 
@@ -359,7 +365,7 @@ cdef void _take_event(backend_state *b, worker *w, const tcpha_event *e) noexcep
     if e.result == TCPHA_R_FULL:
         if not b.unloading:
             _reap(b, w)
-            if b.opened < b.max:
+            if not _is_full(b):
                 return     # the client's next attempt finds room
     elif e.result == TCPHA_R_BACKLOG:
         reason = REFUSE_BACKLOG
@@ -510,7 +516,7 @@ cdef void _pace(backend_state *b, worker *w) noexcept nogil:
     if load32(&b.lazy):
         _on_netlink(b, w)
     n = xchg32(&b.ends, 0)
-    lazy = n >= MANY_ENDS and (<uint64_t>b.live + 2 * n) * 2 < b.max
+    lazy = n >= MANY_ENDS and (<uint64_t>b.opened + 2 * n) * 2 < b.max
     if lazy:
         store32(&b.lazy, 1)
     elif xchg32(&b.lazy, 0):
@@ -577,6 +583,7 @@ cdef class BackEnd(Core):
             size *= 2
         self.b.mask = size - 1
         self.b.max = maxclients
+        self.b.entries = entries
         self.b.pool = <adopted *>calloc(entries, sizeof(adopted))
         self.b.buckets = <adopted **>calloc(size, sizeof(adopted *))
         if self.b.pool == NULL or self.b.buckets == NULL:
@@ -683,7 +690,7 @@ cdef class BackEnd(Core):
 
     def flows(self):
         """Adopted connections, one dict each. The table is read in pieces, without the GIL."""
-        cdef uint32_t at = 0, end, n = 0, i, entries = self.b.max * 2 + 256
+        cdef uint32_t at = 0, end, n = 0, i, entries = self.b.entries
         cdef adopted *rows = <adopted *>malloc(entries * sizeof(adopted))
         cdef adopted *a
         cdef uint64_t now = now_ns()
