@@ -233,6 +233,33 @@ def test_what_a_control_connection_carried_when_it_was_cut(pair: Cluster) -> Non
     settle(pair)
 
 
+def test_control_connections_that_only_the_back_end_takes_for_alive(pair: Cluster) -> None:
+    """The front end has given them up, and the back end does not hear of it: what it says there of
+    a connection's end is lost."""
+    settle(pair)
+    with pair.client.connect(pair.VIP) as s:
+        s.sendall(REQUEST.replace(b"close", b"keep-alive"))
+        n = 0 if b"X-Served-By: be1" in s.recv(65536) else 1
+        victim = pair.be[n]
+        # more than the FIN: that comes again and again
+        pair.be_hosts[n].nft("""table ip lab {
+            chain in { type filter hook prerouting priority -400;
+                       tcp dport 666 tcp flags & (fin|rst) != 0 drop; }
+        }""")
+        try:
+            victim.process.send_signal(signal.SIGSTOP)
+            wait_for(lambda: servers(pair)[n]["state"] == "down", "detection", 10)
+            victim.process.send_signal(signal.SIGCONT)
+            wait_for(lambda: servers(pair)[n]["state"] == "up", "new control connections", 15)
+            assert victim.ctl("status")["live"] == 1
+            s.close()
+            wait_for(lambda: victim.ctl("status")["live"] == 0, "the connection's end")
+        finally:
+            victim.process.send_signal(signal.SIGCONT)
+            pair.be_hosts[n].nft("")
+    settle(pair)
+
+
 def test_back_end_unreachable(pair: Cluster) -> None:
     port = pair.be_hosts[0].port
     sh("ip", "-n", pair.bed.switch, "link", "set", port, "down")

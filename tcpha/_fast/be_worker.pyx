@@ -21,10 +21,10 @@ from tcpha._fast.defs cimport (
     tcpha_event, tcpha_flow)
 from tcpha._fast.diag cimport inet_diag_msg
 from tcpha._fast.message cimport (
-    END_GONE, END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED_SIZE, MSG_HANDOFF, MSG_KEYED, MSG_KEYS,
-    MSG_OWNED, MSG_REFUSED_SIZE, MSG_SERVER, REFUSE_BACKLOG, REFUSE_FULL, REFUSE_LISTENER,
-    REFUSE_STALE, REFUSE_UNSUPPORTED, fast_id, message, message_closed, message_refused,
-    message_return, message_short, refusal_text)
+    END_GONE, END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED_SIZE, MSG_HANDOFF, MSG_HEADER, MSG_KEYED,
+    MSG_KEYS, MSG_MISSED, MSG_OWNED, MSG_REFUSED_SIZE, MSG_SERVER, REFUSE_BACKLOG, REFUSE_FULL,
+    REFUSE_LISTENER, REFUSE_STALE, REFUSE_UNSUPPORTED, fast_id, message, message_closed,
+    message_refused, message_return, message_short, refusal_text)
 from tcpha._fast.packet cimport address_text
 from tcpha._fast.sys cimport (
     EINTR, ENOBUFS, EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLLET, EPOLLIN, EPOLLONESHOT, MSG_DONTWAIT,
@@ -558,7 +558,13 @@ cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
 
 
 cdef void _on_link_down(core *c, worker *w, link *l) noexcept nogil:
-    pass
+    """The front end may have given the link up long before we heard of it, and what we said there
+    is lost: it should ask what is over. Other links may be as dead as this one."""
+    cdef uint8_t buf[MSG_HEADER]
+    cdef uint32_t i
+    for i in range(MAX_LINKS):
+        if c.links[i].state == LINK_UP and c.links[i].peer == l.peer:
+            link_put(c, w, &c.links[i], buf, message_short(buf, MSG_MISSED, 0), NULL, 0)
 
 
 cdef void _on_retire(core *c, worker *w) noexcept nogil:

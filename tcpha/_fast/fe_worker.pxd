@@ -51,6 +51,7 @@ cdef struct backend:
     uint32_t draining
     uint32_t dead          # by detection
     uint32_t app_down      # nothing listens there
+    uint32_t missed        # what it said of ended connections may be lost
     uint64_t server_said   # the newest SERVER
     uint64_t keyed         # number of the newest cookie key that it has
     char name[48]          # its address, for messages

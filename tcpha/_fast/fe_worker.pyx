@@ -27,7 +27,7 @@ from tcpha._fast.match cimport (
     ruleset_free, ruleset_new)
 from tcpha._fast.message cimport (
     END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED, MSG_HANDOFF_FIXED, MSG_KEYED, MSG_KEYS_SIZE,
-    MSG_OWNED_SIZE, MSG_REFUSED, MSG_RETURN, MSG_SERVER, REFUSE_FULL, REFUSE_LINK,
+    MSG_MISSED, MSG_OWNED_SIZE, MSG_REFUSED, MSG_RETURN, MSG_SERVER, REFUSE_FULL, REFUSE_LINK,
     REFUSE_TIMEOUT, REFUSE_UNSUPPORTED, fast_id, message, message_handoff, message_keys,
     message_owned, refusal_text)
 from tcpha._fast.packet cimport address_bytes, flow_text
@@ -831,6 +831,10 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
             store64(&f.backends[l.peer].keyed, m.id >> 8)
             _void_verdicts(f)
         return 0
+    if m.type == MSG_MISSED:
+        store32(&f.backends[l.peer].missed, 1)
+        notice(c)
+        return 0
     if m.type == MSG_RETURN:
         _on_return(f, w, l.peer, m)
         return 0
@@ -1131,7 +1135,7 @@ cdef class FrontEnd(Core):
         for i in range(LINKS_MAX):
             be.link[i] = MAX_LINKS
         be.links = 0
-        be.dead = be.draining = be.app_down = 0
+        be.dead = be.draining = be.app_down = be.missed = 0
         be.full_until_ns = 0
         store32(&be.used, 1)
 
@@ -1157,6 +1161,10 @@ cdef class FrontEnd(Core):
                     add32(&be.links, -1)
                 return
         raise RuntimeError("too many links to a back end")
+
+    def backend_missed(self, uint32_t b):
+        """Whether MISSED came since the last call."""
+        return bool(xchg32(&self.f.backends[b].missed, 0))
 
     def backend_server(self, uint32_t b, uint64_t said):
         """What HELLO told of the application, as SERVER does."""

@@ -6,7 +6,7 @@ from tcpha._fast.snapshot cimport snapshot
 
 cdef enum:
     MSG_MAGIC = 0x5443          # "TC"
-    MSG_VERSION = 3
+    MSG_VERSION = 4
     MSG_HEADER = 16
     MSG_HANDOFF_FIXED = MSG_HEADER + 8 + 36 + 7 * 4 + 2 + 2 + 2
     MSG_CLOSED_SIZE = MSG_HEADER + 36 + 4
@@ -28,6 +28,7 @@ cdef enum message_type:
     MSG_KEYS = 10      # FE: id: see key_id(); body: a cookie key
     MSG_KEYED = 11     # BE: id: the one of KEYS; from now on it knows cookies made with it. 0: none
     MSG_RETURN = 12    # BE: a request of the packet path, not taken: as CLOSED; body: flow, reason
+    MSG_MISSED = 15    # BE: a control connection broke, and what it said there may be lost
     MSG_SERVER = 9     # BE: id: 2 * a growing number, + 1 if the application listens
 
 cdef enum refusal:

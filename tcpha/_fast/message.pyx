@@ -7,7 +7,7 @@ rcv_wnd, tsval, ts_recent, srtt_us (32 each), mss (16), snd_wscale, rcv_wscale (
 then the request bytes. CLOSED body: flow, ending (32). OWNED body: flow. REFUSED body: reason (32).
 RETURN body: flow, reason (32). KEYS body: 16 bytes of key; its id is the key's number (56 bits; the
 lowest one says which of two it replaces), then the window scale that goes with its cookies (8).
-ADOPTED, PING, PONG, SERVER and KEYED have none.
+ADOPTED, PING, PONG, SERVER, KEYED and MISSED have none.
 HELLO body: JSON.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -117,7 +117,7 @@ cdef uint32_t message_handoff(uint8_t *to, uint64_t id, const snapshot *s) noexc
 
 
 cdef uint32_t message_short(uint8_t *to, uint8_t kind, uint64_t id) noexcept nogil:
-    """ADOPTED, PING, PONG or SERVER."""
+    """ADOPTED, PING, PONG, SERVER, KEYED or MISSED."""
     _header(to, kind, MSG_HEADER, id)
     return MSG_HEADER
 
@@ -234,7 +234,7 @@ cdef int message_decode(const uint8_t *buf, uint32_t length, message *m) noexcep
         if m.type != MSG_OWNED:
             m.reason = _get32(&c)
     elif m.type != MSG_ADOPTED and m.type != MSG_PING and m.type != MSG_PONG and \
-            m.type != MSG_SERVER and m.type != MSG_KEYED:
+            m.type != MSG_SERVER and m.type != MSG_KEYED and m.type != MSG_MISSED:
         return -1
     if c.bad or ((m.data == NULL or m.type == MSG_KEYS) and c.left):
         return -1

@@ -256,6 +256,16 @@ class Registry:
             self._judge(entry)
             if self.core.backend_stats(entry.index)["links"] < self.config.connperbe:
                 entry.wake.set()
+        for entry in self._all():
+            if self.core.backend_missed(entry.index):
+                self._list_owned(entry)
+
+    def _list_owned(self, entry: BackEndEntry) -> None:
+        """A back end took links for alive that we had given up."""
+        for index, peer, up, _ in self.core.links():
+            if up and peer == entry.index:
+                self.core.send_owned(entry.index, index)
+                return
 
     # Detection
 
