@@ -62,8 +62,7 @@ cdef struct backend_state:
     uint32_t live          # entries in the table,
     uint32_t opened        # and those that count for max: is_open
     pthread_mutex_t reap_lock
-    uint64_t reaped_ns     # the last look through the whole table,
-    uint64_t pause_ns      # and how long none is to follow
+    uint64_t looked_ns     # when the last look for room through the whole table began
     uint32_t unloading     # refuse what comes
     pthread_mutex_t ring_lock  # the packet path's events
     uint32_t swept         # bucket that _sweep() has come to

@@ -46,7 +46,6 @@ cdef enum:
 
 cdef uint64_t SETTLED_NS = 1000000000  # older connections surely have a socket, or none any more
 cdef int64_t DELAYED_NS = 50000000  # an offer this old may have been made to another one since
-cdef uint64_t REAP_NS = 1000000     # the longest pause between two looks through the whole table
 cdef uint64_t YOUNG_NS = 20000000   # an adoption so recent may have no socket yet
 
 
@@ -184,16 +183,14 @@ cdef void _check_all(backend_state *b, worker *w) noexcept nogil:
         pthread_mutex_unlock(&b.lock)
 
 
-cdef void _reap(backend_state *b, worker *w) noexcept nogil:
+cdef void _reap(backend_state *b, worker *w, uint64_t asked_ns) noexcept nogil:
     """Look before refusing for want of room: reports of ended connections lag behind under load,
-    and those that the application has closed are no load for it. A look that another worker has
-    begun is waited for; what it finds counts for all. The pause after one follows its cost."""
+    and those that the application has closed are no load for it. One look counts for all that was
+    asked before it began; what is older than the question says nothing."""
     pthread_mutex_lock(&b.reap_lock)
-    if _is_full(b) and now_ns() - b.reaped_ns > b.pause_ns:
-        b.reaped_ns = now_ns()
+    if _is_full(b) and b.looked_ns < asked_ns:
+        b.looked_ns = now_ns()
         _check_all(b, w)
-        b.pause_ns = min(4 * (now_ns() - b.reaped_ns), REAP_NS)
-        b.reaped_ns = now_ns()
     pthread_mutex_unlock(&b.reap_lock)
 
 
@@ -288,7 +285,7 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
         a = NULL if b.unloading else _insert(b, &m.snap.flow)
         if a == NULL and not b.unloading:
             pthread_mutex_unlock(&b.lock)
-            _reap(b, w)
+            _reap(b, w, l.last_rx_ns)
             pthread_mutex_lock(&b.lock)
             a = _insert(b, &m.snap.flow)
         if a != NULL:
@@ -364,7 +361,7 @@ cdef void _take_event(backend_state *b, worker *w, const tcpha_event *e) noexcep
         return
     if e.result == TCPHA_R_FULL:
         if not b.unloading:
-            _reap(b, w)
+            _reap(b, w, e.at_ns)
             if not _is_full(b):
                 return     # the client's next attempt finds room
     elif e.result == TCPHA_R_BACKLOG:
