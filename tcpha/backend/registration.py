@@ -62,9 +62,9 @@ class Registration:
         sock.bind((config.raddr, 0))
         async with asyncio.timeout(PATIENCE):
             await asyncio.get_running_loop().sock_connect(sock, (config.feaddr, config.feport))
-            hello, _, _ = await call(sock, Hello("be", config.vaddr, config.port,
-                                              instance=self.instance,
-                                              rule=[r.pattern for r in config.rule]), self.secret)
+            mine = Hello("be", config.vaddr, config.port, instance=self.instance,
+                         rule=[r.pattern for r in config.rule])
+            hello, _, _ = await call(sock, mine, self.secret)
         check(hello, "fe", config.vaddr)
 
 
