@@ -49,11 +49,14 @@ class Packet:
     cut: int | None = None    # bytes that are there, if not all
     tunnel: tuple[str, str] | None = None  # addresses of an outer header
     outer_fragment: int = 0
+    body: bytes | None = None  # instead of the TCP segment
 
     def ip(self) -> bytes:
         doff = 5 + len(self.tcp_options) // 4 if self.doff is None else self.doff
         tcp = struct.pack("!HHIIBBHHH", self.sport, self.dport, self.seq, self.ack, doff << 4,
                           self.flags, 1000, 0, 0) + self.tcp_options + self.data
+        if self.body is not None:
+            tcp = self.body
         ihl = 5 + len(self.options) // 4 if self.ihl is None else self.ihl
         return ip_header(self.version, ihl, len(self.options) + 20 + len(tcp), self.fragment,
                          self.protocol, self.source, self.destination) + self.options + tcp
@@ -63,6 +66,14 @@ class Packet:
         if self.tunnel:
             ip = ip_header(4, 5, 20 + len(ip), self.outer_fragment, IPIP, *self.tunnel) + ip
         return (bytes(12) + struct.pack("!H", self.ethertype) + ip)[:self.cut]
+
+
+def error(kind: int = 3, code: int = 4, quote: int = 28, source: str = VIP, sport: int = 80,
+          dport: int = 4000, more: bytes = b"", **of: Any) -> Packet:
+    """A router's ICMP error about a segment from the VIP, of which it quotes so many bytes."""
+    about = Packet(source=source, destination=CLIENT, sport=sport, dport=dport, options=more, **of)
+    return Packet(protocol=socket.IPPROTO_ICMP, source="192.168.1.200", body=struct.pack(
+        "!BBHHH", kind, code, 0, 0, 1300) + about.ip()[:quote + len(more)])
 
 
 def ip_header(version: int, ihl: int, length: int, fragment: int, protocol: int, source: str,
@@ -245,6 +256,38 @@ FLOWS: dict[str, tuple[bytes, Packet, int, dict[str, int]]] = {
 }
 
 
+# description: ICMP error, and whether it is forwarded
+ERRORS: dict[str, tuple[Packet, bool]] = {
+    "fragmentation needed": (error(), True), "host unreachable": (error(code=1), True),
+    "time exceeded": (error(11, 0), True), "parameter problem": (error(12, 0), True),
+    "the whole segment quoted": (error(quote=40), True),
+    "about a segment with IP options": (error(more=b"\1" * 8), True),
+    "an echo request": (error(8, 0), False), "a redirect": (error(5), False),
+    "about an unknown flow": (error(dport=4001), False),
+    "about another port": (error(sport=81), False),
+    "about another address": (error(source=FE), False),
+    "about UDP": (error(protocol=17), False), "about a later fragment": (error(fragment=5), False),
+    "about IPv6": (error(version=6), False), "about a header of 16 bytes": (error(ihl=4), False),
+    "about options beyond the end": (error(ihl=15), False),
+    "no port quoted": (error(quote=22), False), "nothing quoted": (error(quote=0), False),
+    "cut off": (replace(error(), cut=14 + 20 + 4), False),
+    "a fragment": (replace(error(), fragment=0x2000), False),
+    "for another address": (replace(error(), destination=FE), False),
+}
+
+
+@pytest.mark.parametrize("what", ERRORS)
+def test_front_end_forwards_errors(fe: Bpf, what: str) -> None:
+    packet, forwarded = ERRORS[what]
+    fe.put("flows", flow(), entry(FORWARD))
+    verdict, out = fe.run("fe_ingress", packet)
+    assert (verdict, out[14:]) == (REDIRECT if forwarded else STACK, packet.frame()[14:])
+    assert state_of(fe.get("flows", flow()))["packets"] == 0  # it is none of the client's
+    fe.put("flows", flow(), entry(HOLD))
+    assert fe.run("fe_ingress", packet) == (STACK, packet.frame())
+    fe.drop("flows", flow())
+
+
 @pytest.mark.parametrize("what", FLOWS)
 def test_front_end_flow(fe: Bpf, what: str) -> None:
     before, packet, want, after = FLOWS[what]
@@ -338,6 +381,17 @@ def test_back_end_lets_pass_what_has_a_socket(be: Bpf, daemons: Cluster) -> None
         assert (verdict, out[14:]) == (STACK, mine.ip())
         assert be.run("be_ingress", replace(mine, tunnel=("10.9.9.9", BE)))[0] == DROP
         assert be.run("be_ingress", replace(mine, dport=81))[0] == DROP
+
+
+def test_back_end_unwraps_errors(be: Bpf) -> None:
+    mine = error()
+    assert be.run("be_ingress", mine) == (STACK, mine.frame())
+    verdict, out = be.run("be_ingress", replace(mine, tunnel=(FE, BE)))
+    assert (verdict, out[14:]) == (STACK, mine.ip())
+    assert be.run("be_ingress", replace(mine, tunnel=("10.9.9.9", BE)))[0] == DROP
+    for other in (error(8, 0), error(source=CLIENT), Packet(protocol=17)):
+        other = replace(other, tunnel=(FE, BE))
+        assert be.run("be_ingress", other) == (STACK, other.frame())
 
 
 def test_back_end_tap(be: Bpf) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tcpha._fast.rewrite import parse_packet, translate_packet
+from tcpha._fast.rewrite import parse_packet, translate_error, translate_packet
 
 SUM_UPDATE, SUM_FULL, SUM_LEAVE = range(3)
 SYN, ACK = 2, 16
@@ -26,6 +26,12 @@ def ones_sum(data: bytes) -> int:
     return total
 
 
+def ip_header(p: dict[str, Any], protocol: int, length: int) -> bytes:
+    head = struct.pack("!BBHHHBBH4s4s", 0x45, p["tos"], 20 + length, p["id"], 0x4000, 64, protocol,
+                       0, p["src"], p["dst"])
+    return head[:10] + struct.pack("!H", 0xFFFF ^ ones_sum(head)) + head[12:]
+
+
 def assemble(p: dict[str, Any]) -> bytes:
     """A whole IPv4 TCP packet, checksums right."""
     options = b"".join(
@@ -37,12 +43,9 @@ def assemble(p: dict[str, Any]) -> bytes:
     doff = (20 + len(options)) // 4
     tcp = struct.pack("!HHIIBBHHH", p["sport"], p["dport"], p["seq"], p["ack"], doff << 4,
                       p["flags"], p["window"], 0, p["urgent"]) + options + p["data"]
-    head = struct.pack("!BBHHHBBH4s4s", 0x45, p["tos"], 20 + len(tcp), p["id"], 0x4000, 64, 6, 0,
-                       p["src"], p["dst"])
-    head = head[:10] + struct.pack("!H", 0xFFFF ^ ones_sum(head)) + head[12:]
     pseudo = p["src"] + p["dst"] + struct.pack("!BBH", 0, 6, len(tcp))
     check = 0xFFFF ^ ones_sum(pseudo + tcp)
-    return head + tcp[:16] + struct.pack("!H", check) + tcp[18:]
+    return ip_header(p, 6, len(tcp)) + tcp[:16] + struct.pack("!H", check) + tcp[18:]
 
 
 def model(p: dict[str, Any], c: dict[str, Any]) -> dict[str, Any]:
@@ -162,3 +165,35 @@ def test_the_head_of_a_packet_is_enough(packet: dict[str, Any], more: int) -> No
     head = len(data) - len(packet["data"])
     assert parse_packet(data, min(head + more, len(data))) == parse_packet(data)
     assert parse_packet(data, head - 1 - more % head) is None
+
+
+def icmp_error(router: bytes, to: bytes, about: bytes) -> bytes:
+    """Fragmentation needed, 1300 bytes at most; checksums right."""
+    body = struct.pack("!BBHHH", 3, 4, 0, 0, 1300) + about
+    body = body[:2] + struct.pack("!H", 0xFFFF ^ ones_sum(body)) + body[4:]
+    return ip_header({"tos": 0xC0, "id": 7, "src": router, "dst": to}, 1, len(body)) + body
+
+
+@given(PACKETS, WORD, ADDRESS, PORT, ADDRESS, st.integers(28, 80))
+def test_errors_about_what_was_rewritten(packet: dict[str, Any], seq: int, vip: bytes, port: int,
+                                         router: bytes, quoted: int) -> None:
+    """A router quotes what the network saw; the local socket must read what it sent."""
+    outward = {"seq": seq, "addr": vip, "port": port, "source": True}
+    inward = {"addr": packet["src"], "port": packet["sport"]}
+    sent = assemble(packet)
+    seen = translate_packet(sent, outward)
+    error = translate_error(icmp_error(router, vip, seen[:quoted]), outward, inward)
+    # behind the sequence number nobody looks
+    assert error == icmp_error(router, packet["src"], sent[:28] + seen[28:quoted])
+    same = {"seq": seq}  # where the server listens at the VIP
+    error = translate_error(
+        icmp_error(router, packet["src"], translate_packet(sent, same)[:28]), same, {})
+    assert error == icmp_error(router, packet["src"], sent[:28])
+
+
+@given(st.binary(max_size=100) | st.builds(
+    lambda p, cut, junk: icmp_error(b"rrrr", p["src"], assemble(p))[:cut] + junk, PACKETS,
+    st.integers(0, 100), st.binary(max_size=20)))
+def test_any_bytes_may_be_an_error(data: bytes) -> None:
+    found = translate_error(data, WRAP, {"addr": b"abcd", "port": 1})
+    assert found is None or len(found) == len(data) >= 56

@@ -6,6 +6,8 @@
  *		existing sockets reach the VIP
  * be_tap	tc ingress of the daemon's TAP device: operations and forged packets
  */
+#include <stdbool.h>
+
 #include "cookie.bpf.h"
 
 #ifndef BPF_F_ADJ_ROOM_DECAP_L3_IPV4 /* Linux 6.3 */
@@ -268,12 +270,32 @@ static __always_inline int guard(struct __sk_buff *skb, const struct headers *h)
 	return verdict;
 }
 
+/* Whether a packet that was tunnelled by a host comes from one of our front ends. */
+static __always_inline bool is_ours(const __u8 from[16])
+{
+	if (bpf_map_lookup_elem(&frontends, from))
+		return true;
+	COUNT(foreign, 1);
+	return false;
+}
+
+static __always_inline int decapsulate(struct __sk_buff *skb)
+{
+	if (bpf_skb_adjust_room(skb, -(int)sizeof(struct iphdr), BPF_ADJ_ROOM_MAC,
+				BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_DECAP_L3_IPV4 |
+					BPF_F_ADJ_ROOM_NO_CSUM_RESET) < 0)
+		return -1;
+	COUNT(decapsulated, 1);
+	return 0;
+}
+
 SEC("tc")
 int be_ingress(struct __sk_buff *skb)
 {
 	__u8 from[16];
 	struct headers h;
 	struct iphdr *ip;
+	struct tcpha_flow flow;
 	__u32 offset = 0;
 
 	if (skb->pkt_type != PACKET_HOST || skb->protocol != bpf_htons(ETH_P_IP))
@@ -288,20 +310,16 @@ int be_ingress(struct __sk_buff *skb)
 		map_v4(from, ip->saddr);
 		offset = sizeof(*ip);
 	}
-	if (parse_tcp(skb, offset, &h) < 0 || h.ip->daddr != unmap_v4(conf.vaddr))
-		return TC_ACT_UNSPEC;
-	if (offset) {
-		if (!bpf_map_lookup_elem(&frontends, from)) {
-			COUNT(foreign, 1);
-			return TC_ACT_SHOT;
-		}
-		if (bpf_skb_adjust_room(skb, -(int)offset, BPF_ADJ_ROOM_MAC,
-					BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_DECAP_L3_IPV4 |
-						BPF_F_ADJ_ROOM_NO_CSUM_RESET) < 0 ||
-		    parse_tcp(skb, 0, &h) < 0)
-			return TC_ACT_SHOT;
-		COUNT(decapsulated, 1);
+	if (parse_tcp(skb, offset, &h) < 0) {
+		/* an ICMP error is for our own stack to judge: it has the connection */
+		if (!offset || parse_icmp_error(skb, offset, unmap_v4(conf.vaddr), &flow) < 0)
+			return TC_ACT_UNSPEC;
+		return is_ours(from) && decapsulate(skb) == 0 ? TC_ACT_UNSPEC : TC_ACT_SHOT;
 	}
+	if (h.ip->daddr != unmap_v4(conf.vaddr))
+		return TC_ACT_UNSPEC;
+	if (offset && (!is_ours(from) || decapsulate(skb) < 0 || parse_tcp(skb, 0, &h) < 0))
+		return TC_ACT_SHOT;
 	return guard(skb, &h);
 }
 

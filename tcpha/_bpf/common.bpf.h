@@ -153,6 +153,38 @@ static __always_inline int parse_tcp(struct __sk_buff *skb, __u32 offset, struct
 	return 0;
 }
 
+/*
+ * The flow that an ICMP error for addr is about (RFC 792: destination unreachable, time exceeded, parameter
+ * problem), 'offset' bytes after the Ethernet header: addr sent the TCP segment that it quotes. 0, or -1:
+ * the packet is something else.
+ */
+static __always_inline int parse_icmp_error(struct __sk_buff *skb, __u32 offset, __be32 addr,
+					    struct tcpha_flow *flow)
+{
+	__u32 at = ETH_HLEN + offset;
+	struct iphdr ip;
+	__be16 port[2];
+	__u8 type;
+
+	if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)) < 0 || ip.version != 4 || ip.ihl < 5 ||
+	    ip.protocol != IPPROTO_ICMP || ip.daddr != addr ||
+	    (ip.frag_off & bpf_htons(IP_MF | IP_OFFSET)))
+		return -1;
+	at += ip.ihl * 4;
+	if (bpf_skb_load_bytes(skb, at, &type, 1) < 0 || (type != 3 && type != 11 && type != 12))
+		return -1;
+	at += 8;
+	if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)) < 0 || ip.version != 4 || ip.ihl < 5 ||
+	    ip.protocol != IPPROTO_TCP || ip.saddr != addr || (ip.frag_off & bpf_htons(IP_OFFSET)) ||
+	    bpf_skb_load_bytes(skb, at + ip.ihl * 4, port, sizeof(port)) < 0)
+		return -1;
+	map_v4(flow->caddr, ip.daddr);
+	map_v4(flow->vaddr, ip.saddr);
+	flow->cport = port[1];
+	flow->vport = port[0];
+	return 0;
+}
+
 static __always_inline void tuple_of(const struct tcpha_flow *flow, struct bpf_sock_tuple *t)
 {
 	t->ipv4.saddr = unmap_v4(flow->caddr);

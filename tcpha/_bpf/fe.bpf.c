@@ -107,22 +107,11 @@ static __always_inline void tell_rtt(struct __sk_buff *skb, __u32 rtt_ms)
 	bpf_skb_store_bytes(skb, ETH_HLEN + __builtin_offsetof(struct iphdr, id), &id, sizeof(id), 0);
 }
 
-static __always_inline int forward(struct __sk_buff *skb, struct tcpha_entry *e)
+static __always_inline int to_backend(struct __sk_buff *skb, const struct tcpha_backend *be)
 {
 	struct bpf_redir_neigh nh = {.nh_family = 2 /* AF_INET */};
-	struct tcpha_backend *be;
-	__u32 index = e->backend;
-	__u32 segments = skb->gso_segs ?: 1;
-	__u32 bytes = skb->len - ETH_HLEN;
 	long ret;
 
-	be = bpf_map_lookup_elem(&backends, &index);
-	if (!be || !be->mode) {
-		COUNT(unreachable, 1);
-		return TC_ACT_SHOT;
-	}
-	__sync_fetch_and_add(&e->packets, segments);
-	__sync_fetch_and_add(&e->bytes, bytes);
 	if (be->mode == TCPHA_LOCAL) {
 		/* one that was held bears the mark instead of our address */
 		bpf_skb_change_type(skb, PACKET_HOST);
@@ -135,12 +124,31 @@ static __always_inline int forward(struct __sk_buff *skb, struct tcpha_entry *e)
 	/* resolves the neighbour and writes the Ethernet header, so no MAC address is cached here */
 	nh.ipv4_nh = unmap_v4(be->nexthop);
 	ret = bpf_redirect_neigh(be->ifindex, &nh, sizeof(nh), 0);
-	if (ret == TC_ACT_SHOT) {
+	if (ret == TC_ACT_SHOT)
+		COUNT(unreachable, 1);
+	return ret;
+}
+
+static __always_inline int forward(struct __sk_buff *skb, struct tcpha_entry *e)
+{
+	struct tcpha_backend *be;
+	__u32 index = e->backend;
+	__u32 segments = skb->gso_segs ?: 1;
+	__u32 bytes = skb->len - ETH_HLEN;
+	int ret;
+
+	be = bpf_map_lookup_elem(&backends, &index);
+	if (!be || !be->mode) {
 		COUNT(unreachable, 1);
 		return TC_ACT_SHOT;
 	}
-	COUNT(forwarded, segments);
-	COUNT(forwarded_bytes, bytes);
+	__sync_fetch_and_add(&e->packets, segments);
+	__sync_fetch_and_add(&e->bytes, bytes);
+	ret = to_backend(skb, be);
+	if (ret == TC_ACT_REDIRECT) {
+		COUNT(forwarded, segments);
+		COUNT(forwarded_bytes, bytes);
+	}
 	return ret;
 }
 
@@ -488,6 +496,30 @@ static __always_inline int fast_flow(struct __sk_buff *skb, struct tcpha_entry *
 	return forward(skb, e);
 }
 
+/*
+ * An ICMP error about a segment that a back end sent in the name of the VIP belongs to that back end: it has
+ * the connection, and looks whether it ever sent such a segment. Path MTU discovery needs this (RFC 1191).
+ */
+static __always_inline int forward_icmp(struct __sk_buff *skb)
+{
+	struct tcpha_backend *be;
+	struct tcpha_entry *e;
+	struct tcpha_flow flow;
+	__u32 index;
+
+	if (parse_icmp_error(skb, 0, unmap_v4(conf.vaddr), &flow) < 0 || flow.vport != conf.vport)
+		return TC_ACT_UNSPEC;
+	e = bpf_map_lookup_elem(&flows, &flow);
+	if (!e || e->state != TCPHA_FORWARD)
+		return TC_ACT_UNSPEC;
+	index = e->backend;
+	be = bpf_map_lookup_elem(&backends, &index);
+	if (!be || !be->mode)
+		return TC_ACT_SHOT;
+	COUNT(icmp, 1);
+	return to_backend(skb, be);
+}
+
 SEC("tc")
 int fe_ingress(struct __sk_buff *skb)
 {
@@ -497,9 +529,10 @@ int fe_ingress(struct __sk_buff *skb)
 	__u32 seq, ack, length;
 	int verdict;
 
-	if (skb->pkt_type != PACKET_HOST || skb->protocol != bpf_htons(ETH_P_IP) ||
-	    parse_tcp(skb, 0, &h) < 0)
+	if (skb->pkt_type != PACKET_HOST || skb->protocol != bpf_htons(ETH_P_IP))
 		return TC_ACT_UNSPEC;
+	if (parse_tcp(skb, 0, &h) < 0)
+		return forward_icmp(skb);
 	if (h.ip->daddr != unmap_v4(conf.vaddr) || h.tcp->dest != conf.vport)
 		return TC_ACT_UNSPEC;
 	flow_of(&h, &flow);

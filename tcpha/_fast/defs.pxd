@@ -127,6 +127,7 @@ cdef extern from "tcpha.h" nogil:
         uint64_t forged
         uint64_t adopted
         uint64_t yielded
+        uint64_t icmp
 
     struct tcpha_keys:
         uint64_t key[2][2]

@@ -5,7 +5,7 @@ from tcpha._fast.datapath cimport BeDatapath
 from tcpha._fast.defs cimport tcpha_counters
 from tcpha._fast.diag cimport SockDiag, diag
 from tcpha._fast.nfqueue cimport packet
-from tcpha._fast.rewrite cimport tcp_view
+from tcpha._fast.rewrite cimport icmp_view, tcp_view
 from tcpha._fast.sys cimport pthread_cond_t, pthread_mutex_t, pthread_rwlock_t
 from tcpha._fast.table cimport flow_table
 
@@ -35,6 +35,7 @@ cdef struct be_nfqueue:
 
 # For the front end, to whose Local Node a packet belongs. The lock is not held.
 cdef int local_inward(be_nfqueue *d, packet *p) noexcept nogil
+cdef int local_icmp(be_nfqueue *d, icmp_view *v) noexcept nogil
 cdef bint local_inject(be_nfqueue *d, tcp_view *v) noexcept nogil
 
 

@@ -27,8 +27,8 @@ from tcpha._fast.packet cimport (
     ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_FIN, TCP_PSH, TCP_RST, TCP_SIZE, TCP_SYN,
     VNET_SIZE, address_bytes, forge, ip_checksum, segment, segment_from)
 from tcpha._fast.rewrite cimport (
-    SUM_FULL, SUM_LEAVE, SUM_UPDATE, checksum_full, get32, tcp_parse, tcp_parse_head, tcp_view,
-    translate, translation)
+    SUM_FULL, SUM_LEAVE, SUM_UPDATE, checksum_full, get32, icmp_parse, icmp_translate, icmp_view,
+    tcp_parse, tcp_parse_head, tcp_view, translate, translation)
 from tcpha._fast.snapshot cimport (
     SNAP_ECN, SNAP_FIN, SNAP_SACK, SNAP_TIMESTAMP, SNAP_USEC_TS, SNAP_WSCALE, snapshot)
 from tcpha._fast.sys cimport (
@@ -138,14 +138,38 @@ cdef void _acknowledge(be_nfqueue *d, const tcp_view *v) noexcept nogil:
     _inject(d, buf, sizeof(buf))
 
 
+cdef bint _icmp_inward(be_nfqueue *d, icmp_view *v) noexcept nogil:
+    """Rewrite an ICMP error about a segment of an adopted connection for the socket that sent it.
+    False: it is about something else."""
+    cdef tcpha_flow local
+    cdef be_flow *f
+    _key(d, v.inner + 16, v.tcp + 2, &local)
+    f = <be_flow *>table_find(&d.flows, &local)
+    if f == NULL or f.state != B_LIVE or memcmp(&f.outside.vport, v.tcp, 2) != 0 or \
+            memcmp(d.vaddr + 12, v.inner + 12, 4) != 0:
+        return False
+    icmp_translate(v, &f.outward, &f.inward)
+    return True
+
+
+cdef bint _is_frontend(be_nfqueue *d, uint32_t addr) noexcept nogil:
+    cdef uint32_t i
+    for i in range(d.nfrontends):
+        if d.frontends[i] == addr:
+            return True
+    add64(<uint64_t *>&d.n.foreign, 1)
+    return False
+
+
 cdef int _inward(be_nfqueue *d, packet *p) noexcept nogil:
     """From the network: tunnelled by a front end, or to the VIP."""
     cdef uint8_t *inner = p.data
-    cdef uint32_t length = p.len, outer_src, i
+    cdef uint32_t length = p.len, outer_src
     cdef uint16_t word
     cdef bint tunnelled = False
     cdef be_flow *f
     cdef tcp_view v
+    cdef icmp_view error
     if length >= IP_SIZE and inner[9] == 4:  # IPIP
         memcpy(&outer_src, inner + 12, 4)
         if inner[0] != 0x45 or length < 2 * IP_SIZE:
@@ -153,14 +177,20 @@ cdef int _inward(be_nfqueue *d, packet *p) noexcept nogil:
         inner += IP_SIZE
         length -= IP_SIZE
         tunnelled = True
+    if icmp_parse(inner, length, &error) == 0 and memcmp(inner + 16, d.vaddr + 12, 4) == 0:
+        if tunnelled and not _is_frontend(d, outer_src):
+            return V_DROP
+        if not _icmp_inward(d, &error):
+            return V_DROP if tunnelled else V_ACCEPT
+        if tunnelled and error.icmp - error.ip > IP_SIZE:
+            return V_DROP  # as below, and rare: a router's errors have no IP options
+        p.data = inner
+        p.len = length
+        return V_CHANGED
     if tcp_parse(inner, length, &v) < 0 or memcmp(v.ip + 16, d.vaddr + 12, 4) != 0:
         return V_ACCEPT    # none of ours
     if tunnelled:
-        for i in range(d.nfrontends):
-            if d.frontends[i] == outer_src:
-                break
-        else:
-            add64(<uint64_t *>&d.n.foreign, 1)
+        if not _is_frontend(d, outer_src):
             return V_DROP
         add64(<uint64_t *>&d.n.decapsulated, 1)
         if v.tcp - v.ip > IP_SIZE:
@@ -200,6 +230,15 @@ cdef int local_inward(be_nfqueue *d, packet *p) noexcept nogil:
                   SUM_FULL if p.skb_info & (SKB_GSO | SKB_CSUM_NOT_READY) else SUM_UPDATE)
     pthread_rwlock_unlock(&d.lock)
     return V_DROP if f == NULL else V_CHANGED
+
+
+cdef int local_icmp(be_nfqueue *d, icmp_view *v) noexcept nogil:
+    """Rewrite an ICMP error for the local server. Returns its verdict."""
+    cdef bint ours
+    pthread_rwlock_rdlock(&d.lock)
+    ours = _icmp_inward(d, v)
+    pthread_rwlock_unlock(&d.lock)
+    return V_CHANGED if ours else V_ACCEPT
 
 
 cdef bint local_inject(be_nfqueue *d, tcp_view *v) noexcept nogil:

@@ -22,12 +22,13 @@ from tcpha._fast.ledger cimport (
     ledger_sweep)
 from tcpha._fast.nfqueue cimport (
     SKB_CSUM_NOT_READY, SKB_GSO, V_ACCEPT, V_DROP, V_KEEP, Queue, packet, queue, queue_verdict)
-from tcpha._fast.nfqueue_be cimport BeNfqueue, be_nfqueue, local_inject, local_inward
+from tcpha._fast.nfqueue_be cimport BeNfqueue, be_nfqueue, local_icmp, local_inject, local_inward
 from tcpha._fast.packet cimport (
     ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_FIN, TCP_PSH, TCP_SIZE, TCP_SYN,
     VNET_SIZE, address_bytes, forge, ip_checksum, segment, segment_from)
 from tcpha._fast.repair cimport repair_freeze, saved_syn_mss
-from tcpha._fast.rewrite cimport get32, pseudo_sum, sum_bytes, tcp_parse, tcp_view
+from tcpha._fast.rewrite cimport (
+    get32, icmp_parse, icmp_view, pseudo_sum, sum_bytes, tcp_parse, tcp_view)
 from tcpha._fast.snapshot cimport SNAP_FIN, snapshot
 from tcpha._fast.sys cimport (
     AF_PACKET, EINTR, MSG_DONTWAIT, add64, errno, htonl, htons, iovec, load64, msghdr, now_ns,
@@ -425,11 +426,50 @@ cdef void _on_batch(void *self, queue *q) noexcept nogil:
         _send_waiting(d, &d.waiting[q.num - d.first_queue][i])
 
 
+cdef int _on_error(fe_nfqueue *d, packet *p, icmp_view *error) noexcept nogil:
+    """An ICMP error about a segment that a back end sent in the name of the VIP belongs to that
+    back end: it has the connection. Path MTU discovery needs this (RFC 1191)."""
+    cdef tcpha_flow flow
+    cdef tcpha_entry *e
+    cdef path *way
+    cdef tcp_view v
+    cdef bint ok
+    memset(&flow, 0, sizeof(flow))
+    flow.caddr[10] = flow.caddr[11] = flow.vaddr[10] = flow.vaddr[11] = 0xff
+    memcpy(flow.caddr + 12, error.inner + 16, 4)
+    memcpy(flow.vaddr + 12, error.inner + 12, 4)
+    memcpy(&flow.vport, error.tcp, 2)
+    memcpy(&flow.cport, error.tcp + 2, 2)
+    e = <tcpha_entry *>table_find(&d.flows, &flow)
+    if e == NULL or e.state != TCPHA_FORWARD:
+        return V_ACCEPT
+    if e.backend == TCPHA_LOCAL_NODE:
+        return local_icmp(d.local, error) if d.local != NULL else V_ACCEPT
+    way = &d.paths[e.backend]
+    memset(&v, 0, sizeof(v))
+    v.ip = error.ip
+    v.tcp = v.data = error.icmp
+    v.len = error.len
+    v.data_len = error.len - <uint32_t>(error.icmp - error.ip)
+    if way.ifindex == 0 or v.len + (IP_SIZE if way.tunnel else 0) > way.mtu:
+        return V_DROP
+    if way.tunnel:
+        ok = _send_tunnel(d, way, &v, 0, 0)
+    else:
+        ok = _send_direct(d, way, &v, 0, 0)
+    if ok:
+        add64(<uint64_t *>&d.n.icmp, 1)
+    return V_DROP
+
+
 cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
     cdef fe_nfqueue *d = <fe_nfqueue *>self
     cdef tcpha_flow flow
     cdef tcpha_entry *e
     cdef tcp_view v
+    cdef icmp_view error
+    if icmp_parse(p.data, p.len, &error) == 0:
+        return _on_error(d, p, &error)
     if tcp_parse(p.data, p.len, &v) < 0:
         return V_ACCEPT    # our stack knows what to do with it
     memset(&flow, 0, sizeof(flow))
@@ -659,7 +699,7 @@ cdef class FeNfqueue(FeDatapath):
         cdef tcpha_counters *n = &self.d.n
         return {"forwarded": n.forwarded, "forwarded_bytes": n.forwarded_bytes, "held": n.held,
                 "live_syn": n.live_syn, "unreachable": n.unreachable,
-                "thinned": self.d.thinned}
+                "icmp": n.icmp, "thinned": self.d.thinned}
 
     def flows(self):
         cdef flow_cell *rows = <flow_cell *>malloc(<size_t>ROWS * self.d.flows.stride)

@@ -39,6 +39,18 @@ cdef struct translation:
     uint16_t port          # network byte order
 
 
+# An ICMP error (RFC 792) about a TCP segment that it quotes.
+cdef struct icmp_view:
+    uint8_t *ip
+    uint8_t *icmp
+    uint8_t *inner         # the segment's IP header
+    uint8_t *tcp           # the first 8 bytes of its TCP header, at least
+    uint32_t len           # of the packet
+
+
+cdef int icmp_parse(uint8_t *p, uint32_t length, icmp_view *v) noexcept nogil
+cdef void icmp_translate(icmp_view *v, const translation *outward,
+                         const translation *inward) noexcept nogil
 cdef int tcp_parse(uint8_t *p, uint32_t length, tcp_view *v) noexcept nogil
 cdef int tcp_parse_head(uint8_t *p, uint32_t have, uint32_t length, tcp_view *v) noexcept nogil
 cdef void translate(tcp_view *v, const translation *t, int mode) noexcept nogil

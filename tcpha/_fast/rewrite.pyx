@@ -185,6 +185,53 @@ cdef void translate(tcp_view *v, const translation *t, int mode) noexcept nogil:
         _apply(v.tcp + 16, diff)
 
 
+cdef int icmp_parse(uint8_t *p, uint32_t length, icmp_view *v) noexcept nogil:
+    """Find the quoted TCP segment in an ICMP error: destination unreachable, time exceeded or
+    parameter problem. 0, or -1: the packet, of 'length' bytes from its IPv4 header on, is something
+    else."""
+    cdef uint32_t ihl, room
+    if length < 20 or p[0] >> 4 != 4 or p[9] != 1:
+        return -1
+    ihl = (p[0] & 15) * 4u
+    if ihl < 20 or length < ihl + 8 + 20 or get16(p + 2) != length or \
+            (get16(p + 6) & 0x3fff) != 0:
+        return -1
+    v.ip = p
+    v.len = length
+    v.icmp = p + ihl
+    if v.icmp[0] != 3 and v.icmp[0] != 11 and v.icmp[0] != 12:
+        return -1
+    v.inner = v.icmp + 8
+    room = length - ihl - 8
+    ihl = (v.inner[0] & 15) * 4u
+    if v.inner[0] >> 4 != 4 or ihl < 20 or room < ihl + 8 or v.inner[9] != 6 or \
+            (get16(v.inner + 6) & 0x1fff) != 0:
+        return -1
+    v.tcp = v.inner + ihl
+    return 0
+
+
+cdef void icmp_translate(icmp_view *v, const translation *outward,
+                         const translation *inward) noexcept nogil:
+    """Make the quoted segment what it was before 'outward' changed it, and the packet's destination
+    what 'inward' says."""
+    cdef uint64_t ip_diff
+    cdef uint32_t old, seq = htonl(get32(v.tcp + 4) - outward.seq)
+    cdef uint16_t sum_
+    memcpy(v.tcp + 4, &seq, 4)
+    if inward.addr:
+        memcpy(&old, v.ip + 16, 4)
+        ip_diff = _words(~old, False) + _words(inward.addr, False)
+        memcpy(v.ip + 16, &inward.addr, 4)
+        _apply(v.ip + 10, ip_diff)
+        memcpy(v.inner + 12, &inward.addr, 4)
+        _apply(v.inner + 10, ip_diff)
+        memcpy(v.tcp, &inward.port, 2)
+    memset(v.icmp + 2, 0, 2)
+    sum_ = ~<uint16_t>sum_bytes(v.icmp, v.len - <uint32_t>(v.icmp - v.ip))
+    memcpy(v.icmp + 2, &sum_, 2)
+
+
 def parse_packet(bytes packet, have=None):
     """What tcp_parse() finds, or tcp_parse_head() in 'have' bytes, as a dict, or None; for
     tests."""
@@ -200,11 +247,7 @@ def parse_packet(bytes packet, have=None):
             "mss": v.mss, "wscale": v.wscale if v.wscale >= 0 else None, "sack_ok": v.sack_ok}
 
 
-def translate_packet(bytes packet, dict changes, int mode=SUM_UPDATE):
-    """translate() on a copy, for tests and benchmarks. changes: the fields of struct translation;
-    'addr' as 4 bytes, 'port' as a number. Raises ValueError if the packet cannot be parsed."""
-    cdef bytearray copy = bytearray(packet)
-    cdef tcp_view v
+cdef translation _translation(dict changes):
     cdef translation t
     memset(&t, 0, sizeof(t))
     t.seq = changes.get("seq", 0)
@@ -218,9 +261,29 @@ def translate_packet(bytes packet, dict changes, int mode=SUM_UPDATE):
     if addr is not None:
         memcpy(&t.addr, <const char *>(<bytes>addr), 4)
         t.port = htons(changes["port"])
+    return t
+
+
+def translate_packet(bytes packet, dict changes, int mode=SUM_UPDATE):
+    """translate() on a copy, for tests and benchmarks. changes: the fields of struct translation;
+    'addr' as 4 bytes, 'port' as a number. Raises ValueError if the packet cannot be parsed."""
+    cdef bytearray copy = bytearray(packet)
+    cdef tcp_view v
+    cdef translation t = _translation(changes)
     if tcp_parse(copy, <uint32_t>len(copy), &v) < 0:
         raise ValueError("no TCP packet")
     translate(&v, &t, mode)
+    return bytes(copy)
+
+
+def translate_error(bytes packet, dict outward, dict inward):
+    """icmp_translate() on a copy, or None: the packet is no such error; for tests."""
+    cdef bytearray copy = bytearray(packet)
+    cdef icmp_view v
+    cdef translation out = _translation(outward), back = _translation(inward)
+    if icmp_parse(copy, <uint32_t>len(copy), &v) < 0:
+        return None
+    icmp_translate(&v, &out, &back)
     return bytes(copy)
 
 

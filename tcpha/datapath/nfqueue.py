@@ -107,6 +107,11 @@ class _Nfqueue:
         for queue in self.queues:
             queue.start()
 
+    def _errors(self, vaddr: str) -> Rule:
+        """For ICMP errors about what was sent in the name of the VIP; they are few."""
+        return Rule("prerouting", protocol=socket.IPPROTO_ICMP, destination=vaddr, bypass=True,
+                    queue=(self.queues[0].num, 1))
+
     @property
     def _span(self) -> tuple[int, int]:
         """The queues that read whole packets."""
@@ -137,7 +142,8 @@ class NfqueueFrontend(_Nfqueue):
         self.left: dict[str, tuple[int, int]] = {}
         vip = {"hook": "prerouting", "destination": config.vaddr, "dport": config.port,
                "queue": self._span}
-        self._begin([Rule(**vip, flags=rules.SYN, bypass=True), Rule(**vip)])
+        self._begin([Rule(**vip, flags=rules.SYN, bypass=True), Rule(**vip),
+                     self._errors(config.vaddr)])
 
     def open_local(self, address: str, port: int) -> NfqueueLocal:
         local = NfqueueLocal(self.config, self.host, address, port)
@@ -273,7 +279,8 @@ class NfqueueBackend(_Adopter):
                          host.journal.with_suffix(".flows"))
         self._serve(listen, [
             Rule("prerouting", queue=self._span, protocol=rules.IPIP, destination=config.raddr),
-            Rule("prerouting", queue=self._span, destination=config.vaddr)])
+            Rule("prerouting", queue=self._span, destination=config.vaddr),
+            self._errors(config.vaddr)])
 
 
 class NfqueueLocal(_Adopter):

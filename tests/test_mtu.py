@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Path MTU discovery (RFC 1191): routers write to the VIP, so to the front end, about segments that
+a back end has sent."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tcpha.lab.bed import Cluster, Host, Nginx
+
+NARROW = 1300
+FAR = "10.9.0.2"
+
+
+def behind_a_router(c: Cluster) -> Host:
+    """A client whose way to the others has a link that takes no more than NARROW bytes."""
+    router = c.bed.host("router", "192.168.1.200")
+    far = c.bed.host("far", FAR)
+    router.ip("addr", "add", "10.9.0.1/24", "dev", "eth0")
+    router.ip("route", "replace", "10.9.0.0/24", "dev", "eth0", "mtu", "lock", str(NARROW))
+    router.sysctl("net.ipv4.conf.all.send_redirects", "0")
+    router.sysctl("net.ipv4.conf.eth0.send_redirects", "0")
+    router.sysctl("net.ipv4.ip_forward", "1")
+    far.ip("route", "add", "default", "via", "10.9.0.1")
+    for host in (c.fe_host, *c.be_hosts):
+        host.ip("route", "add", "10.9.0.0/24", "via", router.address)
+    return far
+
+
+def check(c: Cluster, far: Host, server: Nginx) -> None:
+    content = server.file("1m", size=1 << 20).read_bytes()
+    got = far.dir / "1m"
+    far.run("curl", "-sS", "--max-time", "60", "-o", str(got), f"http://{c.VIP}/1m")
+    assert got.read_bytes() == content
+    # the segments were too large at first, and the host that sent them has heard of it
+    assert f"mtu {NARROW}" in server.host.ip("route", "get", FAR)
+
+
+@pytest.fixture
+def cluster(mode: dict[str, Any]) -> Iterator[Cluster]:
+    # where addresses are rewritten, those in the error must be, too
+    rewritten = "redirectaddr = 192.168.1.33\nredirectport = 8080"
+    c = Cluster(1, **mode, nginx={"ports": (80, 8080)}, rules=[(0, ".*")],
+                be_conf=rewritten if mode["datapath"][1] == "nfqueue" else "")
+    yield c
+    c.close()
+
+
+@pytest.mark.modes("direct", "tunnel", "fast-direct", "fast-tunnel", "nfqueue-direct",
+                   "nfqueue-tunnel", "ebpf-nfqueue", "nfqueue-ebpf")
+def test_a_narrow_link(cluster: Cluster) -> None:
+    far = behind_a_router(cluster)
+    check(cluster, far, cluster.nginx[0])
+    assert cluster.fe and cluster.fe.ctl("status")["packets"]["icmp"] > 0
+
+
+@pytest.mark.parametrize("datapath", ("ebpf", "nfqueue"))
+def test_a_narrow_link_to_the_local_node(datapath: str) -> None:
+    c = Cluster(1, datapath=(datapath, datapath), rules=[(0, "jpg$")], start=False)
+    try:
+        server = Nginx(c.fe_host, (8080,))
+        c.start()
+        check(c, behind_a_router(c), server)
+    finally:
+        c.close()
