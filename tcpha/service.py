@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from tcpha.admin import logs
+from tcpha.admin import capabilities, logs
 from tcpha.admin.files import ControlFiles
 from tcpha.admin.rundir import RunDir
 from tcpha.admin.server import Command, Refused, Server
@@ -160,6 +160,7 @@ class Service:
         loop = asyncio.get_running_loop()
         try:
             self.host.recover()
+            capabilities.restrict()  # before there is a second thread
             self.open()
             self.host.settle()
         except BaseException:

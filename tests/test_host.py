@@ -8,6 +8,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,6 +92,25 @@ def test_host_state_after_kill_and_restart(idle: Cluster) -> None:
     assert idle.fe.stop() == 0 and idle.be[0].stop() == 0
     assert [state(h) for h in hosts] == before
     wait_for(lambda: not ours & loaded(), "the programs' end")
+
+
+@pytest.mark.modes("fast-direct", "nfqueue-direct")
+def test_capabilities(idle: Cluster) -> None:
+    """No thread keeps more than docs/security.md says; and that is enough: what runs with these
+    are the daemons of all other tests."""
+    idle.start()
+    assert idle.fe
+    assert idle.get("/") == "x\n"
+    for daemon in (idle.fe, idle.be[0]):
+        threads = list(Path(f"/proc/{daemon.process.pid}/task").iterdir())
+        assert len(threads) > 4
+        for thread in threads:
+            said = dict(line.split(":\t", 1)
+                        for line in (thread / "status").read_text().splitlines() if ":\t" in line)
+            assert int(said["CapEff"], 16) == int(said["CapPrm"], 16) == \
+                int(said["CapBnd"], 16) == sum(1 << n for n in (10, 12, 13, 38, 39))
+            assert int(said["CapInh"], 16) == int(said["CapAmb"], 16) == 0
+            assert said["NoNewPrivs"] == "1"
 
 
 def test_addresses_of_the_administrator_are_kept(idle: Cluster) -> None:

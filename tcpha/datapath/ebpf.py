@@ -2,14 +2,12 @@
 """Datapath 'ebpf': TAP device, BPF object and tc filters of each role."""
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import socket
 from importlib import resources
 from typing import Any
 
-from tcpha._fast.bpf import attached_maps, kernel_has_function
+from tcpha._fast.bpf import kernel_has_function
 from tcpha._fast.diag import SockDiag
 from tcpha._fast.ebpf import BeEbpf, FeEbpf
 from tcpha.config import ANY, Config
@@ -42,18 +40,6 @@ class _Ebpf:
         for index in host.ethernet(config.interface):
             host.attach(index, self.table.obj.program_fd(ingress), priority)
 
-    @staticmethod
-    def _left(host: Host, priority: int) -> dict[str, tuple[int, int, int]]:
-        """The maps of a run that was killed: its programs are still attached."""
-        for change in host.inherited:
-            if change["what"] == "filter" and change["priority"] == priority:
-                with contextlib.suppress(OSError):
-                    found = attached_maps(socket.if_nametoindex(change["interface"]), priority,
-                                          host.handle)
-                    if found:
-                        return dict(found)
-        return {}
-
     def _attach_tap(self, host: Host, priority: int, program: str) -> None:
         host.attach(self.tap_index, self.table.obj.program_fd(program), priority)
 
@@ -72,12 +58,10 @@ class EbpfFrontend(_Ebpf):
         self.config, self.host = config, host
         self.fastpath = config.fastpath == "on" and bool(kernel_has_function(ADOPT_KFUNC))
         self.queues: list[int] = []
-        left = self._left(host, FE_PRIORITY)
+        left = host.maps.get(FE_PRIORITY, {})
         self.table = FeEbpf(_object("fe.bpf.o"), (self.tap_fd, self.tap_index), config.vaddr,
                             config.port, config.maxclients, config.maxflows,
                             config.forward == "tunnel", self._open_fast(), left)
-        for fd, _, _ in left.values():
-            os.close(fd)
         self.left: dict[str, tuple[int, int]] = {}
         if self.table.taken_over:
             live, known = self.table.take_over()
@@ -141,12 +125,9 @@ class EbpfBackend(_Ebpf):
     def __init__(self, config: Config, host: Host):
         super().__init__(config, host, "tcphabe")
         listen = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
-        left = self._left(host, BE_PRIORITY)
         self.table = BeEbpf(_object("be.bpf.o"), (self.tap_fd, self.tap_index), config.vaddr,
                             config.raddr, listen, config.redirectport,
-                            fast=config.fastpath == "on", left=left)
-        for fd, _, _ in left.values():
-            os.close(fd)
+                            fast=config.fastpath == "on", left=host.maps.get(BE_PRIORITY, {}))
         self.fastpath = config.fastpath == "on"
         self._attach(config, host, BE_PRIORITY, "be_tap", "be_ingress")
 

@@ -6,6 +6,7 @@ up after by the next one with the same run directory.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +78,15 @@ class Host:
 
     def __init__(self, journal: Path):
         self.journal = journal
-        self.ipr = _Netlink()
         self.undo: list[dict[str, Any]] = []
         self.inherited: list[dict[str, Any]] = []
+        self.maps: dict[int, dict[str, tuple[int, int, int]]] = {}
         # distinguishes the tc filters of instances with other run directories
         self.handle = zlib.crc32(str(journal).encode()) % 0xFFFE + 1
+
+    @cached_property
+    def ipr(self) -> _Netlink:
+        return _Netlink()
 
     # Journal
 
@@ -98,10 +104,25 @@ class Host:
             log.info("taking over from an earlier run that was killed")
         self.undo = list(left)
         self.inherited = list(left)
+        self._claim_maps()
+
+    def _claim_maps(self) -> None:
+        """Of the programs that are still attached, by priority of their filter: {name: (descriptor,
+        size of a key, of a value)}. Nobody without CAP_SYS_ADMIN can get at them later."""
+        from tcpha._fast.bpf import attached_maps
+        for change in self.inherited:
+            if change["what"] == "filter" and not self.maps.get(change["priority"]):
+                with contextlib.suppress(OSError):
+                    self.maps[change["priority"]] = dict(attached_maps(
+                        socket.if_nametoindex(change["interface"]), change["priority"],
+                        self.handle))
 
     def settle(self) -> None:
         """All of ours is in force: undo what else a killed predecessor changed."""
         self._forget(self.inherited)
+        for fd, _, _ in (m for maps in self.maps.values() for m in maps.values()):
+            os.close(fd)
+        self.maps.clear()
 
     def forget_rules(self) -> None:
         """New rules are in force: take those of a killed predecessor away."""
