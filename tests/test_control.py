@@ -118,12 +118,16 @@ def _ask(c: Cluster) -> socket.socket:
 
 
 class Relay:
-    """In the way of the control connections: passes everything on, and spoils a byte when told."""
+    """In the way of the control connections: passes everything on, and when told spoils a byte, or
+    loses what the back end says behind an offer."""
 
     def __init__(self, host: Host):
         self.host = host
         self.spoil = 0
         self.spoilt = 0
+        self.lose = False
+        self.victim: tuple[socket.socket, socket.socket] | None = None
+        self.pairs: list[tuple[socket.socket, socket.socket]] = []
         self.listener = host.inside(lambda: socket.create_server((host.address, 667)))
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -131,9 +135,20 @@ class Relay:
         with contextlib.suppress(OSError):
             while True:
                 left, _ = self.listener.accept()
-                right = self.host.connect(self.host.address, 666)
+                try:
+                    right = self.host.connect(self.host.address, 666)
+                except OSError:
+                    left.close()
+                    continue
+                self.pairs.append((left, right))
                 for a, b in ((left, right), (right, left)):
                     threading.Thread(target=self._pass, args=(a, b), daemon=True).start()
+
+    def cut(self, pair: tuple[socket.socket, socket.socket]) -> None:
+        self.pairs.remove(pair)
+        for s in pair:
+            with contextlib.suppress(OSError):
+                s.shutdown(socket.SHUT_RDWR)
 
     def _pass(self, a: socket.socket, b: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -142,7 +157,11 @@ class Relay:
                     self.spoil -= 1
                     self.spoilt += 1
                     data[len(data) // 2] ^= 0x20
-                b.sendall(data)
+                if self.lose and len(data) > 100:
+                    self.lose = False
+                    self.victim = a, b
+                if self.victim != (b, a):
+                    b.sendall(data)
         for s in (a, b):
             with contextlib.suppress(OSError):
                 s.shutdown(socket.SHUT_RDWR)
@@ -168,6 +187,39 @@ def test_what_was_changed_is_not_believed(mode: dict[str, Any]) -> None:
             assert len(body(read_all(_ask(c)))) == 1024
             settle(c)
         assert c.fe.ctl("status")["counters"]["handed"] == 4
+    finally:
+        relay.listener.close()
+        c.close()
+
+
+@pytest.mark.parametrize("left", [1, 0])
+def test_an_answer_that_is_lost(mode: dict[str, Any], left: int) -> None:
+    """A back end adopted a connection, and the control connection broke before it could say so. No
+    other one may get the connection, and nobody serves its request again: the answer comes by
+    another control connection, or by the next one, if all break."""
+    c = Cluster(2, **mode, rules=[(0, "^/"), (1, ".*")], start=False)
+    relay = Relay(c.be_hosts[0])
+    try:
+        c.be = [Daemon(h, "be", c.be_text(h)) for h in c.be_hosts]
+        c.fe = Daemon(c.fe_host, "fe", c.fe_text().replace("33 666", "33 667"))
+        c.connected()
+        relay.lose = True
+        with c.client.connect(c.VIP) as s:
+            s.sendall(b"PUT /up/x HTTP/1.1\r\nHost: lab\r\nContent-Length: 10\r\n"
+                      b"Connection: close\r\n\r\n" + b"x" * 5)
+            wait_for(lambda: relay.victim, "the offer")
+            wait_for(lambda: c.be[0].ctl("status")["counters"]["adopted"] == 1, "the adoption")
+            assert c.fe.ctl("status")["counters"]["handed"] == 0
+            for pair in list(relay.pairs)[left:] if left == 0 else [relay.victim]:
+                relay.cut(pair)  # type: ignore[arg-type]
+            s.sendall(b"x" * 5)
+            assert b" 201 Created" in read_all(s)
+        wait_for(lambda: c.fe.ctl("status")["counters"]["closed"] == 1,  # type: ignore[union-attr]
+                 "the end")
+        assert c.fe.ctl("status")["counters"]["handed"] == 1
+        assert [b.ctl("status")["counters"]["adopted"] for b in c.be] == [1, 0]
+        assert [r["request"] for r in c.nginx[0].seen()] == ["PUT /up/x HTTP/1.1"]
+        assert c.nginx[1].seen() == []
     finally:
         relay.listener.close()
         c.close()

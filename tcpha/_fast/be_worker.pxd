@@ -17,6 +17,13 @@ cdef struct leftover:
 
 cdef enum:
     AGAIN = 1024
+    OVER = 4096
+
+
+# A handoff whose connection is over.
+cdef struct finished:
+    uint64_t id
+    tcpha_flow flow
 
 
 # An adopted connection.
@@ -68,6 +75,7 @@ cdef struct backend_state:
     uint32_t swept         # bucket that _sweep() has come to
     tcpha_flow again[AGAIN]  # to look at once more, at the timer's next turn; guarded by the lock
     uint32_t nagain
+    finished over[OVER]    # of late, each in the place that its id says; guarded by the lock
     pthread_mutex_t feed_lock
     leftover *leftovers
     be_counters n

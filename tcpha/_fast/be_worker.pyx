@@ -144,8 +144,15 @@ cdef bint _tell_closed(backend_state *b, worker *w, adopted *a, uint32_t how) no
     return False
 
 
+cdef inline finished *_was_over(backend_state *b, uint64_t id) noexcept nogil:
+    return &b.over[(id * 0x9e3779b97f4a7c15u) >> 52]
+
+
 cdef void _ended(backend_state *b, worker *w, adopted *a, uint32_t how) noexcept nogil:
     """A connection is over. b.lock is held."""
+    cdef finished *was = _was_over(b, a.id)
+    was.id = a.id
+    was.flow = a.flow
     if not a.over:
         b.dp.ended(b.dp.self, &a.flow)
         _set_open(b, a, False)
@@ -275,6 +282,8 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
         rc = REFUSE_STALE  # the front end has given up on it, or is about to
     else:
         _on_ring(b, w)     # what came before this one is in the table
+        if _is_known(b, w, l, m):
+            return 0
         # In the table before the socket exists: its end may be reported at any moment after.
         pthread_mutex_lock(&b.lock)
         a = _find(b, &m.snap.flow)
@@ -299,6 +308,7 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
             if rc == DP_MORE:
                 _keep_leftover(b, m)
                 rc = 0
+            l = _answer_to(b, l, m)
             if rc != 0:
                 pthread_mutex_lock(&b.lock)
                 a = _find(b, &m.snap.flow)
@@ -315,6 +325,44 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
         say_more(c, 1, &m.snap.flow, b"refused: %s", refusal_text(rc), 0)
         link_put(c, w, l, buf, message_refused(buf, m.id, rc), NULL, 0)
     return 0
+
+
+cdef bint _is_known(backend_state *b, worker *w, link *l, message *m) noexcept nogil:
+    """An offer that came before, on a control connection that broke before the front end read the
+    answer. Adopting it again would serve its request twice: the answer is given again."""
+    cdef uint8_t buf[MSG_CLOSED_SIZE]
+    cdef finished *was
+    cdef adopted *a
+    cdef bint known, over = False
+    pthread_mutex_lock(&b.lock)
+    a = _find(b, &m.snap.flow)
+    was = _was_over(b, m.id)
+    known = a != NULL and a.id == m.id and a.peer == l.peer and not a.fast
+    if known and not half_closed(l.fd):
+        a.link = <uint32_t>(l - b.c.links)
+        a.link_gen = l.gen
+        if a.adopting:     # whoever does that answers here
+            pthread_mutex_unlock(&b.lock)
+            return True
+    elif not known and was.id == m.id and memcmp(&was.flow, &m.snap.flow, sizeof(tcpha_flow)) == 0:
+        known = over = True
+    pthread_mutex_unlock(&b.lock)
+    if known:
+        link_put(b.c, w, l, buf, message_short(buf, MSG_ADOPTED, m.id), NULL, 0)
+    if over:
+        link_put(b.c, w, l, buf, message_closed(buf, m.id, &m.snap.flow, END_GONE), NULL, 0)
+    return known
+
+
+cdef link *_answer_to(backend_state *b, link *l, message *m) noexcept nogil:
+    """Where the answer to an offer is awaited: where it came last."""
+    cdef adopted *a
+    pthread_mutex_lock(&b.lock)
+    a = _find(b, &m.snap.flow)
+    if a != NULL and a.id == m.id and b.c.links[a.link].gen == a.link_gen:
+        l = &b.c.links[a.link]
+    pthread_mutex_unlock(&b.lock)
+    return l
 
 
 # The packet path

@@ -56,6 +56,7 @@ cdef enum:
     TCP_CLOSE_WAIT = 8
     BATCH = 4096           # entries read by one system call
     CHUNK = 60000          # payload of a forged segment; one skb, so that overhead is small
+    NEAR = 1 << 24         # a socket with numbers so little ahead is no other connection's
     MSS_MIN = 536          # the kernel adopts nothing below (RFC 9293 section 3.7.1)
     WINDOW = 64240         # of a SYN-ACK: 44 segments of 1460 bytes, as Linux offers
     RING = 1 << 22         # bytes in the events' ring buffer
@@ -714,6 +715,9 @@ cdef int _attach(be_ebpf *d, uint32_t worker, const snapshot *s, const uint8_t *
             return REFUSE_ERROR
         if op.result != TCPHA_R_TIME_WAIT and op.result != TCPHA_R_LIVE:
             break
+        if d.sockets == NULL and op.result == TCPHA_R_LIVE and op.rcv_nxt - g.seq < NEAR and \
+                op.snd_nxt - s.snd_nxt < NEAR:
+            return 0       # this very connection: a run of ours that was killed has adopted it
         # A socket of an earlier connection owns the 4-tuple; the client has given that one up, or
         # the front end could not have accepted this one. Or it is the front end's, if we are the
         # Local Node. A RST with exactly the sequence number that it expects ends it without a

@@ -87,6 +87,7 @@ cdef enum:
     NO_RULE = -1           # of what the Local Node takes because nobody else does
 
 cdef uint64_t LINGER_NS = 2000000000     # after an answer of our own, for the client to close
+cdef uint64_t REVIVE_NS = 2000000000     # for a back end that was killed to come back
 cdef uint64_t FULL_NS = 100000000        # a back end that said FULL is not asked for so long
 # Edge-triggered: what was only peeked at stays in the queue and must not wake us again.
 cdef uint32_t CLIENT_EVENTS = EPOLLIN | EPOLLRDHUP | EPOLLET
@@ -856,9 +857,45 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
     return 0
 
 
+cdef bint _waits(frontend *f, const conn *k, uint32_t b) noexcept nogil:
+    """Whether a connection waits for a back end's answer that cannot come any more."""
+    cdef const link *l = &f.c.links[k.link]
+    return k.state == CONN_SENT and k.entry.backend == b and \
+        (l.gen != k.link_gen or l.state != LINK_UP)
+
+
+cdef bint _ask_again(frontend *f, worker *w, conn *k) noexcept nogil:
+    """Repeat an offer on another control connection: the back end may have adopted it, and then no
+    other one must. k.lock is held. False: there is no other one now."""
+    cdef int one = TCP_RECV_QUEUE
+    setsockopt(k.fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, &one, sizeof(one))
+    if recv(k.fd, w.scratch, SCRATCH, MSG_PEEK | MSG_DONTWAIT) < <ssize_t>k.snap.len or \
+            not _send_offer(f, w, k, w.scratch):
+        return False
+    k.deadline_ns = now_ns() + f.offer_ns
+    say_more(f.c, 1, &k.snap.flow, b"asked %s again, as a control connection broke",
+             f.backends[k.entry.backend].name, 0)
+    return True
+
+
+cdef void _ask_all_again(frontend *f, worker *w, uint32_t b) noexcept nogil:
+    """A back end has a new control connection."""
+    cdef conn *k
+    cdef uint32_t i
+    for i in range(f.nconns):
+        k = &f.conns[i]
+        if _waits(f, k, b):
+            pthread_mutex_lock(&k.lock)
+            if _waits(f, k, b):
+                _ask_again(f, w, k)
+            pthread_mutex_unlock(&k.lock)
+
+
 cdef void _on_link_down(core *c, worker *w, link *l) noexcept nogil:
-    """Offers on a link that the back end has closed go to the next one. If we have, it may still
-    find them there: they wait until it would refuse them as too old."""
+    """Whether the back end has adopted what was offered on a link is known to it alone: it is asked
+    on another link, or as soon as it is back. If it closed the link (it was killed, then), it has
+    two seconds for that before the next back end is offered the connection; if we did, since it
+    does not answer, it may still find the offer: it has until it would refuse that as too old."""
     cdef frontend *f = <frontend *>c.role
     cdef backend *be = &f.backends[l.peer]
     cdef uint32_t i, index = <uint32_t>(l - c.links)
@@ -868,8 +905,6 @@ cdef void _on_link_down(core *c, worker *w, link *l) noexcept nogil:
             be.link[i] = MAX_LINKS
             add32(&be.links, -1)
             _void_verdicts(f)
-    if not l.gone:
-        return
     for i in range(f.nconns):
         k = &f.conns[i]
         if k.state != CONN_SENT or k.link != index:
@@ -877,8 +912,9 @@ cdef void _on_link_down(core *c, worker *w, link *l) noexcept nogil:
         # the lock may be ours: a link can break while its own answer is being sent
         if pthread_mutex_trylock(&k.lock) != 0:
             continue  # then the deadline takes care of it
-        if k.state == CONN_SENT and k.link == index and k.link_gen == l.gen:
-            _offer_again(f, w, k, REFUSE_LINK)
+        if k.state == CONN_SENT and k.link == index and k.link_gen == l.gen and \
+                (be.dead or not _ask_again(f, w, k)) and l.gone:
+            k.deadline_ns = min(k.deadline_ns, now_ns() + REVIVE_NS)
         pthread_mutex_unlock(&k.lock)
 
 
@@ -906,7 +942,7 @@ cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
             elif c.links[k.link].gen == k.link_gen and c.links[k.link].state == LINK_UP:
                 _stalled(f, k)
                 _offer_again(f, w, k, REFUSE_TIMEOUT)
-            else:
+            elif f.backends[k.entry.backend].dead or not _ask_again(f, w, k):
                 _offer_again(f, w, k, REFUSE_LINK)
         pthread_mutex_unlock(&k.lock)
 
@@ -1150,6 +1186,7 @@ cdef class FrontEnd(Core):
     def backend_add_link(self, uint32_t b, uint32_t link_index):
         """Use a link (see add_link) for a back end."""
         cdef backend *be = &self.f.backends[b]
+        cdef worker *w = self.outsider()
         cdef int i
         for i in range(LINKS_MAX):
             if be.link[i] == MAX_LINKS:
@@ -1159,6 +1196,9 @@ cdef class FrontEnd(Core):
                 if self.c.links[link_index].state != LINK_UP and be.link[i] == link_index:
                     be.link[i] = MAX_LINKS
                     add32(&be.links, -1)
+                with nogil:
+                    _ask_all_again(self.f, w, b)
+                    self.flush_outsider()
                 return
         raise RuntimeError("too many links to a back end")
 
