@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A front end that is killed loses no connection that it has handed over (datapath ebpf)."""
+"""A front end that is killed loses no connection that it has handed over: its tables outlive it
+(datapath ebpf), or back ends tell the next run what they have."""
 from __future__ import annotations
 
+import shutil
 import socket
 import struct
 from collections.abc import Iterator
@@ -148,7 +150,46 @@ def test_back_ends_that_are_no_longer_listed_keep_what_they_have(busy: Cluster) 
     settle(busy)
 
 
+def lose_all(c: Cluster) -> None:
+    """As if another host took the front end's place."""
+    shutil.rmtree(front(c).run_dir)
+    c.fe_host.ip("addr", "del", c.VIP, "dev", "eth0")
+    c.fe_host.run("tc", "qdisc", "del", "dev", "eth0", "clsact")
+
+
+@pytest.mark.modes("tunnel", "fast-direct", "fast-tunnel", "nfqueue-direct", "nfqueue-tunnel",
+                   "ebpf-nfqueue", "nfqueue-ebpf")
+@pytest.mark.parametrize("what", ["killed", "stopped", "all killed, front end first",
+                                  "all killed, back ends first"])
+def test_a_table_that_is_lost_is_rebuilt(busy: Cluster, what: str) -> None:
+    """Clients go on meanwhile, and none of them hears that there is no such connection."""
+    want = [(n.root / "big").read_bytes() for n in busy.nginx]
+    held = [(begin(busy, path), n) for n, path in enumerate((b"/big", b"/big.jpg"))
+            for _ in range(COUNT)]
+    victims = [front(busy), *(busy.be if "all" in what else [])]
+    if what == "stopped":
+        wait_for(lambda: front(busy).ctl("status")["in_hand"] == 0, "all handed over")
+        assert front(busy).stop() == 0
+    else:
+        kill(busy)
+        for d in victims[1:]:
+            d.kill()
+        if busy.datapath[0] == "ebpf":
+            lose_all(busy)
+    for d in victims[::-1 if "back ends first" in what else 1]:
+        d.start()
+    busy.connected()
+    for s, n in held:
+        finish(s, want[n])
+    assert front(busy).ctl("status")["counters"]["restored"] == 2 * COUNT
+    assert f"{2 * COUNT} connections of an earlier run go on" in front(busy).log.read_text()
+    settle(busy)
+    assert front(busy).ctl("conns") == []
+
+
 def test_tables_of_another_version_are_not_read(busy: Cluster) -> None:
+    want = (busy.nginx[0].root / "big").read_bytes()
+    held = [begin(busy) for _ in range(COUNT)]
     bpf = Bpf(busy.fe_host, ("fe_ingress",))
     state = bytearray(bpf.get("state", number(0)))
     struct.pack_into("=I", state, VERSION, 99)
@@ -157,5 +198,7 @@ def test_tables_of_another_version_are_not_read(busy: Cluster) -> None:
     front(busy).start()
     busy.connected()
     assert "of another version" in front(busy).log.read_text()
+    for s in held:
+        finish(s, want)
     assert busy.get("/1k", "-o", "/dev/null", "-w", "%{http_code}") == "200"
     settle(busy)

@@ -520,6 +520,23 @@ static __always_inline int forward_icmp(struct __sk_buff *skb)
 	return to_backend(skb, be);
 }
 
+/* Whether our stack would answer a packet with a RST, and that would be too early: see drop_strangers. */
+static __always_inline bool drop_stranger(struct __sk_buff *skb, const struct headers *h)
+{
+	struct bpf_sock_tuple t = {};
+	struct tcpha_state *own;
+	struct tcpha_flow flow;
+	__u32 zero = 0, socket;
+
+	own = bpf_map_lookup_elem(&state, &zero);
+	if (!own || !own->drop_strangers || h->tcp->syn)
+		return false;
+	flow_of(h, &flow);
+	tuple_of(&flow, &t);
+	socket = owner(skb, &t);
+	return !socket || socket == BPF_TCP_LISTEN;
+}
+
 SEC("tc")
 int fe_ingress(struct __sk_buff *skb)
 {
@@ -544,6 +561,8 @@ int fe_ingress(struct __sk_buff *skb)
 		return TC_ACT_SHOT; /* a late copy of the SYN that the flow began with */
 	if (!e || !is_of(e, &h)) {
 		verdict = conf.mss ? without_flow(skb, &h, e) : TC_ACT_UNSPEC;
+		if (verdict == TC_ACT_UNSPEC && parse_tcp(skb, 0, &h) == 0 && drop_stranger(skb, &h))
+			return TC_ACT_SHOT;
 		if (verdict != DECIDED)
 			return verdict;
 		e = bpf_map_lookup_elem(&flows, &flow);

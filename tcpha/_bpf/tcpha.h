@@ -189,7 +189,7 @@ struct tcpha_state {
 	__u64 key_number; /* of the cookie key in use */
 	__u32 version;
 	__be16 vport;
-	__u16 pad;
+	__u16 drop_strangers; /* flows of an earlier run may not be known yet */
 	__u8 vaddr[16];
 };
 

@@ -59,6 +59,7 @@ cdef struct backend_state:
     uint32_t ends          # reports since the timer's last turn
     uint32_t lazy          # reports wait for the timer
     uint64_t stale_ns
+    uint64_t claimed       # the newest id of our own making
     uint32_t max
     uint32_t mask
     pthread_mutex_t lock   # the table

@@ -5,6 +5,7 @@ The kernel reports the end of each TCP socket (NETLINK_SOCK_DIAG, group
 SKNLGRP_INET_TCP_DESTROY). A report may come late, when the 4-tuple belongs to a newer connection
 already; so it only makes us look whether a socket owns the tuple.
 """
+import os
 import socket
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
@@ -22,13 +23,13 @@ from tcpha._fast.defs cimport (
 from tcpha._fast.diag cimport inet_diag_msg
 from tcpha._fast.message cimport (
     END_GONE, END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED_SIZE, MSG_HANDOFF, MSG_HEADER, MSG_KEYED,
-    MSG_KEYS, MSG_MISSED, MSG_OWNED, MSG_REFUSED_SIZE, MSG_SERVER, REFUSE_BACKLOG, REFUSE_FULL,
-    REFUSE_LISTENER, REFUSE_STALE, REFUSE_UNSUPPORTED, fast_id, message, message_closed,
-    message_refused, message_return, message_short, refusal_text)
-from tcpha._fast.packet cimport address_text
+    MSG_KEYS, MSG_MISSED, MSG_OWNED, MSG_REFUSED_SIZE, MSG_SERVER, MSG_TOLD, REFUSE_BACKLOG,
+    REFUSE_FULL, REFUSE_LISTENER, REFUSE_STALE, REFUSE_UNSUPPORTED, fast_id, message,
+    message_closed, message_flow, message_refused, message_return, message_short, refusal_text)
+from tcpha._fast.packet cimport address_bytes, address_text
 from tcpha._fast.sys cimport (
     EINTR, ENOBUFS, EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLLET, EPOLLIN, EPOLLONESHOT, MSG_DONTWAIT,
-    add32, add64, errno, load32, now_ns,
+    add32, add64, errno, htons, load32, now_ns,
     ntohs, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock,
     pthread_mutex_unlock, recv, store32, xchg32)
 
@@ -365,6 +366,34 @@ cdef link *_answer_to(backend_state *b, link *l, message *m) noexcept nogil:
     return l
 
 
+cdef bint _is_there(backend_state *b, uint32_t peer) noexcept nogil:
+    cdef uint32_t i
+    for i in range(MAX_LINKS):
+        if b.c.links[i].state == LINK_UP and b.c.links[i].peer == peer:
+            return True
+    return False
+
+
+cdef void _tell_flows(backend_state *b, worker *w, uint32_t peer, link *l) noexcept nogil:
+    """What a front end has handed over that is gone now belongs to the one that asks."""
+    cdef uint8_t buf[MSG_CLOSED_SIZE]
+    cdef adopted *a
+    cdef uint32_t i, rcv_nxt = 0
+    for i in range(b.mask + 1):
+        pthread_mutex_lock(&b.lock)
+        a = b.buckets[i]
+        while a != NULL:
+            if (a.peer == peer or not _is_there(b, a.peer)) and not a.over and not a.adopting and \
+                    b.dp.position(b.dp.self, w.index, &a.flow, &rcv_nxt):
+                a.peer = peer
+                a.link = <uint32_t>(l - b.c.links)
+                a.link_gen = l.gen
+                link_put(b.c, w, l, buf, message_flow(buf, a.id, &a.flow, rcv_nxt), NULL, 0)
+            a = a.next
+        pthread_mutex_unlock(&b.lock)
+    link_put(b.c, w, l, buf, message_short(buf, MSG_TOLD, 0), NULL, 0)
+
+
 # The packet path
 
 cdef void _take_event(backend_state *b, worker *w, const tcpha_event *e) noexcept nogil:
@@ -648,6 +677,7 @@ cdef class BackEnd(Core):
         pthread_mutex_init(&self.b.ring_lock, NULL)
         self.b.c = self.c
         self.b.stale_ns = <uint64_t>(stale * 1e9)
+        self.b.claimed = int.from_bytes(os.urandom(7), "little")
         self.b.netlink_fd = -1
         self.c.role = self.b
         self.c.on_event = _on_event
@@ -702,6 +732,42 @@ cdef class BackEnd(Core):
     def tell_server(self, uint64_t said):
         """SERVER to all front ends: see message.pxd."""
         self._tell_all(MSG_SERVER, said)
+
+    def claim(self, list sockets, uint32_t peer):
+        """Note connections that an earlier run adopted, for a front end that knows as little of
+        them: (client's address, port, our address, port) of sockets, ours among others."""
+        cdef worker *w = self.outsider()
+        cdef tcpha_flow flow
+        cdef uint32_t rcv_nxt = 0
+        cdef adopted *a
+        self.catch_up()
+        for client, cport, address, port in sockets:
+            memset(&flow, 0, sizeof(flow))
+            address_bytes(client, flow.caddr)
+            address_bytes(address, flow.vaddr)
+            flow.cport = htons(cport)
+            flow.vport = htons(port)
+            if not self.b.dp.outside(self.b.dp.self, &flow):
+                continue
+            with nogil:
+                pthread_mutex_lock(&self.b.lock)
+                a = NULL
+                if _find(self.b, &flow) == NULL and \
+                        self.b.dp.position(self.b.dp.self, w.index, &flow, &rcv_nxt):
+                    a = _insert_any(self.b, &flow)
+                if a != NULL:
+                    a.since_ns = now_ns()
+                    a.id = self.b.claimed = self.b.claimed + 1
+                    a.link = a.link_gen = 0
+                    a.peer = peer
+                pthread_mutex_unlock(&self.b.lock)
+
+    def tell_flows(self, uint32_t peer, uint32_t link_index):
+        """Tell a front end that knows nothing what it has here; what ends later is told behind."""
+        cdef worker *w = self.outsider()
+        with nogil:
+            _tell_flows(self.b, w, peer, &self.c.links[link_index])
+            self.flush_outsider()
 
     def leave_fast_path(self):
         """Tell front ends to send no more requests that nobody has offered."""

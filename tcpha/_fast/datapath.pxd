@@ -40,6 +40,11 @@ cdef struct fe_datapath:
     # state. 0: not known. linger: what the client still sends belongs to a TIME_WAIT socket there.
     int (*forget)(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id, bint linger,
                   tcpha_entry *entry) noexcept nogil
+    # Enter a flow that an earlier run handed over. 0; -1: there is no room, or a newer one.
+    int (*restore)(void *self, const tcpha_flow *flow, const tcpha_entry *entry) noexcept nogil
+    # Whether packets of unknown connections are dropped: they may be of flows not restored yet, and
+    # our stack would answer them with a RST.
+    void (*drop_strangers)(void *self, bint drop) noexcept nogil
     # Remove entries whose lingering is over. Called now and then.
     void (*sweep)(void *self, uint64_t now) noexcept nogil
     # Packets of diverted flows wait on the event descriptor.
@@ -83,6 +88,9 @@ cdef struct be_datapath:
                 const uint8_t *data) noexcept nogil
     # Which socket owns the flow: DP_ALIVE, DP_CLOSING, DP_TIME_WAIT, or 0 for none.
     int (*alive)(void *self, uint32_t worker, const tcpha_flow *flow) noexcept nogil
+    # rcv_nxt of the socket that owns the flow. False: it is over.
+    bint (*position)(void *self, uint32_t worker, const tcpha_flow *flow,
+                     uint32_t *rcv_nxt) noexcept nogil
     # Turn the flow of a local socket into the one that the client sees. False: none of ours.
     bint (*outside)(void *self, tcpha_flow *flow) noexcept nogil
     # The connection is over, but for what a TIME_WAIT socket may still say.

@@ -140,6 +140,7 @@ cdef extern from "tcpha.h" nogil:
         uint64_t key_number
         uint32_t version
         uint16_t vport
+        uint16_t drop_strangers
         uint8_t vaddr[16]
 
     struct tcpha_cache:

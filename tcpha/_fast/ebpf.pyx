@@ -31,7 +31,7 @@ from tcpha._fast.defs cimport (
 from tcpha._fast.diag cimport SockDiag, diag, diag_refusal
 from tcpha._fast.ledger cimport (
     PUT_NEW, ledger, ledger_close, ledger_divert, ledger_drop_pending, ledger_forget,
-    ledger_linger, ledger_open, ledger_remove, ledger_sweep)
+    ledger_linger, ledger_open, ledger_remove, ledger_restore, ledger_sweep)
 from tcpha._fast.message cimport (
     REFUSE_BACKLOG, REFUSE_ERROR, REFUSE_LISTENER, REFUSE_UNSUPPORTED)
 from tcpha._fast.packet cimport (
@@ -111,6 +111,7 @@ cdef struct holder:
 
 cdef struct fe_ebpf:
     int tap
+    tcpha_state *state
     int flows              # map
     bint tunnel
     tcpha_op *ops
@@ -287,6 +288,14 @@ cdef int _give_back(void *self, const tcpha_flow *flow, uint32_t slot) noexcept 
 cdef int _forget(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id, bint linger,
                  tcpha_entry *entry) noexcept nogil:
     return ledger_forget(&(<fe_ebpf *>self).book, worker, flow, id, linger, entry)
+
+
+cdef int _restore(void *self, const tcpha_flow *flow, const tcpha_entry *entry) noexcept nogil:
+    return ledger_restore(&(<fe_ebpf *>self).book, flow, entry)
+
+
+cdef void _drop_strangers(void *self, bint drop) noexcept nogil:
+    (<fe_ebpf *>self).state.drop_strangers = drop
 
 
 cdef void _sweep(void *self, uint64_t now) noexcept nogil:
@@ -476,6 +485,7 @@ cdef class FeEbpf(FeDatapath):
     cdef fe_ebpf *d
     cdef readonly Object obj
     cdef readonly bint taken_over  # the connections of that run go on
+    cdef readonly bint fresh       # not all of them are known, if there are any
 
     def __cinit__(self, str path, tap, str vaddr, int port, int slots, int maxflows, bint tunnel,
                   fast=None, dict left=None):
@@ -514,6 +524,8 @@ cdef class FeEbpf(FeDatapath):
         memcpy(self.table.state.vaddr, conf.vaddr, 16)
         self.table.state.vport = conf.vport
         self.table.state.version = TCPHA_STATE_VERSION
+        self.fresh = not self.taken_over or self.table.state.drop_strangers
+        self.table.state.drop_strangers = self.fresh
         self.d.tap = self.event_fd = tap[0]
         self.d.tunnel = tunnel
         self.d.flows = self.obj.map_fd("flows")
@@ -524,6 +536,9 @@ cdef class FeEbpf(FeDatapath):
         self.table.forward = _forward
         self.table.give_back = _give_back
         self.table.forget = _forget
+        self.table.restore = _restore
+        self.table.drop_strangers = _drop_strangers
+        self.d.state = self.table.state
         self.table.sweep = _sweep
         self.table.on_packets = _on_packets
         if fast is not None:
@@ -815,6 +830,15 @@ cdef int _alive(void *self, uint32_t worker, const tcpha_flow *flow) noexcept no
     return DP_TIME_WAIT if op.result == TCPHA_R_TIME_WAIT else 0
 
 
+cdef bint _position(void *self, uint32_t worker, const tcpha_flow *flow,
+                    uint32_t *rcv_nxt) noexcept nogil:
+    cdef be_ebpf *d = <be_ebpf *>self
+    if _query(d.tap, d.ops, worker, flow) < 0 or d.ops[worker].result != TCPHA_R_LIVE:
+        return False
+    rcv_nxt[0] = d.ops[worker].rcv_nxt
+    return True
+
+
 cdef bint _next_event(void *self, tcpha_event *event) noexcept nogil:
     """Take one record off the ring buffer (kernel: kernel/bpf/ringbuf.c)."""
     cdef be_ebpf *d = <be_ebpf *>self
@@ -878,6 +902,7 @@ cdef class BeEbpf(BeDatapath):
         self.table.adopt = _adopt
         self.table.alive = _alive
         self.table.feed = _feed
+        self.table.position = _position
         self.table.outside = _outside
         self.table.ended = _ended
         self.table.sweep = _nothing

@@ -52,6 +52,7 @@ cdef struct backend:
     uint32_t dead          # by detection
     uint32_t app_down      # nothing listens there
     uint32_t missed        # what it said of ended connections may be lost
+    uint32_t told          # it has said what it has, to a run of ours that knew nothing
     uint64_t server_said   # the newest SERVER
     uint64_t keyed         # number of the newest cookie key that it has
     char name[48]          # its address, for messages
@@ -76,6 +77,7 @@ cdef struct fe_counters:
     uint64_t answered_431
     uint64_t answered_503
     uint64_t fast          # of those handed over: by the packet path
+    uint64_t restored      # handed over by an earlier run, and found at their back ends
     uint64_t late_bytes    # our stack took them after the snapshot; shipped behind it
 
 

@@ -18,7 +18,7 @@ from tcpha._fast.core cimport (
 from tcpha._fast.datapath cimport DP_GONE, FeDatapath
 from tcpha._fast.defs cimport (
     TCPHA_CHOICES, TCPHA_F_FIN, TCPHA_FAST_EARLY, TCPHA_FAST_FIRST, TCPHA_FAST_SEND,
-    TCPHA_HEAD_MAX, TCPHA_HOLD, TCPHA_LINE_MAX, TCPHA_LOCAL_NODE, TCPHA_MAX_BACKENDS,
+    TCPHA_FORWARD, TCPHA_HEAD_MAX, TCPHA_HOLD, TCPHA_LINE_MAX, TCPHA_LOCAL_NODE, TCPHA_MAX_BACKENDS,
     TCPHA_TARGET_MAX, tcpha_cache, tcpha_entry, tcpha_flow, tcpha_load, tcpha_offer, tcpha_siphash,
     tcpha_verdict)
 from tcpha._fast.http cimport HTTP_BAD, HTTP_DONE, HTTP_MORE, http_parse
@@ -26,10 +26,10 @@ from tcpha._fast.match cimport (
     HS_SUCCESS, choice, hs_clone_scratch, hs_free_scratch, hs_scratch_t, match_scan, ruleset,
     ruleset_free, ruleset_new)
 from tcpha._fast.message cimport (
-    END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED, MSG_HANDOFF_FIXED, MSG_KEYED, MSG_KEYS_SIZE,
-    MSG_MISSED, MSG_OWNED_SIZE, MSG_REFUSED, MSG_RETURN, MSG_SERVER, REFUSE_FULL, REFUSE_LINK,
-    REFUSE_TIMEOUT, REFUSE_UNSUPPORTED, fast_id, message, message_handoff, message_keys,
-    message_owned, refusal_text)
+    END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED, MSG_FLOW, MSG_HANDOFF_FIXED, MSG_KEYED, MSG_KEYS_SIZE,
+    MSG_MISSED, MSG_OWNED_SIZE, MSG_REFUSED, MSG_RETURN, MSG_SERVER, MSG_TOLD, REFUSE_FULL,
+    REFUSE_LINK, REFUSE_TIMEOUT, REFUSE_UNSUPPORTED, fast_id, message, message_handoff,
+    message_keys, message_owned, refusal_text)
 from tcpha._fast.packet cimport address_bytes, flow_text
 from tcpha._fast.repair cimport repair_received
 from tcpha._fast.rewrite cimport get32, tcp_view
@@ -798,6 +798,22 @@ cdef void _on_return(frontend *f, worker *w, uint32_t b, message *m) noexcept no
     _refused(f, entry.backend, &m.snap.flow, m.reason)
 
 
+cdef void _restore(frontend *f, uint32_t b, const message *m) noexcept nogil:
+    """A back end has a connection that an earlier run of ours handed over."""
+    cdef tcpha_entry entry
+    memset(&entry, 0, sizeof(entry))
+    entry.id = entry.live = m.id
+    entry.start_ns = entry.last_ns = now_ns()
+    entry.state = TCPHA_FORWARD
+    entry.backend = b
+    entry.rule = <uint32_t>NO_RULE
+    entry.end_seq = m.reason
+    if f.dp.restore(f.dp.self, &m.snap.flow, &entry) == 0:
+        add32(&f.loads[b].live, 1)
+        add64(&f.n.restored, 1)
+        say_more(f.c, 2, &m.snap.flow, b"%s has it", f.backends[b].name, 0)
+
+
 cdef void _recall_returns(frontend *f, conn *k, uint64_t id) noexcept nogil:
     """Set k.tried."""
     cdef returned *r = &f.back[id % RETURNED]
@@ -838,6 +854,13 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
         return 0
     if m.type == MSG_RETURN:
         _on_return(f, w, l.peer, m)
+        return 0
+    if m.type == MSG_FLOW:
+        _restore(f, l.peer, m)
+        return 0
+    if m.type == MSG_TOLD:
+        store32(&f.backends[l.peer].told, 1)
+        notice(c)
         return 0
     if m.type != MSG_ADOPTED and m.type != MSG_REFUSED:
         return -1
@@ -1171,7 +1194,7 @@ cdef class FrontEnd(Core):
         for i in range(LINKS_MAX):
             be.link[i] = MAX_LINKS
         be.links = 0
-        be.dead = be.draining = be.app_down = be.missed = 0
+        be.dead = be.draining = be.app_down = be.missed = be.told = 0
         be.full_until_ns = 0
         store32(&be.used, 1)
 
@@ -1230,10 +1253,14 @@ cdef class FrontEnd(Core):
     def backend_stats(self, uint32_t b):
         cdef backend *be = &self.f.backends[b]
         cdef tcpha_load *load = &self.f.loads[b]
-        return {"links": be.links, "draining": bool(be.draining), "dead": bool(be.dead),
-                "listens": bool(be.server_said & 1), "live": load.live,
+        return {"links": be.links, "told": bool(be.told), "draining": bool(be.draining),
+                "dead": bool(be.dead), "listens": bool(be.server_said & 1), "live": load.live,
                 "handed": be.handed + load.handed, "refused": be.refused,
                 "closed": be.closed + load.closed}
+
+    def drop_strangers(self, bint drop):
+        """See datapath.pxd."""
+        self.f.dp.drop_strangers(self.f.dp.self, drop)
 
     def send_owned(self, uint32_t b, uint32_t link_index):
         """Tell a back end that was started anew which connections it has."""
@@ -1258,6 +1285,7 @@ cdef class FrontEnd(Core):
         return {"accepted": n.accepted + cached, "handed": n.handed + cached,
                 "closed": n.closed + closed,
                 "refused": n.refused, "lost": n.lost, "expired": n.expired,
+                "restored": n.restored,
                 "answered_400": n.answered_400, "answered_408": n.answered_408,
                 "fast": n.fast + cached, "answered_431": n.answered_431,
                 "answered_503": n.answered_503,

@@ -46,6 +46,15 @@ cdef int ledger_divert(ledger *l, const tcpha_flow *flow, tcpha_entry *entry,
     return -1 if rc < 0 else replaced
 
 
+cdef int ledger_restore(ledger *l, const tcpha_flow *flow, const tcpha_entry *entry) noexcept nogil:
+    """Enter a flow that an earlier run handed over. 0; -1: there is no room, or a newer one."""
+    cdef int rc
+    pthread_mutex_lock(_stripe(l, flow))
+    rc = l.store.put(l.store.self, flow, entry, PUT_NEW)
+    pthread_mutex_unlock(_stripe(l, flow))
+    return rc
+
+
 cdef void ledger_remove(ledger *l, const tcpha_flow *flow) noexcept nogil:
     pthread_mutex_lock(_stripe(l, flow))
     l.store.remove(l.store.self, flow)

@@ -28,6 +28,8 @@ cdef enum message_type:
     MSG_KEYS = 10      # FE: id: see key_id(); body: a cookie key
     MSG_KEYED = 11     # BE: id: the one of KEYS; from now on it knows cookies made with it. 0: none
     MSG_RETURN = 12    # BE: a request of the packet path, not taken: as CLOSED; body: flow, reason
+    MSG_FLOW = 13      # BE, to an FE that knows nothing: as CLOSED; body: flow, rcv_nxt
+    MSG_TOLD = 14      # BE: that was all it has
     MSG_MISSED = 15    # BE: a control connection broke, and what it said there may be lost
     MSG_SERVER = 9     # BE: id: 2 * a growing number, + 1 if the application listens
 
@@ -53,8 +55,8 @@ cdef struct message:
     uint32_t length
     uint64_t id
     uint64_t sent_ns       # HANDOFF: the sender's CLOCK_MONOTONIC
-    uint32_t reason        # REFUSED, RETURN: a refusal; CLOSED: an ending
-    snapshot snap          # HANDOFF; CLOSED, OWNED, RETURN: flow only
+    uint32_t reason        # REFUSED, RETURN: a refusal; CLOSED: an ending; FLOW: rcv_nxt
+    snapshot snap          # HANDOFF; CLOSED, OWNED, RETURN, FLOW: flow only
     const uint8_t *data    # HANDOFF, HELLO, KEYS
     uint32_t data_len
 
@@ -66,6 +68,8 @@ cdef uint32_t message_closed(uint8_t *to, uint64_t id, const tcpha_flow *flow,
                              uint32_t reason) noexcept nogil
 cdef uint32_t message_return(uint8_t *to, uint64_t id, const tcpha_flow *flow,
                              uint32_t reason) noexcept nogil
+cdef uint32_t message_flow(uint8_t *to, uint64_t id, const tcpha_flow *flow,
+                           uint32_t rcv_nxt) noexcept nogil
 cdef uint32_t message_keys(uint8_t *to, uint64_t id, const uint64_t *key) noexcept nogil
 cdef uint64_t fast_id(uint32_t isn, uint32_t ours) noexcept nogil
 cdef uint32_t message_owned(uint8_t *to, uint64_t id, const tcpha_flow *flow) noexcept nogil

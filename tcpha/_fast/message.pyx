@@ -5,9 +5,10 @@ Header, 16 bytes: magic (16 bits), version (8), type (8), length of the whole me
 HANDOFF body: sent_ns (64), flow (36 bytes, as struct tcpha_flow), snd_nxt, rcv_nxt, snd_wnd,
 rcv_wnd, tsval, ts_recent, srtt_us (32 each), mss (16), snd_wscale, rcv_wscale (8 each), flags (16),
 then the request bytes. CLOSED body: flow, ending (32). OWNED body: flow. REFUSED body: reason (32).
-RETURN body: flow, reason (32). KEYS body: 16 bytes of key; its id is the key's number (56 bits; the
-lowest one says which of two it replaces), then the window scale that goes with its cookies (8).
-ADOPTED, PING, PONG, SERVER, KEYED and MISSED have none.
+RETURN body: flow, reason (32). FLOW body: flow, rcv_nxt (32). KEYS body: 16 bytes of key; its id is
+the key's number (56 bits; the lowest one says which of two it replaces), then the window scale that
+goes with its cookies (8).
+ADOPTED, PING, PONG, SERVER, KEYED, TOLD and MISSED have none.
 HELLO body: JSON.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -117,7 +118,7 @@ cdef uint32_t message_handoff(uint8_t *to, uint64_t id, const snapshot *s) noexc
 
 
 cdef uint32_t message_short(uint8_t *to, uint8_t kind, uint64_t id) noexcept nogil:
-    """ADOPTED, PING, PONG, SERVER, KEYED or MISSED."""
+    """ADOPTED, PING, PONG, SERVER, KEYED, TOLD or MISSED."""
     _header(to, kind, MSG_HEADER, id)
     return MSG_HEADER
 
@@ -143,6 +144,11 @@ cdef uint32_t message_closed(uint8_t *to, uint64_t id, const tcpha_flow *flow,
 cdef uint32_t message_return(uint8_t *to, uint64_t id, const tcpha_flow *flow,
                              uint32_t reason) noexcept nogil:
     return _end(to, MSG_RETURN, id, flow, reason)
+
+
+cdef uint32_t message_flow(uint8_t *to, uint64_t id, const tcpha_flow *flow,
+                           uint32_t rcv_nxt) noexcept nogil:
+    return _end(to, MSG_FLOW, id, flow, rcv_nxt)
 
 
 cdef uint32_t message_keys(uint8_t *to, uint64_t id, const uint64_t *key) noexcept nogil:
@@ -227,14 +233,16 @@ cdef int message_decode(const uint8_t *buf, uint32_t length, message *m) noexcep
         m.data_len = 16
         if m.data == NULL or m.id & 0xff > 14:
             return -1
-    elif m.type == MSG_CLOSED or m.type == MSG_OWNED or m.type == MSG_RETURN:
+    elif m.type == MSG_CLOSED or m.type == MSG_OWNED or m.type == MSG_RETURN or \
+            m.type == MSG_FLOW:
         p = _take(&c, sizeof(tcpha_flow))
         if p != NULL:
             memcpy(&s.flow, p, sizeof(tcpha_flow))
         if m.type != MSG_OWNED:
             m.reason = _get32(&c)
     elif m.type != MSG_ADOPTED and m.type != MSG_PING and m.type != MSG_PONG and \
-            m.type != MSG_SERVER and m.type != MSG_KEYED and m.type != MSG_MISSED:
+            m.type != MSG_SERVER and m.type != MSG_KEYED and m.type != MSG_TOLD and \
+            m.type != MSG_MISSED:
         return -1
     if c.bad or ((m.data == NULL or m.type == MSG_KEYS) and c.left):
         return -1

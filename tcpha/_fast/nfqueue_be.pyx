@@ -707,6 +707,25 @@ cdef int _feed(void *self, uint32_t worker, const snapshot *s, const uint8_t *da
 
 # The end
 
+cdef bint _position(void *self, uint32_t worker, const tcpha_flow *flow,
+                    uint32_t *rcv_nxt) noexcept nogil:
+    cdef be_nfqueue *d = <be_nfqueue *>self
+    cdef tcpha_flow local
+    cdef diag_answer a
+    cdef be_flow *f
+    cdef bint known
+    _local(d, flow, &local)
+    if diag_query(d.sockets, &local, &a) < 0 or a.state == 0 or not a.full:
+        return False
+    pthread_rwlock_rdlock(&d.lock)
+    f = <be_flow *>table_find(&d.flows, &local)
+    known = f != NULL and f.state == B_LIVE
+    if known:
+        rcv_nxt[0] = f.asked + <uint32_t>a.received
+    pthread_rwlock_unlock(&d.lock)
+    return known
+
+
 cdef int _alive(void *self, uint32_t worker, const tcpha_flow *flow) noexcept nogil:
     cdef be_nfqueue *d = <be_nfqueue *>self
     cdef tcpha_flow local
@@ -821,6 +840,7 @@ cdef class BeNfqueue(BeDatapath):
         self.table.adopt = _adopt
         self.table.feed = _feed
         self.table.alive = _alive
+        self.table.position = _position
         self.table.outside = _outside
         self.table.ended = _ended
         self.table.sweep = _sweep

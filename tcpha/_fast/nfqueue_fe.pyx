@@ -17,9 +17,10 @@ from tcpha._fast.datapath cimport FeDatapath, flow_row
 from tcpha._fast.defs cimport (
     TCPHA_FORWARD, TCPHA_LOCAL_NODE, TCPHA_MAX_BACKENDS, TCPHA_TO_LIVE, TCPHA_TO_STACK,
     tcpha_classify, tcpha_counters, tcpha_entry, tcpha_flow)
+from tcpha._fast.diag cimport SockDiag, diag, diag_answer, diag_query
 from tcpha._fast.ledger cimport (
     PUT_NEW, ledger, ledger_close, ledger_divert, ledger_forget, ledger_open, ledger_remove,
-    ledger_sweep)
+    ledger_restore, ledger_sweep)
 from tcpha._fast.nfqueue cimport (
     SKB_CSUM_NOT_READY, SKB_GSO, V_ACCEPT, V_DROP, V_KEEP, Queue, packet, queue, queue_verdict)
 from tcpha._fast.nfqueue_be cimport BeNfqueue, be_nfqueue, local_icmp, local_inject, local_inward
@@ -106,6 +107,8 @@ cdef struct fe_nfqueue:
     holder *holders
     path paths[TCPHA_MAX_BACKENDS]
     be_nfqueue *local      # the Local Node; NULL: none
+    diag *sockets          # our own
+    bint drop_strangers
     recent *seen
     waiting_ack waiting[MAX_QUEUES][ACKS]
     uint64_t thinned
@@ -426,6 +429,12 @@ cdef void _on_batch(void *self, queue *q) noexcept nogil:
         _send_waiting(d, &d.waiting[q.num - d.first_queue][i])
 
 
+cdef bint _is_stranger(fe_nfqueue *d, const tcpha_flow *flow, const tcp_view *v) noexcept nogil:
+    """Whether our stack has no connection for a packet, and would answer with a RST."""
+    cdef diag_answer a
+    return not v.flags & TCP_SYN and diag_query(d.sockets, flow, &a) == 0 and a.state == 0
+
+
 cdef int _on_error(fe_nfqueue *d, packet *p, icmp_view *error) noexcept nogil:
     """An ICMP error about a segment that a back end sent in the name of the VIP belongs to that
     back end: it has the connection. Path MTU discovery needs this (RFC 1191)."""
@@ -480,6 +489,8 @@ cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
     memcpy(&flow.vport, v.tcp + 2, 2)
     e = <tcpha_entry *>table_find(&d.flows, &flow)
     if e == NULL or not _classify(d, e, &v):
+        if d.drop_strangers and _is_stranger(d, &flow, &v):
+            return V_DROP
         if v.ts != NULL:
             _note(d, &flow, &v)
         return V_ACCEPT
@@ -595,6 +606,19 @@ cdef int _forget(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t i
     return rc
 
 
+cdef int _restore(void *self, const tcpha_flow *flow, const tcpha_entry *entry) noexcept nogil:
+    cdef fe_nfqueue *d = <fe_nfqueue *>self
+    cdef int rc
+    pthread_rwlock_wrlock(&d.lock)
+    rc = ledger_restore(&d.book, flow, entry)
+    pthread_rwlock_unlock(&d.lock)
+    return rc
+
+
+cdef void _drop_strangers(void *self, bint drop) noexcept nogil:
+    (<fe_nfqueue *>self).drop_strangers = drop
+
+
 cdef void _sweep(void *self, uint64_t now) noexcept nogil:
     cdef fe_nfqueue *d = <fe_nfqueue *>self
     pthread_rwlock_wrlock(&d.lock)
@@ -613,6 +637,8 @@ cdef class FeNfqueue(FeDatapath):
     cdef list queues
     cdef object packet_socket
     cdef BeNfqueue local
+    cdef SockDiag diag
+    cdef readonly bint fresh  # an earlier run's connections are not known, if there are any
 
     def __cinit__(self, str vaddr, int port, int slots, int maxflows, bint tunnel, list queues):
         cdef Queue q
@@ -636,6 +662,9 @@ cdef class FeNfqueue(FeDatapath):
         address_bytes(vaddr, self.d.vaddr)
         self.d.vport = htons(port)
         self.d.tunnel = tunnel
+        self.diag = SockDiag()
+        self.d.sockets = &self.diag.d
+        self.fresh = self.d.drop_strangers = True
         self.packet_socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC)
         self.packet_socket.setsockopt(263, 15, 1)  # SOL_PACKET, PACKET_VNET_HDR
         self.packet_socket.setsockopt(socket.SOL_SOCKET, 32, 16 << 20)  # SO_SNDBUFFORCE
@@ -652,6 +681,8 @@ cdef class FeNfqueue(FeDatapath):
         self.table.forward = _forward
         self.table.give_back = _give_back
         self.table.forget = _forget
+        self.table.restore = _restore
+        self.table.drop_strangers = _drop_strangers
         self.table.sweep = _sweep
         self.table.on_packets = _on_packets
 
@@ -667,6 +698,7 @@ cdef class FeNfqueue(FeDatapath):
     def close(self):
         """No queue may be served any more."""
         self.packet_socket.close()
+        self.diag.close()
 
     def set_backend(self, uint32_t index, way):
         """Say how to reach a back end: None, or (ifindex, tunnel, destination MAC, source MAC,

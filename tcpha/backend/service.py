@@ -99,10 +99,14 @@ class BackEndService(Service):
         if not self.listens:  # its clients are being turned away
             self._look_at_application()
 
+    def _listens_at(self) -> str:
+        config = self.config
+        return str(config.vaddr if config.redirectaddr == ANY else config.redirectaddr)
+
     def _look_at_application(self) -> None:
         """Tell front ends when the application begins to listen or no longer does."""
         config = self.config
-        address = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
+        address = self._listens_at()
         listens = self.sockets.has(address, config.redirectport)
         if listens == self.listens:
             return
@@ -149,8 +153,21 @@ class BackEndService(Service):
             self.frontends.append(peer)
             log.info("front end %s: connected", address)
         self.datapath.allow(address, True)
-        self.core.add_link(sock, index, delta, channel)
+        link = self.core.add_link(sock, index, delta, channel)
         self.core.check_all()
+        if hello.asks:
+            await self._tell(index, link)
+
+    async def _tell(self, index: int, link: int) -> None:
+        """A front end knows nothing of earlier connections; we may not either, but the kernel."""
+        try:
+            sockets = await asyncio.to_thread(self.host.connections,
+                                              {self.config.vaddr, self._listens_at()})
+        except HostError as error:
+            log.warning("%s; what an earlier run adopted is not found", error)
+            sockets = []
+        self.core.claim(sockets, index)
+        self.core.tell_flows(index, link)
 
     def on_notice(self) -> None:
         for _, peer in self.reap_links():

@@ -50,6 +50,7 @@ class Hello:
     version: int = VERSION
     instance: str = ""
     clock: int = 0
+    asks: bool = False  # of a front end: it wants to be told which connections are whose
     fastpath: bool = False  # of a back end: it adopts by cookie
     server: int = 0  # of a back end: as in message SERVER
     rule: list[str] = field(default_factory=list)

@@ -35,6 +35,7 @@ class Frontend(Protocol):
     table: Any
     name: str
     fastpath: bool  # whether it has the packet path
+    fresh: bool  # it knows nothing of connections of an earlier run, if there are any
     # back ends of a run that was killed, by address: index, and how many connections go on
     left: dict[str, tuple[int, int]]
 

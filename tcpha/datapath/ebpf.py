@@ -63,13 +63,14 @@ class EbpfFrontend(_Ebpf):
                             config.port, config.maxclients, config.maxflows,
                             config.forward == "tunnel", self._open_fast(), left)
         self.left: dict[str, tuple[int, int]] = {}
+        self.fresh = bool(self.table.fresh)
         if self.table.taken_over:
             live, known = self.table.take_over()
             self.left = {address: (index, live.get(index, 0)) for index, address in known.items()}
             log.info("%d connections of the earlier run go on", sum(live.values()))
         elif left:
-            log.warning("the connections of the earlier run are lost: its tables are of another "
-                        "version, vaddr or port")
+            log.warning("the tables of the earlier run are of another version, vaddr or port: back "
+                        "ends are asked for its connections")
         if self.fastpath:
             host.attach(self.fast_index, self.table.obj.program_fd("fe_fast"), FE_PRIORITY)
         self._attach(config, host, FE_PRIORITY, "fe_tap", "fe_ingress")

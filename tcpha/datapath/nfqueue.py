@@ -140,6 +140,7 @@ class NfqueueFrontend(_Nfqueue):
                                config.forward == "tunnel", self.queues)
         self.paths: dict[int, tuple[Path, tuple[Any, ...] | None]] = {}
         self.left: dict[str, tuple[int, int]] = {}
+        self.fresh = True
         vip = {"hook": "prerouting", "destination": config.vaddr, "dport": config.port,
                "queue": self._span}
         self._begin([Rule(**vip, flags=rules.SYN, bypass=True), Rule(**vip),

@@ -26,6 +26,8 @@ MAX_BACKENDS = 255  # and the Local Node
 BACKOFF_FIRST = 0.05  # seconds before the second attempt to connect; doubles up to BACKOFF_MOST
 BACKOFF_MOST = 1.0
 FIRST_LOOK = 1.0  # seconds that clients wait in the backlog at the start, for back ends at most
+REBUILD = 20.0  # seconds after which a back end that does not say what it has is not waited for
+REJOIN = 5.0  # seconds that back ends have to register anew
 MISSED = 2  # detection intervals without a sign of life
 HOST, PROCESS, UNUSABLE = "host dead", "process dead", "unusable"
 # errors that a host's network stack, not its daemon, is to blame for
@@ -72,6 +74,9 @@ class Registry:
         self.keys = CookieKeys(core) if datapath.fastpath else None
         self.left: dict[str, tuple[int, int]] = dict(datapath.left)
         self.started = False
+        self.rebuilding = bool(datapath.fresh)
+        self.rebuild_since = 0.0
+        self.registers = False  # back ends may register
         self.interval = config.dtcinterval
 
     # Configuration
@@ -168,6 +173,7 @@ class Registry:
         """Connect to the back ends. Returns when each has been tried, or FIRST_LOOK is over: before
         that, requests could be given to nobody."""
         self.started = True
+        self.rebuild_since = asyncio.get_running_loop().time()
         for entry in self.entries.values():
             entry.task = self.spawn(self._keep_connected(entry))
         with contextlib.suppress(TimeoutError):
@@ -211,8 +217,10 @@ class Registry:
                 entry.timeout = HOST
                 await asyncio.get_running_loop().sock_connect(sock, address)
                 entry.timeout = PROCESS
-                mine = Hello("fe", self.config.vaddr, self.config.port, self.config.forward,
-                             instance=self.instance)
+                mine = Hello(
+                    "fe", self.config.vaddr, self.config.port, self.config.forward,
+                    instance=self.instance, asks=self.datapath.fresh
+                    and not self.core.backend_stats(entry.index)["told"])
                 hello, delta, channel = await call(sock, mine, self.secret)
             check(hello, "be", self.config.vaddr)
             self._set_path(entry, sock.getsockname()[0])
@@ -244,6 +252,20 @@ class Registry:
                             "write 'forward = tunnel'")
         self.datapath.set_backend(entry.index, Path(route.ifindex, tunnel, route.nexthop, address,
                                                     source))
+
+    def look_rebuilt(self) -> None:
+        """Once all back ends have said what they have of an earlier run of ours, which had no time
+        to leave us its table, what they do not have is nobody's."""
+        age = asyncio.get_running_loop().time() - self.rebuild_since
+        told = all(self.core.backend_stats(e.index)["told"] for e in self.entries.values())
+        done = age > REBUILD or (told and (age > REJOIN or not self.registers))
+        if not self.rebuilding or not self.started or not done:
+            return
+        self.rebuilding = False
+        self.core.drop_strangers(False)
+        found = self.core.counters()["restored"]
+        if found:
+            log.info("%d connections of an earlier run go on", found)
 
     def on_notice(self, reap: Callable[[], list[tuple[int, int]]]) -> None:
         """Links broke, or a back end did not answer an offer in time."""

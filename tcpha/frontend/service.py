@@ -54,10 +54,12 @@ class FrontEndService(Service):
         datapath, found = choose(self.role, config.datapath)
         log.info("%s, forward %s", found, config.forward)
         device = self._device()
+        self.datapath = open_frontend(datapath, config, host)
+        # only now: our stack would answer packets of connections that back ends have with a RST
+        self.before_address = len(host.undo)
         host.add_address(config.vaddr, device)
         listener = self._listen()
         try:
-            self.datapath = open_frontend(datapath, config, host)
             host.announce(config.vaddr, device)
             self._open_access_log(config.accesslog)
             self.local = LocalNode(config, self.core, self.datapath, host)
@@ -69,6 +71,7 @@ class FrontEndService(Service):
         self.registry.configure(config)
         self.registry.keep_left()
         self.registrations = self._registrations(device) if self._registers() else None
+        self.registry.registers = self.registrations is not None
 
     def _device(self) -> int:
         """The interface for the VIP: raddr's, else the one whose network holds the VIP."""
@@ -148,6 +151,8 @@ class FrontEndService(Service):
 
     def close(self) -> None:
         self.local.close(self.end_log)
+        # while the datapath still takes their packets: connections go on if we are started again
+        self.host.restore_to(self.before_address)
 
     def _table(self) -> Iterable[str]:
         return render.table([self._row(f) for f in self.datapath.flows()], COLUMNS)
@@ -178,6 +183,7 @@ class FrontEndService(Service):
 
     def on_notice(self) -> None:
         self.registry.on_notice(self.reap_links)
+        self.registry.look_rebuilt()
 
     def every_tick(self) -> None:
         self.local.tick()
@@ -187,6 +193,7 @@ class FrontEndService(Service):
             self.spawn(self._take_silent())
 
     def every_second(self) -> None:
+        self.registry.look_rebuilt()
         self.local.look()
         self.registry.change_keys()
         self.registry.detect(self.dtcinterval)
