@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,11 @@ def mac(host: Host) -> bytes:
     return bytes.fromhex(link["address"].replace(":", ""))
 
 
+def forwarded(c: Cluster) -> str:
+    """What the front end sends to back ends in the clients' name, for nft."""
+    return "ip protocol 4" if c.forward == "tunnel" else f"ip saddr {c.client.address}"
+
+
 def nft_on_switch(c: Cluster, rules: str) -> None:
     sh("nsenter", f"--net=/run/netns/{c.bed.switch}", "nft", "-f", "-",
        input=f"table bridge lab\ndelete table bridge lab\n{rules}")
@@ -51,8 +57,7 @@ def between(c: Cluster, count: int,
     source = inside(c.bed.switch, lambda: tap(c.fe_host))
     source.settimeout(0.05)
     proto, least = (4, 100) if c.forward == "tunnel" else (6, 80)
-    # port 666: the control connections
-    match = "ip protocol 4" if proto == 4 else "tcp dport != 666 tcp sport != 666"
+    match = forwarded(c)
     nft_on_switch(c, f"""table bridge lab {{
         chain keep {{
             type filter hook forward priority 0
@@ -98,6 +103,43 @@ CHANGES: dict[str, Callable[[list[bytes]], list[bytes]]] = {
     "request lost": lambda f: f[1:], "body lost": lambda f: f[:1],
     "request twice": lambda f: [f[0], *f], "request again behind the body": lambda f: [*f, f[0]],
     "both lost": lambda f: [], "in the other order": lambda f: f[::-1]}
+
+
+@pytest.mark.parametrize("then", ["reset", "gone", "patient"])
+def test_a_request_that_does_not_arrive(cluster: Cluster, then: str) -> None:
+    """The front end has sent it, and the client gives up, or vanishes: the back end is asked, and
+    the flow forgotten. One that waits is served in the end."""
+    assert cluster.fe
+    settle(cluster)
+    match = forwarded(cluster)
+    nft_on_switch(cluster, f"""table bridge lab {{
+        chain lose {{
+            type filter hook forward priority 0
+            iifname {cluster.fe_host.port} {match} ip length > 80 drop
+        }}
+    }}""")
+    before = fast(cluster)
+    s = cluster.client.connect(cluster.VIP, timeout=60)
+    try:
+        s.sendall(REQUEST)
+        wait_for(lambda: fast(cluster) == before + 1, "the request on its way")
+        if then == "reset":
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            s.close()
+        elif then == "gone":
+            cluster.client.nft("""table ip lab {
+                chain out { type filter hook output priority 0; tcp dport 80 drop; }
+            }""")
+        wait_for(lambda: cluster.fe and cluster.fe.ctl("status")["live"] == 0,
+                 "the flow to be forgotten", 30)
+        if then == "patient":
+            nft_on_switch(cluster, "")
+            assert len(body(read_all(s))) == 1024
+    finally:
+        s.close()
+        nft_on_switch(cluster, "")
+        cluster.client.nft("")
+    settle(cluster)
 
 
 @pytest.mark.parametrize("what", CHANGES)

@@ -157,12 +157,7 @@ def lose_all(c: Cluster) -> None:
     c.fe_host.run("tc", "qdisc", "del", "dev", "eth0", "clsact")
 
 
-@pytest.mark.modes("tunnel", "fast-direct", "fast-tunnel", "nfqueue-direct", "nfqueue-tunnel",
-                   "ebpf-nfqueue", "nfqueue-ebpf")
-@pytest.mark.parametrize("what", ["killed", "stopped", "all killed, front end first",
-                                  "all killed, back ends first"])
-def test_a_table_that_is_lost_is_rebuilt(busy: Cluster, what: str) -> None:
-    """Clients go on meanwhile, and none of them hears that there is no such connection."""
+def check_rebuilt(busy: Cluster, what: str) -> None:
     want = [(n.root / "big").read_bytes() for n in busy.nginx]
     held = [(begin(busy, path), n) for n, path in enumerate((b"/big", b"/big.jpg"))
             for _ in range(COUNT)]
@@ -185,6 +180,20 @@ def test_a_table_that_is_lost_is_rebuilt(busy: Cluster, what: str) -> None:
     assert f"{2 * COUNT} connections of an earlier run go on" in front(busy).log.read_text()
     settle(busy)
     assert front(busy).ctl("conns") == []
+
+
+@pytest.mark.modes("tunnel", "fast-direct", "fast-tunnel", "nfqueue-direct", "nfqueue-tunnel",
+                   "ebpf-nfqueue", "nfqueue-ebpf")
+def test_a_table_that_is_lost_is_rebuilt(busy: Cluster) -> None:
+    """Clients go on meanwhile, and none of them hears that there is no such connection."""
+    check_rebuilt(busy, "killed")
+
+
+@pytest.mark.modes("fast-direct", "nfqueue-tunnel")
+@pytest.mark.parametrize("what", ["stopped", "all killed, front end first",
+                                  "all killed, back ends first"])
+def test_other_ways_to_lose_a_table(busy: Cluster, what: str) -> None:
+    check_rebuilt(busy, what)
 
 
 def test_tables_of_another_version_are_not_read(busy: Cluster) -> None:

@@ -46,22 +46,19 @@ struct {
 	__uint(max_entries, 1 << 22);
 } events SEC(".maps");
 
-/* When a flow was last adopted, and the client's initial sequence number then. */
-struct adoption {
-	__u64 at_ns;
-	__u32 isn;
-	__u32 yields; /* it is about to be: an older socket on the tuple ends first */
-};
 
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 65536);
 	__type(key, struct tcpha_flow);
-	__type(value, struct adoption);
+	__type(value, struct tcpha_adoption);
 } adoptions SEC(".maps");
 
 /* Below the least RTO (RFC 6298; 200 ms in Linux): no retransmission comes so soon, but a copy does. */
 #define COPY_NS 150000000ULL
+
+/* For the front end to hear that we do not have a connection, before its request comes again. */
+#define GIVE_UP_NS 1000000000ULL
 
 #define REUSED_NS 60000000000ULL
 #define YIELD_NS 10000000LL
@@ -86,13 +83,9 @@ static __always_inline int into_reset(struct __sk_buff *skb, const struct header
 }
 
 /* Tell user space. Adoptions may wait for its next look; a refusal is passed on at once. */
-static __always_inline void report(const struct tcpha_flow *flow, const struct cookie *c, __u32 frontend,
-				   __u32 result, __u32 reused)
+static __always_inline void report(struct tcpha_event *event, const struct tcpha_flow *flow,
+				   const struct cookie *c, __u32 frontend, __u32 result, __u32 reused)
 {
-	struct tcpha_event *event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
-
-	if (!event)
-		return;
 	event->at_ns = bpf_ktime_get_ns();
 	event->flow = *flow;
 	event->isn = c->isn;
@@ -114,9 +107,10 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 {
 	struct bpf_sock_tuple t = {};
 	struct tcpha_keys *k = 0;
+	struct tcpha_event *event;
 	struct tcpha_gate *g;
 	struct cookie c = {};
-	struct adoption *before, now = {};
+	struct tcpha_adoption *before, now = {};
 	struct headers again;
 	__u32 i, n = 0, zero = 0, seq, ack, rtt, mark, reused;
 	int result;
@@ -144,7 +138,7 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 			return TC_ACT_SHOT; /* it did not end: the client's next attempt finds it out */
 		now.at_ns = bpf_ktime_get_ns();
 		now.isn = c.isn;
-		now.yields = 1;
+		now.state = TCPHA_YIELDING;
 		bpf_map_update_elem(&adoptions, flow, &now, BPF_ANY);
 		mark = skb->mark;
 		skb->mark = TCPHA_MARK_AGAIN;
@@ -157,11 +151,18 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 		return into_reset(skb, &again, *old);
 	}
 	before = bpf_map_lookup_elem(&adoptions, flow);
-	if (before && before->isn == c.isn && !before->yields &&
+	if (before && before->isn == c.isn && before->state == TCPHA_ADOPTED &&
 	    bpf_ktime_get_ns() - before->at_ns < COPY_NS)
 		return TC_ACT_SHOT; /* that connection is over already: do not serve its request again */
+	if (before && before->isn == c.isn && before->state == TCPHA_GIVEN_UP &&
+	    bpf_ktime_get_ns() - before->at_ns < GIVE_UP_NS)
+		return TC_ACT_SHOT;
+	/* first: an adoption that user space does not hear of would never be known to end */
+	event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
+	if (!event)
+		return TC_ACT_SHOT;
 	if (g->live + g->coming >= g->max) {
-		report(flow, &c, n, TCPHA_R_FULL, 0);
+		report(event, flow, &c, n, TCPHA_R_FULL, 0);
 		return TC_ACT_SHOT;
 	}
 	t.ipv4.saddr = unmap_v4(flow->caddr);
@@ -170,19 +171,19 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 	t.ipv4.dport = g->listen_port;
 	result = cookie_accept(skb, &t, &c, k->wscale, rtt);
 	if (result) {
-		report(flow, &c, n, result, 0);
+		report(event, flow, &c, n, result, 0);
 		return TC_ACT_SHOT;
 	}
 	if (skb->mark == TCPHA_MARK_AGAIN)
 		skb->mark = 0;
 	now.at_ns = bpf_ktime_get_ns();
 	now.isn = c.isn;
-	now.yields = 0;
+	now.state = TCPHA_ADOPTED;
 	reused = before && now.at_ns - before->at_ns < REUSED_NS;
 	bpf_map_update_elem(&adoptions, flow, &now, BPF_ANY);
 	__sync_fetch_and_add(&g->coming, 1);
 	COUNT(adopted, 1);
-	report(flow, &c, n, TCPHA_R_OK, reused);
+	report(event, flow, &c, n, TCPHA_R_OK, reused);
 	return TC_ACT_UNSPEC;
 }
 
@@ -192,7 +193,7 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
  */
 static __always_inline int behind_yielding(struct __sk_buff *skb, const struct tcpha_flow *flow, __u32 seq)
 {
-	struct adoption *a = bpf_map_lookup_elem(&adoptions, flow);
+	struct tcpha_adoption *a = bpf_map_lookup_elem(&adoptions, flow);
 
 	if (!a || skb->mark == TCPHA_MARK_AGAIN ||
 	    (__s64)(bpf_ktime_get_ns() - a->at_ns) > YIELD_NS ||

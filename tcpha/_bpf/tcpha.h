@@ -258,6 +258,19 @@ struct tcpha_shaken {
 	__u8 pad;
 };
 
+/* What became of the request of a flow at the back end. */
+enum {
+	TCPHA_ADOPTED = 0,
+	TCPHA_YIELDING = 1, /* it is about to be adopted: an older socket on the tuple ends first */
+	TCPHA_GIVEN_UP = 2, /* the front end was told that it did not come */
+};
+
+struct tcpha_adoption {
+	__u64 at_ns;
+	__u32 isn; /* the client's */
+	__u32 state;
+};
+
 /* Room for adoptions at the back end, in memory shared with user space. */
 struct tcpha_gate {
 	__u32 max;

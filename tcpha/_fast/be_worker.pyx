@@ -24,7 +24,7 @@ from tcpha._fast.diag cimport inet_diag_msg
 from tcpha._fast.message cimport (
     END_GONE, END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED_SIZE, MSG_HANDOFF, MSG_HEADER, MSG_KEYED,
     MSG_KEYS, MSG_MISSED, MSG_OWNED, MSG_REFUSED_SIZE, MSG_SERVER, MSG_TOLD, REFUSE_BACKLOG,
-    REFUSE_FULL, REFUSE_LISTENER, REFUSE_STALE, REFUSE_UNSUPPORTED, fast_id, message,
+    REFUSE_FULL, REFUSE_LISTENER, REFUSE_STALE, REFUSE_UNSUPPORTED, fast_id, fast_isn, message,
     message_closed, message_flow, message_refused, message_return, message_short, refusal_text)
 from tcpha._fast.packet cimport address_bytes, address_text
 from tcpha._fast.sys cimport (
@@ -222,7 +222,14 @@ cdef void _claim(backend_state *b, worker *w, link *l, message *m) noexcept nogi
     """A connection that an earlier run of ours adopted: watch it again, or say that it is over."""
     cdef adopted a
     cdef adopted *p
-    cdef int owner = b.dp.alive(b.dp.self, w.index, &m.snap.flow)
+    cdef int owner
+    pthread_mutex_lock(&b.lock)
+    p = _find(b, &m.snap.flow)
+    pthread_mutex_unlock(&b.lock)
+    if p == NULL and b.dp.gate != NULL and fast_isn(m.id):
+        # if its request comes while we say that we do not have it, the client has to repeat it
+        b.dp.give_up(b.dp.self, &m.snap.flow, fast_isn(m.id))
+    owner = b.dp.alive(b.dp.self, w.index, &m.snap.flow)
     pthread_mutex_lock(&b.lock)
     p = _find(b, &m.snap.flow)
     if p == NULL and _living(owner):

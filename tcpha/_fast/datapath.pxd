@@ -103,6 +103,8 @@ cdef struct be_datapath:
     tcpha_keys *keys       # by front end: TCPHA_MAX_FAST
     int event_fd
     bint (*next_event)(void *self, tcpha_event *event) noexcept nogil
+    # Do not adopt a request with this initial sequence number for the next second.
+    void (*give_up)(void *self, const tcpha_flow *flow, uint32_t isn) noexcept nogil
 
 
 cdef dict flow_row(const tcpha_flow *key, const tcpha_entry *e)

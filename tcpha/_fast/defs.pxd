@@ -28,6 +28,8 @@ cdef extern from "tcpha.h" nogil:
         TCPHA_PENDING
         TCPHA_F_FIN
         TCPHA_F_RST
+        TCPHA_F_ANSWERED
+        TCPHA_GIVEN_UP
         TCPHA_F_NEW_SYN
         TCPHA_F_FAST
         TCPHA_DIRECT
@@ -142,6 +144,11 @@ cdef extern from "tcpha.h" nogil:
         uint16_t vport
         uint16_t drop_strangers
         uint8_t vaddr[16]
+
+    struct tcpha_adoption:
+        uint64_t at_ns
+        uint32_t isn
+        uint32_t state
 
     struct tcpha_cache:
         uint64_t key[2]

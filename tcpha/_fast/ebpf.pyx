@@ -21,13 +21,14 @@ from tcpha._fast.datapath cimport (
     flow_row)
 from tcpha._fast.defs cimport (
     TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_FAST_EARLY, TCPHA_FAST_SOCKET, TCPHA_FORWARD,
-    TCPHA_IPID_PLAIN, TCPHA_LOCAL, TCPHA_LOCAL_NODE, TCPHA_MAC_FAST, TCPHA_MAC_MARK,
-    TCPHA_MAX_BACKENDS, TCPHA_MAX_FAST, TCPHA_MAX_OPS, TCPHA_OP_ADOPT, TCPHA_OP_END,
-    TCPHA_OP_QUERY, TCPHA_OP_TAKE_BACK, TCPHA_PENDING, TCPHA_R_ASSIGN, TCPHA_R_LIVE, TCPHA_R_NONE,
-    TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_OK, TCPHA_R_TIME_WAIT, TCPHA_STATE_VERSION,
-    TCPHA_TUNNEL, tcpha_backend, tcpha_be_conf, tcpha_cache, tcpha_counters, tcpha_entry,
-    tcpha_event, tcpha_fe_conf, tcpha_flow, tcpha_gate, tcpha_keys, tcpha_load, tcpha_offer,
-    tcpha_op, tcpha_shaken, tcpha_state, tcpha_verdict)
+    TCPHA_F_ANSWERED, TCPHA_F_FAST, TCPHA_F_RST, TCPHA_GIVEN_UP, TCPHA_IPID_PLAIN, TCPHA_LOCAL,
+    TCPHA_LOCAL_NODE, TCPHA_MAC_FAST, TCPHA_MAC_MARK, TCPHA_MAX_BACKENDS, TCPHA_MAX_FAST,
+    TCPHA_MAX_OPS, TCPHA_OP_ADOPT, TCPHA_OP_END, TCPHA_OP_QUERY, TCPHA_OP_TAKE_BACK, TCPHA_PENDING,
+    TCPHA_R_ASSIGN, TCPHA_R_LIVE, TCPHA_R_NONE, TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_OK,
+    TCPHA_R_TIME_WAIT, TCPHA_STATE_VERSION, TCPHA_TUNNEL, tcpha_adoption, tcpha_backend,
+    tcpha_be_conf, tcpha_cache, tcpha_counters, tcpha_entry, tcpha_event, tcpha_fe_conf,
+    tcpha_flow, tcpha_gate, tcpha_keys, tcpha_load, tcpha_offer, tcpha_op, tcpha_shaken,
+    tcpha_state, tcpha_verdict)
 from tcpha._fast.diag cimport SockDiag, diag, diag_refusal
 from tcpha._fast.ledger cimport (
     PUT_NEW, ledger, ledger_close, ledger_divert, ledger_drop_pending, ledger_forget,
@@ -668,6 +669,24 @@ cdef class FeEbpf(FeDatapath):
                         taken += _wake(self.d, 0, TCPHA_MAX_OPS - 1, &b.keys[i], r)
         return taken
 
+    def doubtful(self, double seconds):
+        """[(back end, id, flow), ...] of the packet path that have been silent for so long, and of
+        which nothing shows that the back end has them, or has them still: its client, which may be
+        gone, has acknowledged nothing, or reset it."""
+        cdef Batches b = Batches(self.d.flows, sizeof(tcpha_entry))
+        cdef tcpha_entry *e
+        cdef uint64_t before = now_ns() - <uint64_t>(seconds * 1e9)
+        cdef long i, count
+        out = []
+        while (count := b.more()) >= 0:
+            for i in range(count):
+                e = <tcpha_entry *>b.values + i
+                if e.flags & TCPHA_F_FAST and e.live and e.last_ns <= before and \
+                        (e.flags & TCPHA_F_RST or not e.flags & TCPHA_F_ANSWERED):
+                    out.append((e.backend, e.live,
+                                (<char *>&b.keys[i])[:sizeof(tcpha_flow)]))
+        return out
+
     def drop_pending(self):
         """Remove the entries of requests that came to nothing on the way through user space.
         Returns the back ends of older flows whose places they had taken."""
@@ -693,6 +712,7 @@ cdef struct be_ebpf:
     uint8_t listen_addr[16]
     uint16_t listen_port   # network byte order
     uint64_t killed        # older sockets on the same 4-tuple
+    int adoptions          # map
     diag *sockets          # of the Local Node, where the front end's socket has the same 4-tuple
     uint64_t *consumed     # the events' ring buffer: where we are, and where the program is
     uint64_t *produced
@@ -830,6 +850,14 @@ cdef int _alive(void *self, uint32_t worker, const tcpha_flow *flow) noexcept no
     return DP_TIME_WAIT if op.result == TCPHA_R_TIME_WAIT else 0
 
 
+cdef void _give_up(void *self, const tcpha_flow *flow, uint32_t isn) noexcept nogil:
+    cdef tcpha_adoption a
+    a.at_ns = now_ns()
+    a.isn = isn
+    a.state = TCPHA_GIVEN_UP
+    bpf_map_update_elem((<be_ebpf *>self).adoptions, flow, &a, BPF_ANY)
+
+
 cdef bint _position(void *self, uint32_t worker, const tcpha_flow *flow,
                     uint32_t *rcv_nxt) noexcept nogil:
     cdef be_ebpf *d = <be_ebpf *>self
@@ -914,6 +942,8 @@ cdef class BeEbpf(BeDatapath):
                                                                4096 + 2 * RING)
             self.d.ring = <uint8_t *>self.d.produced + 4096
             self.table.next_event = _next_event
+            self.table.give_up = _give_up
+            self.d.adoptions = self.obj.map_fd("adoptions")
             self.table.keys = <tcpha_keys *>self.obj.map_memory(
                 "keys", TCPHA_MAX_FAST * sizeof(tcpha_keys))
             self.table.gate = <tcpha_gate *>self.obj.map_memory("gate", sizeof(tcpha_gate))

@@ -1111,6 +1111,23 @@ cdef class FrontEnd(Core):
                 self.f.backends[i].keyed >= self.f.key
         return n
 
+    def ask(self, list rows):
+        """Have back ends say whether they have flows: see FeEbpf.doubtful()."""
+        cdef worker *w = self.outsider()
+        cdef uint8_t buf[MSG_OWNED_SIZE]
+        cdef tcpha_flow flow
+        cdef uint32_t n
+        cdef int i
+        for b, number, key in rows:
+            memcpy(&flow, <const char *>(<bytes>key), sizeof(flow))
+            for i in range(LINKS_MAX):
+                n = self.f.backends[<uint32_t>b].link[i]
+                if n < MAX_LINKS and link_put(self.c, w, &self.c.links[n], buf, message_owned(
+                        buf, number, &flow), NULL, 0) == 0:
+                    break
+        with nogil:
+            self.flush_outsider()
+
     def drop_pending(self):
         """See FeEbpf.drop_pending()."""
         for b in self.datapath.drop_pending():

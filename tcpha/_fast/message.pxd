@@ -72,6 +72,7 @@ cdef uint32_t message_flow(uint8_t *to, uint64_t id, const tcpha_flow *flow,
                            uint32_t rcv_nxt) noexcept nogil
 cdef uint32_t message_keys(uint8_t *to, uint64_t id, const uint64_t *key) noexcept nogil
 cdef uint64_t fast_id(uint32_t isn, uint32_t ours) noexcept nogil
+cdef uint32_t fast_isn(uint64_t id) noexcept nogil
 cdef uint32_t message_owned(uint8_t *to, uint64_t id, const tcpha_flow *flow) noexcept nogil
 cdef const char *refusal_text(uint32_t reason) noexcept nogil
 cdef int message_decode(const uint8_t *buf, uint32_t length, message *m) noexcept nogil

@@ -162,6 +162,11 @@ cdef uint64_t fast_id(uint32_t isn, uint32_t ours) noexcept nogil:
     return <uint64_t>1 << 63 | <uint64_t>isn << 31 | ours >> 1
 
 
+cdef uint32_t fast_isn(uint64_t id) noexcept nogil:
+    """The client's initial sequence number, or 0: it is no such id."""
+    return <uint32_t>(id >> 31) if id >> 63 else 0
+
+
 cdef uint32_t message_owned(uint8_t *to, uint64_t id, const tcpha_flow *flow) noexcept nogil:
     memcpy(_header(to, MSG_OWNED, MSG_OWNED_SIZE, id), flow, sizeof(tcpha_flow))
     return MSG_OWNED_SIZE

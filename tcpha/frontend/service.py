@@ -31,6 +31,7 @@ COLUMNS = ("client", "vaddr", "target", "rule", "server", "state", "age", "idle"
 GRACE = 1.0  # seconds for clients that have a cookie to send the end of the handshake
 HANDSHAKE = 3.0  # seconds that an unacknowledged SYN-ACK may hold up unloading
 SILENT = 1.0  # seconds after which a client that has not sent its request gets a socket of ours
+DOUBT = 5.0  # seconds of silence after which a back end is asked whether it got a request
 DEAD_IDLE = 60.0  # seconds of silence after which a dead back end's flow is forgotten
 
 
@@ -44,7 +45,7 @@ class FrontEndService(Service):
         super().__init__(config, run, foreground)
         self.core = FrontEnd(config.maxclients, config.headlimit, config.headtimeout)
         self.dtcinterval = config.dtcinterval
-        self.expiring = False
+        self.expiring = self.asking = False
         self.taking = False
         self.emptying = False  # the accept queue, before we unload
         self.table: TableFile | None = None
@@ -198,6 +199,9 @@ class FrontEndService(Service):
         self.registry.change_keys()
         self.registry.detect(self.dtcinterval)
         self.datapath.refresh()
+        if self.datapath.fastpath and not self.asking:
+            self.asking = True
+            self.spawn(self._ask())
         if not self.expiring:
             self.expiring = True
             self.spawn(self._expire())
@@ -209,6 +213,15 @@ class FrontEndService(Service):
             await asyncio.sleep(SILENT / 4)
         finally:
             self.taking = False
+
+    async def _ask(self) -> None:
+        """Nobody says that a back end has adopted what the packet path sent it. The client repeats
+        what was lost, but it may be gone."""
+        try:
+            self.core.ask(await asyncio.to_thread(self.datapath.table.doubtful, DOUBT))
+            await asyncio.sleep(DOUBT / 2)
+        finally:
+            self.asking = False
 
     async def _expire(self) -> None:
         try:
