@@ -56,23 +56,31 @@ class FrontEndService(Service):
         log.info("%s, forward %s", found, config.forward)
         device = self._device()
         self.datapath = open_frontend(datapath, config, host)
-        # only now: our stack would answer packets of connections that back ends have with a RST
-        self.before_address = len(host.undo)
-        host.add_address(config.vaddr, device)
-        listener = self._listen()
         try:
-            host.announce(config.vaddr, device)
-            self._open_access_log(config.accesslog)
-            self.local = LocalNode(config, self.core, self.datapath, host)
-            self.core.start(self.datapath.table, listener, config.vaddr)
+            # only now: our stack would answer packets of connections that back ends have with a RST
+            self.before_address = len(host.undo)
+            host.add_address(config.vaddr, device)
+            self._serve_at(device)
         except BaseException:
-            listener.close()
+            self.datapath.close()
             raise
         self.registry = Registry(self.core, self.datapath, host, config, self.secret, self.spawn)
         self.registry.configure(config)
         self.registry.keep_left()
         self.registrations = self._registrations(device) if self._registers() else None
         self.registry.registers = self.registrations is not None
+
+    def _serve_at(self, device: int) -> None:
+        config = self.config
+        listener = self._listen()
+        try:
+            self.host.announce(config.vaddr, device)
+            self._open_access_log(config.accesslog)
+            self.local = LocalNode(config, self.core, self.datapath, self.host)
+            self.core.start(self.datapath.table, listener, config.vaddr)
+        except BaseException:
+            listener.close()
+            raise
 
     def _device(self) -> int:
         """The interface for the VIP: raddr's, else the one whose network holds the VIP."""
