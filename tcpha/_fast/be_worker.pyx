@@ -22,10 +22,11 @@ from tcpha._fast.defs cimport (
     tcpha_event, tcpha_flow)
 from tcpha._fast.diag cimport inet_diag_msg
 from tcpha._fast.message cimport (
-    END_GONE, END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED_SIZE, MSG_HANDOFF, MSG_HEADER, MSG_KEYED,
-    MSG_KEYS, MSG_MISSED, MSG_OWNED, MSG_REFUSED_SIZE, MSG_SERVER, MSG_TOLD, REFUSE_BACKLOG,
-    REFUSE_FULL, REFUSE_LISTENER, REFUSE_STALE, REFUSE_UNSUPPORTED, fast_id, fast_isn, message,
-    message_closed, message_flow, message_refused, message_return, message_short, refusal_text)
+    END_GONE, END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED_SIZE, MSG_DOUBT, MSG_HANDOFF, MSG_HEADER,
+    MSG_KEYED, MSG_KEYS, MSG_MISSED, MSG_OWNED, MSG_REFUSED_SIZE, MSG_SERVER, MSG_TOLD,
+    REFUSE_BACKLOG, REFUSE_FULL, REFUSE_LISTENER, REFUSE_LOST, REFUSE_STALE, REFUSE_UNSUPPORTED,
+    fast_id, fast_isn, message, message_closed, message_flow, message_refused, message_return,
+    message_short, refusal_text)
 from tcpha._fast.packet cimport address_bytes, address_text
 from tcpha._fast.sys cimport (
     EINTR, ENOBUFS, EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLLET, EPOLLIN, EPOLLONESHOT, MSG_DONTWAIT,
@@ -222,14 +223,7 @@ cdef void _claim(backend_state *b, worker *w, link *l, message *m) noexcept nogi
     """A connection that an earlier run of ours adopted: watch it again, or say that it is over."""
     cdef adopted a
     cdef adopted *p
-    cdef int owner
-    pthread_mutex_lock(&b.lock)
-    p = _find(b, &m.snap.flow)
-    pthread_mutex_unlock(&b.lock)
-    if p == NULL and b.dp.gate != NULL and fast_isn(m.id):
-        # if its request comes while we say that we do not have it, the client has to repeat it
-        b.dp.give_up(b.dp.self, &m.snap.flow, fast_isn(m.id))
-    owner = b.dp.alive(b.dp.self, w.index, &m.snap.flow)
+    cdef int owner = b.dp.alive(b.dp.self, w.index, &m.snap.flow)
     pthread_mutex_lock(&b.lock)
     p = _find(b, &m.snap.flow)
     if p == NULL and _living(owner):
@@ -241,6 +235,28 @@ cdef void _claim(backend_state *b, worker *w, link *l, message *m) noexcept nogi
         _set_origin(b, &a, l, m.id)
         _tell_closed(b, w, &a, END_TIME_WAIT if owner == DP_TIME_WAIT else END_GONE)
     pthread_mutex_unlock(&b.lock)
+
+
+cdef void _doubted(backend_state *b, worker *w, link *l, message *m) noexcept nogil:
+    """A request of the packet path that may not have arrived. If it comes while we say so, it is
+    not adopted: the client has to repeat it."""
+    cdef uint8_t buf[MSG_CLOSED_SIZE]
+    cdef finished *was
+    cdef bint over, known
+    _on_ring(b, w)
+    pthread_mutex_lock(&b.lock)
+    known = _find(b, &m.snap.flow) != NULL
+    was = _was_over(b, m.id)
+    over = was.id == m.id and memcmp(&was.flow, &m.snap.flow, sizeof(tcpha_flow)) == 0
+    pthread_mutex_unlock(&b.lock)
+    if known:
+        return
+    if over:
+        link_put(b.c, w, l, buf, message_closed(buf, m.id, &m.snap.flow, END_GONE), NULL, 0)
+        return
+    b.dp.give_up(b.dp.self, &m.snap.flow, fast_isn(m.id))
+    if not _living(b.dp.alive(b.dp.self, w.index, &m.snap.flow)):
+        link_put(b.c, w, l, buf, message_return(buf, m.id, &m.snap.flow, REFUSE_LOST), NULL, 0)
 
 
 cdef void _set_origin(backend_state *b, adopted *a, link *l, uint64_t id) noexcept nogil:
@@ -274,6 +290,10 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
     cdef int64_t age
     if m.type == MSG_OWNED:
         _claim(b, w, l, m)
+        return 0
+    if m.type == MSG_DOUBT:
+        if b.dp.gate != NULL:
+            _doubted(b, w, l, m)
         return 0
     if m.type == MSG_KEYS:
         if b.dp.keys != NULL and l.peer < TCPHA_MAX_FAST:

@@ -670,9 +670,9 @@ cdef class FeEbpf(FeDatapath):
         return taken
 
     def doubtful(self, double seconds):
-        """[(back end, id, flow), ...] of the packet path that have been silent for so long, and of
-        which nothing shows that the back end has them, or has them still: its client, which may be
-        gone, has acknowledged nothing, or reset it."""
+        """[(back end, id, flow, answered), ...] of the packet path that have been silent for so
+        long, and of which nothing shows that the back end has them, or has them still: its client,
+        which may be gone, has acknowledged nothing, or reset it."""
         cdef Batches b = Batches(self.d.flows, sizeof(tcpha_entry))
         cdef tcpha_entry *e
         cdef uint64_t before = now_ns() - <uint64_t>(seconds * 1e9)
@@ -684,7 +684,8 @@ cdef class FeEbpf(FeDatapath):
                 if e.flags & TCPHA_F_FAST and e.live and e.last_ns <= before and \
                         (e.flags & TCPHA_F_RST or not e.flags & TCPHA_F_ANSWERED):
                     out.append((e.backend, e.live,
-                                (<char *>&b.keys[i])[:sizeof(tcpha_flow)]))
+                                (<char *>&b.keys[i])[:sizeof(tcpha_flow)],
+                                bool(e.flags & TCPHA_F_ANSWERED)))
         return out
 
     def drop_pending(self):

@@ -28,8 +28,8 @@ from tcpha._fast.match cimport (
 from tcpha._fast.message cimport (
     END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED, MSG_FLOW, MSG_HANDOFF_FIXED, MSG_KEYED, MSG_KEYS_SIZE,
     MSG_MISSED, MSG_OWNED_SIZE, MSG_REFUSED, MSG_RETURN, MSG_SERVER, MSG_TOLD, REFUSE_FULL,
-    REFUSE_LINK, REFUSE_TIMEOUT, REFUSE_UNSUPPORTED, fast_id, message, message_handoff,
-    message_keys, message_owned, refusal_text)
+    REFUSE_LINK, REFUSE_LOST, REFUSE_TIMEOUT, REFUSE_UNSUPPORTED, fast_id, message, message_doubt,
+    message_handoff, message_keys, message_owned, refusal_text)
 from tcpha._fast.packet cimport address_bytes, flow_text
 from tcpha._fast.repair cimport repair_received
 from tcpha._fast.rewrite cimport get32, tcp_view
@@ -784,7 +784,8 @@ cdef void _on_return(frontend *f, worker *w, uint32_t b, message *m) noexcept no
     if r.id != m.id:
         r.id = m.id
         memset(r.tried, 0, sizeof(r.tried))
-    r.tried[b >> 6] |= <uint64_t>1 << (b & 63)
+    if m.reason != REFUSE_LOST:
+        r.tried[b >> 6] |= <uint64_t>1 << (b & 63)
     pthread_mutex_unlock(&f.return_lock)
     add32(&f.returns, 1)
     # it was counted when it was sent, and is again when it comes again
@@ -1118,12 +1119,15 @@ cdef class FrontEnd(Core):
         cdef tcpha_flow flow
         cdef uint32_t n
         cdef int i
-        for b, number, key in rows:
+        cdef uint32_t length
+        for b, number, key, answered in rows:
             memcpy(&flow, <const char *>(<bytes>key), sizeof(flow))
+            length = message_owned(buf, number, &flow) if answered else \
+                message_doubt(buf, number, &flow)
             for i in range(LINKS_MAX):
                 n = self.f.backends[<uint32_t>b].link[i]
-                if n < MAX_LINKS and link_put(self.c, w, &self.c.links[n], buf, message_owned(
-                        buf, number, &flow), NULL, 0) == 0:
+                if n < MAX_LINKS and \
+                        link_put(self.c, w, &self.c.links[n], buf, length, NULL, 0) == 0:
                     break
         with nogil:
             self.flush_outsider()

@@ -30,6 +30,7 @@ cdef enum message_type:
     MSG_RETURN = 12    # BE: a request of the packet path, not taken: as CLOSED; body: flow, reason
     MSG_FLOW = 13      # BE, to an FE that knows nothing: as CLOSED; body: flow, rcv_nxt
     MSG_TOLD = 14      # BE: that was all it has
+    MSG_DOUBT = 16     # FE: as OWNED, if nothing shows that the request arrived
     MSG_MISSED = 15    # BE: a control connection broke, and what it said there may be lost
     MSG_SERVER = 9     # BE: id: 2 * a growing number, + 1 if the application listens
 
@@ -42,6 +43,7 @@ cdef enum refusal:
     REFUSE_ERROR = 6
     REFUSE_TIMEOUT = 7      # FE only: no answer
     REFUSE_LINK = 8         # FE only: the control connection broke
+    REFUSE_LOST = 9         # the request did not arrive
 
 
 cdef enum ending:
@@ -56,7 +58,7 @@ cdef struct message:
     uint64_t id
     uint64_t sent_ns       # HANDOFF: the sender's CLOCK_MONOTONIC
     uint32_t reason        # REFUSED, RETURN: a refusal; CLOSED: an ending; FLOW: rcv_nxt
-    snapshot snap          # HANDOFF; CLOSED, OWNED, RETURN, FLOW: flow only
+    snapshot snap          # HANDOFF; CLOSED, OWNED, DOUBT, RETURN, FLOW: flow only
     const uint8_t *data    # HANDOFF, HELLO, KEYS
     uint32_t data_len
 
@@ -74,5 +76,6 @@ cdef uint32_t message_keys(uint8_t *to, uint64_t id, const uint64_t *key) noexce
 cdef uint64_t fast_id(uint32_t isn, uint32_t ours) noexcept nogil
 cdef uint32_t fast_isn(uint64_t id) noexcept nogil
 cdef uint32_t message_owned(uint8_t *to, uint64_t id, const tcpha_flow *flow) noexcept nogil
+cdef uint32_t message_doubt(uint8_t *to, uint64_t id, const tcpha_flow *flow) noexcept nogil
 cdef const char *refusal_text(uint32_t reason) noexcept nogil
 cdef int message_decode(const uint8_t *buf, uint32_t length, message *m) noexcept nogil

@@ -4,10 +4,10 @@
 Header, 16 bytes: magic (16 bits), version (8), type (8), length of the whole message (32), id (64).
 HANDOFF body: sent_ns (64), flow (36 bytes, as struct tcpha_flow), snd_nxt, rcv_nxt, snd_wnd,
 rcv_wnd, tsval, ts_recent, srtt_us (32 each), mss (16), snd_wscale, rcv_wscale (8 each), flags (16),
-then the request bytes. CLOSED body: flow, ending (32). OWNED body: flow. REFUSED body: reason (32).
-RETURN body: flow, reason (32). FLOW body: flow, rcv_nxt (32). KEYS body: 16 bytes of key; its id is
-the key's number (56 bits; the lowest one says which of two it replaces), then the window scale that
-goes with its cookies (8).
+then the request bytes. CLOSED body: flow, ending (32). OWNED, DOUBT body: flow. REFUSED body:
+reason (32). RETURN body: flow, reason (32). FLOW body: flow, rcv_nxt (32). KEYS body: 16 bytes of
+key; its id is the key's number (56 bits; the lowest one says which of two it replaces), then the
+window scale that goes with its cookies (8).
 ADOPTED, PING, PONG, SERVER, KEYED, TOLD and MISSED have none.
 HELLO body: JSON.
 """
@@ -172,15 +172,21 @@ cdef uint32_t message_owned(uint8_t *to, uint64_t id, const tcpha_flow *flow) no
     return MSG_OWNED_SIZE
 
 
+cdef uint32_t message_doubt(uint8_t *to, uint64_t id, const tcpha_flow *flow) noexcept nogil:
+    memcpy(_header(to, MSG_DOUBT, MSG_OWNED_SIZE, id), flow, sizeof(tcpha_flow))
+    return MSG_OWNED_SIZE
+
+
 REFUSALS = (b"?", b"full", b"accept queue full", b"no listener", b"too late",
-            b"options not supported", b"error", b"no answer", b"control connection lost")
-cdef const char *_texts[REFUSE_LINK + 1]
+            b"options not supported", b"error", b"no answer", b"control connection lost",
+            b"it did not arrive")
+cdef const char *_texts[REFUSE_LOST + 1]
 for _n, _text in enumerate(REFUSALS):  # by number: enum refusal
     _texts[<int>_n] = _text
 
 
 cdef const char *refusal_text(uint32_t reason) noexcept nogil:
-    return _texts[reason if reason <= REFUSE_LINK else 0]
+    return _texts[reason if reason <= REFUSE_LOST else 0]
 
 
 cdef int message_decode(const uint8_t *buf, uint32_t length, message *m) noexcept nogil:
@@ -239,11 +245,11 @@ cdef int message_decode(const uint8_t *buf, uint32_t length, message *m) noexcep
         if m.data == NULL or m.id & 0xff > 14:
             return -1
     elif m.type == MSG_CLOSED or m.type == MSG_OWNED or m.type == MSG_RETURN or \
-            m.type == MSG_FLOW:
+            m.type == MSG_FLOW or m.type == MSG_DOUBT:
         p = _take(&c, sizeof(tcpha_flow))
         if p != NULL:
             memcpy(&s.flow, p, sizeof(tcpha_flow))
-        if m.type != MSG_OWNED:
+        if m.type != MSG_OWNED and m.type != MSG_DOUBT:
             m.reason = _get32(&c)
     elif m.type != MSG_ADOPTED and m.type != MSG_PING and m.type != MSG_PONG and \
             m.type != MSG_SERVER and m.type != MSG_KEYED and m.type != MSG_TOLD and \
