@@ -99,14 +99,16 @@ static __always_inline void report(struct tcpha_event *event, const struct tcpha
 
 /*
  * A segment that no socket of ours expects. If it has the cookie of one of our front ends, it becomes
- * the socket. old: the sequence number that would end an older socket on the tuple, if there is one.
+ * the socket. old: the sequence number that would end an older socket on the tuple, if there is one. last:
+ * user space has looked for room, and there is none.
  */
 static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct headers *h,
 					   const struct tcpha_flow *flow, const struct options *o,
-					   const __u32 *old)
+					   const __u32 *old, bool last)
 {
 	struct bpf_sock_tuple t = {};
 	struct tcpha_keys *k = 0;
+	__u8 room[3] = {TCPHA_MAC_ROOM >> 8, TCPHA_MAC_ROOM & 0xff};
 	struct tcpha_event *event;
 	struct tcpha_gate *g;
 	struct cookie c = {};
@@ -161,6 +163,13 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 	event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
 	if (!event)
 		return TC_ACT_SHOT;
+	if (g->live + g->coming >= g->max && !last) {
+		/* reports of ended connections lag behind: user space looks, and sends it back to us */
+		bpf_ringbuf_discard(event, 0);
+		if (bpf_skb_store_bytes(skb, 0, room, sizeof(room), 0) < 0)
+			return TC_ACT_SHOT;
+		return bpf_redirect(conf.tap, 0);
+	}
 	if (g->live + g->coming >= g->max) {
 		report(event, flow, &c, n, TCPHA_R_FULL, 0);
 		return TC_ACT_SHOT;
@@ -207,7 +216,7 @@ static __always_inline int behind_yielding(struct __sk_buff *skb, const struct t
  * Only what belongs to a socket may pass. A packet that found just the listener would be answered
  * with a RST, a SYN with a SYN-ACK, and both are the front end's business.
  */
-static __always_inline int guard(struct __sk_buff *skb, const struct headers *h)
+static __always_inline int guard(struct __sk_buff *skb, const struct headers *h, bool last)
 {
 	struct bpf_sock_tuple t = {};
 	struct tcp_timewait_sock *tw;
@@ -261,7 +270,7 @@ static __always_inline int guard(struct __sk_buff *skb, const struct headers *h)
 	map_v4(flow.vaddr, h->ip->daddr);
 	flow.cport = h->tcp->source;
 	flow.vport = h->tcp->dest;
-	verdict = adopt_by_cookie(skb, h, &flow, &o, other ? &old : 0);
+	verdict = adopt_by_cookie(skb, h, &flow, &o, other ? &old : 0, last);
 	if (verdict == TC_ACT_SHOT && pass)
 		return TC_ACT_UNSPEC;
 	if (verdict == TC_ACT_SHOT && conf.fast)
@@ -321,7 +330,7 @@ int be_ingress(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	if (offset && (!is_ours(from) || decapsulate(skb) < 0 || parse_tcp(skb, 0, &h) < 0))
 		return TC_ACT_SHOT;
-	return guard(skb, &h);
+	return guard(skb, &h, false);
 }
 
 /* Make the forged packet the last ACK of a handshake, and its socket a child of the listener. */
@@ -368,6 +377,7 @@ int be_tap(struct __sk_buff *skb)
 {
 	struct tcpha_op *op;
 	struct headers h;
+	__u8 mac[3];
 	__u32 slot;
 
 	if (skb->protocol == bpf_htons(TCPHA_ETH_OP)) {
@@ -379,8 +389,10 @@ int be_tap(struct __sk_buff *skb)
 	if (skb->protocol != bpf_htons(ETH_P_IP) || parse_tcp(skb, 0, &h) < 0)
 		return TC_ACT_SHOT;
 	bpf_skb_change_type(skb, PACKET_HOST);
-	if (parse_tcp(skb, 0, &h) < 0)
+	if (parse_tcp(skb, 0, &h) < 0 || bpf_skb_load_bytes(skb, 0, mac, sizeof(mac)) < 0)
 		return TC_ACT_SHOT;
+	if (mac[0] == TCPHA_MAC_ROOM >> 8 && mac[1] == (TCPHA_MAC_ROOM & 0xff))
+		return guard(skb, &h, mac[2]);
 	slot = bpf_ntohs(h.ip->id);
 	if (slot == TCPHA_IPID_PLAIN)
 		return TC_ACT_OK;

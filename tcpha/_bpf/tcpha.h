@@ -17,6 +17,8 @@
 #define TCPHA_ETH_OP 0x88b5	 /* IEEE 802 local experimental EtherType: operation frames on the TAP */
 #define TCPHA_MAC_MARK 0x0274	 /* first two bytes of the MAC of a frame that BPF put on the TAP */
 #define TCPHA_IPID_PLAIN 0xffff	 /* IP id of forged packets that want no adoption */
+/* First two bytes of the MAC of a frame that waits for room at the back end; then, if there is none: 1. */
+#define TCPHA_MAC_ROOM 0x0278
 #define TCPHA_MAC_FAST 0x0276	 /* first two bytes of the MAC of a frame on the fast TAP; then TCPHA_FAST_* */
 #define TCPHA_MARK_AGAIN 0x7c9a0002 /* of a packet that comes a second time, behind the end of an old socket */
 #define TCPHA_COOKIE_MS 120000	 /* the oldest SYN-ACK that a request may answer, milliseconds */

@@ -13,7 +13,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
 from tcpha._fast.core cimport (
-    EV_NETLINK, EV_RING, LINK_UP, MAX_LINKS, SCRATCH, Core, core, half_closed, link,
+    EV_NETLINK, EV_RING, EV_TAP, LINK_UP, MAX_LINKS, SCRATCH, Core, core, half_closed, link,
     link_put, say_flow, say_more, say_number, watch, worker)
 from tcpha._fast.datapath cimport (
     DP_ALIVE, DP_CLOSING, DP_MORE, DP_TIME_WAIT, BeDatapath)
@@ -192,12 +192,13 @@ cdef void _check_all(backend_state *b, worker *w) noexcept nogil:
         pthread_mutex_unlock(&b.lock)
 
 
-cdef void _reap(backend_state *b, worker *w, uint64_t asked_ns) noexcept nogil:
+cdef void _reap(backend_state *b, worker *w, uint64_t asked_ns, bint anyway) noexcept nogil:
     """Look before refusing for want of room: reports of ended connections lag behind under load,
     and those that the application has closed are no load for it. One look counts for all that was
-    asked before it began; what is older than the question says nothing."""
+    asked before it began; what is older than the question says nothing. anyway: there may be too
+    little room, though not none."""
     pthread_mutex_lock(&b.reap_lock)
-    if _is_full(b) and b.looked_ns < asked_ns:
+    if (anyway or _is_full(b)) and b.looked_ns < asked_ns:
         b.looked_ns = now_ns()
         _check_all(b, w)
     pthread_mutex_unlock(&b.reap_lock)
@@ -322,7 +323,7 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
         a = NULL if b.unloading else _insert(b, &m.snap.flow)
         if a == NULL and not b.unloading:
             pthread_mutex_unlock(&b.lock)
-            _reap(b, w, l.last_rx_ns)
+            _reap(b, w, l.last_rx_ns, False)
             pthread_mutex_lock(&b.lock)
             a = _insert(b, &m.snap.flow)
         if a != NULL:
@@ -465,7 +466,7 @@ cdef void _take_event(backend_state *b, worker *w, const tcpha_event *e) noexcep
         return
     if e.result == TCPHA_R_FULL:
         if not b.unloading:
-            _reap(b, w, e.at_ns)
+            _reap(b, w, e.at_ns, False)
             if not _is_full(b):
                 return     # the client's next attempt finds room
     elif e.result == TCPHA_R_BACKLOG:
@@ -624,6 +625,16 @@ cdef void _pace(backend_state *b, worker *w) noexcept nogil:
         _await_ends(b, EPOLL_CTL_MOD)
 
 
+cdef void _on_waiting(backend_state *b, worker *w) noexcept nogil:
+    """Requests came when there seemed to be no room."""
+    cdef bint more = True
+    while more:
+        _on_ring(b, w)
+        if not b.unloading:
+            _reap(b, w, now_ns(), True)
+        more = b.dp.admit(b.dp.self, w.scratch, b.unloading or _is_full(b))
+
+
 cdef void _on_event(core *c, worker *w, int kind, uint32_t index, uint32_t gen,
                     uint32_t events) noexcept nogil:
     cdef backend_state *b = <backend_state *>c.role
@@ -633,6 +644,8 @@ cdef void _on_event(core *c, worker *w, int kind, uint32_t index, uint32_t gen,
             _await_ends(b, EPOLL_CTL_MOD)
     elif kind == EV_RING:
         _on_ring(b, w)
+    elif kind == EV_TAP:
+        _on_waiting(b, w)
 
 
 cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
@@ -743,6 +756,7 @@ cdef class BackEnd(Core):
         _await_ends(self.b, EPOLL_CTL_ADD)
         if self.b.dp.gate != NULL:
             watch(self.c, EPOLL_CTL_ADD, self.b.dp.event_fd, EPOLLIN | EPOLLET, EV_RING, 0, 0)
+            watch(self.c, EPOLL_CTL_ADD, self.b.dp.tap_fd, EPOLLIN | EPOLLET, EV_TAP, 0, 0)
             _tell_live(self.b)
 
     cdef void _tell_all(self, uint8_t kind, uint64_t id):

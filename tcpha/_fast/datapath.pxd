@@ -103,6 +103,10 @@ cdef struct be_datapath:
     tcpha_keys *keys       # by front end: TCPHA_MAX_FAST
     int event_fd
     bint (*next_event)(void *self, tcpha_event *event) noexcept nogil
+    # Requests that found no room wait on tap_fd: let the program have them once more. refuse: what
+    # finds none then, instead of letting it wait. scratch: SCRATCH bytes. True: more may wait.
+    int tap_fd
+    bint (*admit)(void *self, uint8_t *scratch, bint refuse) noexcept nogil
     # Do not adopt a request with this initial sequence number for the next second.
     void (*give_up)(void *self, const tcpha_flow *flow, uint32_t isn) noexcept nogil
 

@@ -30,6 +30,7 @@ cdef extern from "tcpha.h" nogil:
         TCPHA_F_RST
         TCPHA_F_ANSWERED
         TCPHA_GIVEN_UP
+        TCPHA_MAC_ROOM
         TCPHA_F_NEW_SYN
         TCPHA_F_FAST
         TCPHA_DIRECT

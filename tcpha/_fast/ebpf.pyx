@@ -22,13 +22,13 @@ from tcpha._fast.datapath cimport (
 from tcpha._fast.defs cimport (
     TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_FAST_EARLY, TCPHA_FAST_SOCKET, TCPHA_FORWARD,
     TCPHA_F_ANSWERED, TCPHA_F_FAST, TCPHA_F_RST, TCPHA_GIVEN_UP, TCPHA_IPID_PLAIN, TCPHA_LOCAL,
-    TCPHA_LOCAL_NODE, TCPHA_MAC_FAST, TCPHA_MAC_MARK, TCPHA_MAX_BACKENDS, TCPHA_MAX_FAST,
-    TCPHA_MAX_OPS, TCPHA_OP_ADOPT, TCPHA_OP_END, TCPHA_OP_QUERY, TCPHA_OP_TAKE_BACK, TCPHA_PENDING,
-    TCPHA_R_ASSIGN, TCPHA_R_LIVE, TCPHA_R_NONE, TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_OK,
-    TCPHA_R_TIME_WAIT, TCPHA_STATE_VERSION, TCPHA_TUNNEL, tcpha_adoption, tcpha_backend,
-    tcpha_be_conf, tcpha_cache, tcpha_counters, tcpha_entry, tcpha_event, tcpha_fe_conf,
-    tcpha_flow, tcpha_gate, tcpha_keys, tcpha_load, tcpha_offer, tcpha_op, tcpha_shaken,
-    tcpha_state, tcpha_verdict)
+    TCPHA_LOCAL_NODE, TCPHA_MAC_FAST, TCPHA_MAC_MARK, TCPHA_MAC_ROOM, TCPHA_MAX_BACKENDS,
+    TCPHA_MAX_FAST, TCPHA_MAX_OPS, TCPHA_OP_ADOPT, TCPHA_OP_END, TCPHA_OP_QUERY,
+    TCPHA_OP_TAKE_BACK, TCPHA_PENDING, TCPHA_R_ASSIGN, TCPHA_R_LIVE, TCPHA_R_NONE,
+    TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_OK, TCPHA_R_TIME_WAIT, TCPHA_STATE_VERSION,
+    TCPHA_TUNNEL, tcpha_adoption, tcpha_backend, tcpha_be_conf, tcpha_cache, tcpha_counters,
+    tcpha_entry, tcpha_event, tcpha_fe_conf, tcpha_flow, tcpha_gate, tcpha_keys, tcpha_load,
+    tcpha_offer, tcpha_op, tcpha_shaken, tcpha_state, tcpha_verdict)
 from tcpha._fast.diag cimport SockDiag, diag, diag_refusal
 from tcpha._fast.ledger cimport (
     PUT_NEW, ledger, ledger_close, ledger_divert, ledger_drop_pending, ledger_forget,
@@ -57,6 +57,7 @@ cdef enum:
     TCP_CLOSE_WAIT = 8
     BATCH = 4096           # entries read by one system call
     CHUNK = 60000          # payload of a forged segment; one skb, so that overhead is small
+    ADMIT = 64             # requests that one look for room is for
     NEAR = 1 << 24         # a socket with numbers so little ahead is no other connection's
     MSS_MIN = 536          # the kernel adopts nothing below (RFC 9293 section 3.7.1)
     WINDOW = 64240         # of a SYN-ACK: 44 segments of 1460 bytes, as Linux offers
@@ -851,6 +852,23 @@ cdef int _alive(void *self, uint32_t worker, const tcpha_flow *flow) noexcept no
     return DP_TIME_WAIT if op.result == TCPHA_R_TIME_WAIT else 0
 
 
+cdef bint _admit(void *self, uint8_t *scratch, bint refuse) noexcept nogil:
+    cdef be_ebpf *d = <be_ebpf *>self
+    cdef ssize_t n
+    cdef int _i
+    for _i in range(ADMIT):
+        n = read(d.tap, scratch, SCRATCH)
+        if n < 0 and errno == EINTR:
+            continue
+        if n < 0:
+            return False
+        if n >= VNET_SIZE + ETH_SIZE and scratch[VNET_SIZE] == TCPHA_MAC_ROOM >> 8 and \
+                scratch[VNET_SIZE + 1] == (TCPHA_MAC_ROOM & 0xff):
+            scratch[VNET_SIZE + 2] = refuse
+            tap_send(d.tap, scratch, <uint32_t>n, NULL, 0)
+    return True
+
+
 cdef void _give_up(void *self, const tcpha_flow *flow, uint32_t isn) noexcept nogil:
     cdef tcpha_adoption a
     a.at_ns = now_ns()
@@ -944,6 +962,8 @@ cdef class BeEbpf(BeDatapath):
             self.d.ring = <uint8_t *>self.d.produced + 4096
             self.table.next_event = _next_event
             self.table.give_up = _give_up
+            self.table.tap_fd = tap[0]
+            self.table.admit = _admit
             self.d.adoptions = self.obj.map_fd("adoptions")
             self.table.keys = <tcpha_keys *>self.obj.map_memory(
                 "keys", TCPHA_MAX_FAST * sizeof(tcpha_keys))
