@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tcpha.lab.bed import Cluster, Host, inside, sh, wait_for
+from test_clients import connect_from
 from test_serve import REQUEST, body, read_all, settle, upload_many
 
 pytestmark = pytest.mark.modes("fast-direct", "fast-tunnel")
@@ -119,12 +120,12 @@ def test_a_request_that_does_not_arrive(cluster: Cluster, then: str) -> None:
         }}
     }}""")
     before = fast(cluster)
-    s = cluster.client.connect(cluster.VIP, timeout=60)
+    s = connect_from(cluster, 20081)
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     try:
         s.sendall(REQUEST)
         wait_for(lambda: fast(cluster) == before + 1, "the request on its way")
         if then == "reset":
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             s.close()
         elif then == "gone":
             cluster.client.nft("""table ip lab {
@@ -135,6 +136,13 @@ def test_a_request_that_does_not_arrive(cluster: Cluster, then: str) -> None:
         if then == "patient":
             nft_on_switch(cluster, "")
             assert len(body(read_all(s))) == 1024
+        if then == "reset":  # nothing of it is in the way of the next one from its port
+            nft_on_switch(cluster, "")
+            with connect_from(cluster, 20081) as s:
+                info = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+                assert struct.unpack_from("I", info, 100) == (0,), "the SYN was lost"
+                s.sendall(REQUEST)
+                assert len(body(read_all(s))) == 1024
     finally:
         s.close()
         nft_on_switch(cluster, "")

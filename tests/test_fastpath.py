@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 from netfilterqueue import NetfilterQueue
+from test_between import nft_on_switch
 from test_bpf import ACK, DROP, FIN, PSH, REDIRECT, RST, STACK, SYN, Bpf, Packet, flow, number
 from test_edges import Forger
+from test_nfqueue import OFF_NO_PROBE, TCP_REPAIR
 
 from tcpha.lab.bed import Cluster, Host, wait_for
 from test_clients import connect_from
@@ -92,6 +94,46 @@ def test_one_packet_lost(cluster: Cluster, what: str) -> None:
         cluster.client.nft("")
     settle(cluster)
     assert fast(cluster) == before + 1
+
+
+def test_body_before_its_request(cluster: Cluster) -> None:
+    """The handshake's ACK and the request are both lost: what comes behind them, of a connection
+    that nobody knows, does not end it."""
+    match = f"iifname {cluster.client.port} tcp dport 80"
+    nft_on_switch(cluster, f"""table bridge lab {{
+        counter lost {{ }}
+        chain lose {{
+            type filter hook forward priority 0
+            {match} ip length < 60 tcp flags == ack numgen inc mod 1000 == 0 counter name lost drop
+            {match} ip length 100-400 numgen inc mod 1000 == 0 counter name lost drop
+        }}
+    }}""")
+    before = cluster.fe and cluster.fe.ctl("status")["packets"]["forged"]
+    try:
+        with cluster.client.connect(cluster.VIP) as s:
+            s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            s.sendall(b"PUT /up/early HTTP/1.1\r\nHost: lab\r\nConnection: close\r\n"
+                      b"Content-Length: 3000\r\n\r\n")
+            s.sendall(bytes(3000))
+            assert read_all(s).split()[1] == b"201"
+    finally:
+        nft_on_switch(cluster, "")
+    settle(cluster)
+    assert cluster.fe and cluster.fe.ctl("status")["packets"]["forged"] > before
+
+
+def test_connection_that_nobody_knows(cluster: Cluster) -> None:
+    """Its client is told when it repeats what it has sent."""
+    s = cluster.client.inside(socket.socket)
+    with s:
+        s.settimeout(30)
+        s.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+        s.bind((cluster.client.address, 20082))
+        s.connect((cluster.VIP, 80))  # sends nothing
+        s.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, OFF_NO_PROBE)
+        s.sendall(REQUEST)
+        with pytest.raises(ConnectionResetError):
+            s.recv(1)
 
 
 @contextmanager
@@ -590,9 +632,16 @@ def test_cookie(lab: Cluster) -> None:
              {"tcp_options": stamped(5, tsval - 200_000)},  # older than any key
              {"tcp_options": stamped(5, tsval + 60_000)}]   # of the future
     for other in wrong:
-        for flags, data in ((ACK, b""), (ACK | PSH, b"GET")):
-            packet = Packet(flags, data=data, **{**good, **other})
-            assert bpf.run("fe_ingress", packet)[0] == STACK, other
+        values = {**good, **other}
+        assert bpf.run("fe_ingress", Packet(ACK, **values))[0] == STACK, other
+        # data may have overtaken what proves its cookie, but not for longer than a second
+        packet = Packet(ACK | PSH, data=b"GET", **values)
+        for first, verdict in ((0, DROP), (500, DROP), (1500, STACK), (70_000, DROP)):
+            bpf.drop("strangers", flow(values["sport"]))
+            if first:
+                bpf.put("strangers", flow(values["sport"]),
+                        struct.pack("=Q", time.monotonic_ns() - first * 1_000_000))
+            assert bpf.run("fe_ingress", packet)[0] == verdict, (other, first)
     assert bpf.run("fe_ingress", Packet(RST | ACK, **good))[0] == DROP
     assert bpf.run("fe_ingress", Packet(ACK, **good))[0] == DROP
     # a later segment that comes first, and a keep-alive probe

@@ -63,6 +63,13 @@ struct {
 #define REUSED_NS 60000000000ULL
 #define YIELD_NS 10000000LL
 
+#define MAX_AGAIN 0xff
+
+static __always_inline bool is_again(const struct __sk_buff *skb)
+{
+	return (skb->mark & ~MAX_AGAIN) == TCPHA_MARK_AGAIN;
+}
+
 /*
  * RST instead of the packet: it ends a socket that expects just this number (RFC 5961 section 3.2). The
  * payload stays, and means nothing: bpf_skb_change_tail() refuses what was tunnelled.
@@ -136,7 +143,7 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 		return TC_ACT_SHOT;
 	if (old) {
 		/* end the older one first; this segment comes again, behind that, by the same way */
-		if (skb->mark == TCPHA_MARK_AGAIN)
+		if (is_again(skb))
 			return TC_ACT_SHOT; /* it did not end: the client's next attempt finds it out */
 		now.at_ns = bpf_ktime_get_ns();
 		now.isn = c.isn;
@@ -183,7 +190,7 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 		report(event, flow, &c, n, result, 0);
 		return TC_ACT_SHOT;
 	}
-	if (skb->mark == TCPHA_MARK_AGAIN)
+	if (is_again(skb))
 		skb->mark = 0;
 	now.at_ns = bpf_ktime_get_ns();
 	now.isn = c.isn;
@@ -197,18 +204,19 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 }
 
 /*
- * A segment that came right behind one which had to wait for the end of an older socket: it waits in the
- * same queue, once, or it would be lost.
+ * A segment that came right behind one whose socket is in the making, on another CPU perhaps, or which has
+ * to wait for the end of an older socket: it waits in the same way, or it would be lost.
  */
-static __always_inline int behind_yielding(struct __sk_buff *skb, const struct tcpha_flow *flow, __u32 seq)
+static __always_inline int behind_first(struct __sk_buff *skb, const struct tcpha_flow *flow, __u32 seq)
 {
 	struct tcpha_adoption *a = bpf_map_lookup_elem(&adoptions, flow);
+	__u32 mark = is_again(skb) ? skb->mark + 1 : TCPHA_MARK_AGAIN;
 
-	if (!a || skb->mark == TCPHA_MARK_AGAIN ||
+	if (!a || mark == (TCPHA_MARK_AGAIN | MAX_AGAIN) ||
 	    (__s64)(bpf_ktime_get_ns() - a->at_ns) > YIELD_NS ||
-	    seq - a->isn > 1 << 24)
+	    seq - a->isn < 2 || seq - a->isn > 1 << 24)
 		return TC_ACT_SHOT;
-	skb->mark = TCPHA_MARK_AGAIN;
+	skb->mark = mark;
 	return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
 }
 
@@ -227,6 +235,7 @@ static __always_inline int guard(struct __sk_buff *skb, const struct headers *h,
 	__u32 state = 0, old = 0, ack = bpf_ntohl(h->tcp->ack_seq), seq = bpf_ntohl(h->tcp->seq);
 	__u32 ts_recent = 0;
 	int pass = 0, other = 0, verdict;
+	bool control = h->tcp->syn || h->tcp->rst;
 
 	t.ipv4.saddr = h->ip->saddr;
 	t.ipv4.daddr = h->ip->daddr;
@@ -254,7 +263,7 @@ static __always_inline int guard(struct __sk_buff *skb, const struct headers *h,
 	}
 	pass = state && state != BPF_TCP_LISTEN && !(state == BPF_TCP_TIME_WAIT && h->tcp->syn);
 	if (pass && !other) {
-		if (skb->mark == TCPHA_MARK_AGAIN)
+		if (is_again(skb))
 			skb->mark = 0;
 		return TC_ACT_UNSPEC;
 	}
@@ -271,10 +280,12 @@ static __always_inline int guard(struct __sk_buff *skb, const struct headers *h,
 	flow.cport = h->tcp->source;
 	flow.vport = h->tcp->dest;
 	verdict = adopt_by_cookie(skb, h, &flow, &o, other ? &old : 0, last);
-	if (verdict == TC_ACT_SHOT && pass)
+	if (verdict == TC_ACT_SHOT && conf.fast && !control)
+		verdict = behind_first(skb, &flow, seq);
+	/* what the socket cannot expect would be answered with a RST, should it end before this gets there */
+	if (verdict == TC_ACT_SHOT && pass &&
+	    (!conf.fast || control || (state == BPF_TCP_TIME_WAIT && (__s32)(seq - old) <= 0)))
 		return TC_ACT_UNSPEC;
-	if (verdict == TC_ACT_SHOT && conf.fast)
-		verdict = behind_yielding(skb, &flow, seq);
 	if (verdict == TC_ACT_SHOT)
 		COUNT(guarded, 1);
 	return verdict;

@@ -55,6 +55,14 @@ struct {
 	__type(value, struct tcpha_shaken);
 } shaken SEC(".maps");
 
+/* When data first came of a connection that nobody knows. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct tcpha_flow);
+	__type(value, __u64);
+} strangers SEC(".maps");
+
 /* Room for an entry in the making; the stack has too little. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -338,6 +346,25 @@ static __always_inline __u32 owner(struct __sk_buff *skb, struct bpf_sock_tuple 
 	return state;
 }
 
+/*
+ * A connection whose handshake's ACK and request are both late or lost shows first what comes behind them,
+ * and nothing in that proves the cookie. So a RST has to wait until the client has repeated its request:
+ * longer than the first RTO of whoever has measured the RTT of the handshake (RFC 6298). The RST for a
+ * connection that is dead indeed is for the client's retransmission.
+ */
+#define EARLY_NS 1000000000ULL
+#define STRANGER_NS 60000000000ULL
+
+static __always_inline bool may_be_early(const struct tcpha_flow *flow)
+{
+	__u64 now = bpf_ktime_get_ns(), *since = bpf_map_lookup_elem(&strangers, flow);
+
+	if (since && now - *since < STRANGER_NS)
+		return now - *since < EARLY_NS;
+	bpf_map_update_elem(&strangers, flow, &now, BPF_ANY);
+	return true;
+}
+
 #define DECIDED 1000 /* no TC_ACT_*: there is a fresh entry by which the packet may go on */
 
 /*
@@ -399,6 +426,8 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 		if (fresh && fresh != e)
 			return DECIDED;
 		COUNT(forged, 1);
+		if ((length || flags & TCPHA_T_FIN) && may_be_early(&flow))
+			return TC_ACT_SHOT;
 		return TC_ACT_UNSPEC; /* which says so with a RST */
 	}
 	if (flags & TCPHA_T_RST) {
@@ -650,6 +679,7 @@ static __always_inline bool take_offer(struct tcpha_offer *o, struct tcpha_entry
 	e->rule = o->rule;
 	e->target_len = o->target_len;
 	__builtin_memcpy(e->target, o->target, sizeof(e->target));
+	e->flags &= ~TCPHA_F_NEW_SYN; /* a SYN that came meanwhile was not the one of this request */
 	e->state = TCPHA_FORWARD;
 	o->result = 1;
 	return true;

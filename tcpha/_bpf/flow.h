@@ -73,19 +73,22 @@ tcpha_follow(struct tcpha_entry *e, __u32 seq, __u32 end)
  * A packet of 'length' bytes of payload with TCP flags TCPHA_T_*, for a flow's entry.
  *
  * A SYN on a flow is the client's host reusing its port, or an attacker. Once the connection is over, or the
- * client has closed (FIN or RST seen, with a number that can be) and the SYN lies behind all that it has
- * sent (RFC 6191), it goes to the listener. What lies behind such a SYN belongs to the newer connection,
- * what does not to the old one, whose entry stays until the back end says CLOSED; should the old one go on,
- * the SYN is forgotten. So a forged SYN cuts nothing. Any other SYN belongs to the back end, whose kernel
- * answers with a challenge ACK (RFC 5961 section 4).
+ * client has closed (FIN or RST seen, with a number that can be) or no back end has taken its request, and
+ * the SYN lies behind all that it has sent (RFC 6191), it goes to the listener. What lies behind such a SYN
+ * belongs to the newer connection, what does not to the old one, whose entry stays until the back end says
+ * CLOSED; should the old one go on, the SYN is forgotten. So a forged SYN cuts nothing. Any other SYN belongs
+ * to the back end, whose kernel answers with a challenge ACK (RFC 5961 section 4).
  */
 static inline __attribute__((always_inline)) int
 tcpha_classify(struct tcpha_entry *e, __u8 flags, __u32 seq, __u32 length, __u64 now)
 {
+	int behind;
+
 	if ((flags & TCPHA_T_SYN) && !(flags & TCPHA_T_ACK)) {
-		if (e->state == TCPHA_FORWARD &&
-		    (tcpha_closed(e) || ((e->flags & (TCPHA_F_FIN | TCPHA_F_RST)) &&
-					 seq - e->end_seq < TCPHA_BEHIND))) {
+		behind = seq - e->end_seq < TCPHA_BEHIND;
+		if (tcpha_closed(e) ||
+		    (behind && e->state == TCPHA_FORWARD && (e->flags & (TCPHA_F_FIN | TCPHA_F_RST))) ||
+		    (behind && e->state == TCPHA_PENDING && (e->flags & TCPHA_F_FAST))) {
 			e->syn_seq = seq;
 			e->flags |= TCPHA_F_NEW_SYN;
 			return TCPHA_TO_STACK;
