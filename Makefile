@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 # A fresh machine needs git, make, Python 3.11 or later, and apt as root.
 PYTHON ?= python3
+# tests side by side
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 APT := gcc clang llvm pkg-config libbpf-dev libelf-dev zlib1g-dev libhyperscan-dev linux-libc-dev \
@@ -30,7 +32,7 @@ $(VENV)/.pip: pyproject.toml $(VENV)/.apt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check setuptools wheel 'cython>=3.0' \
 	  'pyroute2>=0.9.2' 'toml>=0.10' 'netfilterqueue>=1.1' 'pytest>=8' 'hypothesis>=6' 'httptools>=0.6' \
-	  'pytest-benchmark>=4'
+	  'pytest-benchmark>=4' 'pytest-xdist>=3.5'
 	@touch $@
 
 $(VENV)/.built: $(SOURCES) $(VENV)/.pip
@@ -41,7 +43,7 @@ demo: build
 	$(BIN)/python -m tcpha.lab.demo $(if $(KEEP),--keep)
 
 test: build
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 bench: build
 	@for p in $(BENCH_APT); do command -v $$p >/dev/null || { apt-get update -qq && \

@@ -51,6 +51,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         mark = item.get_closest_marker("queues_on")
         return mark is None or MODES[mode][("fe", "be").index(mark.args[0]) + 1] == NFQUEUE
     items[:] = [item for item in items if exists(item)]
+    for item in items:  # where tests run side by side: what shares a cluster stays together
+        spec = getattr(item, "callspec", None)
+        mode = spec.params.get("mode", "") if spec else ""
+        shared = "shared" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group(mode if shared else f"{item.path.stem}-{mode}"))
 
 
 @pytest.fixture(scope="session", params=MODES)
