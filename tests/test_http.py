@@ -43,6 +43,8 @@ def test_reads_what_is_there() -> None:
     assert parse_head(b"\r\n\r\nGET / HTTP/1.0\r\n\r\n") == (b"GET", b"/", 0, 22)
     assert parse_head(b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n")[1] == b"*"
     assert parse_head(b"GET http://a/ HTTP/1.1\r\nHost: a\r\n\r\n")[1] == b"http://a/"
+    assert parse_head(b"GET http://a:80?b HTTP/1.1\r\nHost: a\r\n\r\n")[1] == b"http://a:80?b"
+    assert parse_head(b"GET http://[::1] HTTP/1.1\r\nHost: a\r\n\r\n")[1] == b"http://[::1]"
     assert parse_head(b"CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n")[1] == b"a:443"
 
 
@@ -79,6 +81,14 @@ def test_reads_what_is_there() -> None:
     b"GET /\xc3\xa4 HTTP/1.1\r\nHost: a\r\n\r\n",
     b"GET a HTTP/1.1\r\nHost: a\r\n\r\n",
     b"GET * HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET http:// HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET http:/// HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET https://?a HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET http://b@a/ HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET http://a{}/ HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"CONNECT /a HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"CONNECT a:1/b HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"CONNECT a|b:443 HTTP/1.1\r\nHost: a\r\n\r\n",
     b"GET /\r\n",
     b"GET / HTTP/2.0\r\nHost: a\r\n\r\n",
     b"GET / HTTP/1.2\r\nHost: a\r\n\r\n",

@@ -5,7 +5,7 @@ It exists to read the request-target before a connection is handed over. The bac
 same bytes again, so whatever two parsers may read differently is refused (request smuggling):
 bare LF or CR, NUL and other controls, obs-fold, white space before the colon, Content-Length with
 Transfer-Encoding, repeated or malformed Content-Length, Transfer-Encoding other than "chunked",
-repeated or missing Host, a fragment in the target.
+repeated or missing Host, a fragment in the target, an authority in the target that is none.
 
 The parser allocates nothing and keeps offsets only, so it can be resumed on a buffer that was read
 again from its start (MSG_PEEK).
@@ -29,6 +29,7 @@ cdef enum:  # character classes
     C_TOKEN = 1    # tchar, RFC 9110 section 5.6.2
     C_TARGET = 2   # may stand in a request-target (visible ASCII without "#")
     C_VALUE = 4    # field-vchar, SP, HTAB
+    C_HOST = 8     # may stand in host and port of an authority, RFC 3986 section 3.2 (no userinfo)
 
 cdef uint8_t[256] CLASS
 cdef const char *VERSION = b"HTTP/1."
@@ -45,6 +46,8 @@ cdef int _init() except -1:
     CLASS[9] |= C_VALUE
     for c in b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz":
         CLASS[c] |= C_TOKEN
+    for c in b"!$%&'()*+,-.:;=[]_~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz":
+        CLASS[c] |= C_HOST
     return 0
 
 _init()
@@ -112,23 +115,38 @@ cdef int _value(http_head *h, const uint8_t *value, uint32_t n) noexcept nogil:
     return HTTP_MORE
 
 
+cdef uint32_t _authority(const uint8_t *p, uint32_t n) noexcept nogil:
+    """How many of n bytes are host and port; the bytes themselves are the back end's matter."""
+    cdef uint32_t i = 0
+    while i < n and CLASS[p[i]] & C_HOST:
+        i += 1
+    return i
+
+
 cdef int _target(http_head *h, const uint8_t *buf) noexcept nogil:
     """The four forms of RFC 9112 section 3.2."""
     cdef const uint8_t *t = buf + h.target
     cdef const uint8_t *m = buf + h.method
-    cdef uint32_t n = h.target_len
+    cdef uint32_t n = h.target_len, scheme = 0, end
     cdef bint connect = h.method_len == 7 and _is(m, 7, b"connect", 7)
     if n == 0:
         return _bad(h, b"no request-target")
     if connect:
-        if t[0] == c'/' or t[0] == c'*':
+        if _authority(t, n) < n:
             return _bad(h, b"CONNECT without an authority")
         return HTTP_MORE
     if t[0] == c'/':
         return HTTP_MORE
     if n == 1 and t[0] == c'*' and h.method_len == 7 and _is(m, 7, b"options", 7):
         return HTTP_MORE
-    if (n > 7 and _is(t, 7, b"http://", 7)) or (n > 8 and _is(t, 8, b"https://", 8)):
+    if n > 7 and _is(t, 7, b"http://", 7):
+        scheme = 7
+    elif n > 8 and _is(t, 8, b"https://", 8):
+        scheme = 8
+    if scheme:
+        end = scheme + _authority(t + scheme, n - scheme)
+        if end == scheme or (end < n and t[end] != c'/' and t[end] != c'?'):
+            return _bad(h, b"no host in the request-target")
         return HTTP_MORE
     return _bad(h, b"request-target is of no known form")
 
