@@ -38,9 +38,9 @@ def fast(c: Cluster) -> int:
 def ask(s: socket.socket, data: bytes = KEEP) -> None:
     s.sendall(data)
     got = b""
-    while len(got.partition(b"\r\n\r\n")[2]) < 1024:
-        got += s.recv(65536)
-    assert len(body(got)) == 1024
+    while len(got.partition(b"\r\n\r\n")[2]) < 1024 and (more := s.recv(65536)):
+        got += more
+    assert len(body(got)) == 1024, got
 
 
 def test_no_socket_on_the_front_end(cluster: Cluster) -> None:
@@ -310,6 +310,31 @@ def test_silent_client_on_a_port_used_before(cluster: Cluster) -> None:
             wait_for(lambda: fe.ctl("status")["in_hand"] == 1, "a socket of the front end")
             ask(s)
         settle(cluster)
+
+
+def test_silent_clients_wait_for_room(mode: dict[str, Any]) -> None:
+    """Sockets for some of them only: the others hear nothing of it, and lose nothing."""
+    c = Cluster(1, **mode, rules=[(0, ".*")], fe_conf="maxclients = 1")
+    try:
+        c.nginx[0].file("1k", size=1024)
+        assert c.fe
+        c.fe.stop()
+        c.fe_host.sysctl("net.core.somaxconn", "1")
+        c.fe.start()
+        c.connected()
+        wait_for(lambda: once(c) and fast(c), "the packet path")
+        clients = [c.client.connect(c.VIP) for _ in range(8)]
+        wait_for(lambda: int(c.fe_host.run("ss", "-Hltn", "sport = :80").stdout.split()[1]) == 2,
+                 "a full backlog")
+        assert not select.select(clients, [], [], 1.0)[0], "somebody was reset"
+        for s in clients:
+            s.sendall(REQUEST)
+        for s in clients:
+            assert len(body(read_all(s))) == 1024
+            s.close()
+        settle(c)
+    finally:
+        c.close()
 
 
 def test_a_back_end_smaller_than_its_traffic(mode: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import struct
@@ -248,7 +249,7 @@ def test_control_connections_that_only_the_back_end_takes_for_alive(pair: Cluste
         }""")
         try:
             victim.process.send_signal(signal.SIGSTOP)
-            wait_for(lambda: servers(pair)[n]["state"] == "down", "detection", 10)
+            wait_for(lambda: servers(pair)[n]["state"] == "down", "detection")
             victim.process.send_signal(signal.SIGCONT)
             wait_for(lambda: servers(pair)[n]["state"] == "up", "new control connections", 15)
             assert victim.ctl("status")["live"] == 1
@@ -274,7 +275,7 @@ def test_back_end_unreachable(pair: Cluster) -> None:
 def test_silence_is_detected_without_traffic(pair: Cluster) -> None:
     pair.be[0].process.send_signal(signal.SIGSTOP)
     try:
-        wait_for(lambda: servers(pair)[0]["state"] == "down", "detection", 10)
+        wait_for(lambda: servers(pair)[0]["state"] == "down", "detection")
         assert names(pair, 4) == {"be2"}
     finally:
         pair.be[0].process.send_signal(signal.SIGCONT)
@@ -294,7 +295,7 @@ def test_an_offer_that_was_given_up_is_not_adopted_late(pair: Cluster) -> None:
         for _ in range(4):
             clients.append(pair.client.connect(pair.VIP))
             clients[-1].sendall(REQUEST)
-        wait_for(lambda: servers(pair)[0]["state"] == "down", "detection", 10)
+        wait_for(lambda: servers(pair)[0]["state"] == "down", "detection")
     finally:
         pair.be[0].process.send_signal(signal.SIGCONT)
     for s in clients:
@@ -454,6 +455,35 @@ def test_restart_under_load_loses_no_connection(pair: Cluster) -> None:
     assert not failed, failed
     wait_for(lambda: names(pair, 4) == {"be1", "be2"}, "both in use again", 15)
     settle(pair)
+
+
+def test_slow_back_ends_are_waited_for_at_the_start(pair: Cluster) -> None:
+    """Their hosts take the control connections, their daemons are late: nobody is told 503."""
+    assert pair.fe
+    settle(pair)
+    pair.fe.stop()
+    for be in pair.be:
+        be.process.send_signal(signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            started = pool.submit(pair.fe.start)
+            s = wait_for(lambda: try_to_connect(pair), "somebody who listens")
+            s.sendall(REQUEST)
+            assert not select.select([s], [], [], 1.5)[0], s.recv(1024)
+        finally:
+            for be in pair.be:
+                be.process.send_signal(signal.SIGCONT)
+            started.result()
+    with s:
+        assert len(body(read_all(s))) == 1024
+    pair.connected()
+
+
+def try_to_connect(c: Cluster) -> socket.socket | None:
+    try:
+        return c.client.connect(c.VIP)
+    except ConnectionRefusedError:
+        return None
 
 
 def test_handshakes_end_before_unload_does(pair: Cluster) -> None:

@@ -81,7 +81,7 @@ def test_what_is_dead_is_told_apart(watched: Cluster, kill: Callable[..., Any], 
     before = len(said())
     mend = kill(watched)
     try:
-        wait_for(lambda: server(watched)["state"] == "down", "detection", 10)
+        wait_for(lambda: server(watched)["state"] == "down", "detection")
         assert server(watched)["reason"].startswith(dead)
         assert {watched.get("/name") for _ in range(4)} == {"be2\n"}
     finally:

@@ -509,8 +509,8 @@ static __always_inline int fast_flow(struct __sk_buff *skb, struct tcpha_entry *
 		return to_worker(skb, first ? TCPHA_FAST_FIRST : TCPHA_FAST_LATER);
 	if (first && tcpha_closed(e))
 		return TC_ACT_SHOT; /* a late copy: it must not be served a second time */
-	if (ack != e->first_ack)
-		e->flags |= TCPHA_F_ANSWERED;
+	if (ack != e->first_ack && !(e->flags & TCPHA_F_ANSWERED))
+		e->flags |= TCPHA_F_ANSWERED; /* once: another CPU may be about to change another flag */
 	if (first && !(e->flags & TCPHA_F_ANSWERED)) {
 		be = bpf_map_lookup_elem(&backends, &index);
 		if (be && be->down) { /* it was not served: another back end may */
@@ -731,6 +731,7 @@ int fe_fast(struct __sk_buff *skb)
 	}
 	if (kind == TCPHA_FAST_SOCKET) {
 		own = bpf_map_lookup_elem(&state, &zero);
+		o->result = !length; /* it is no longer silent, unless we find otherwise */
 		if (!own || (length ? !e || e->state != TCPHA_PENDING || seq != e->first_seq : e && is_of(e, &h)))
 			return TC_ACT_SHOT;
 		if (read_options(skb, ETH_HLEN + h.ip->ihl * 4 + sizeof(struct tcphdr),
@@ -741,7 +742,10 @@ int fe_fast(struct __sk_buff *skb)
 		if (!length) { /* a client that has been silent since the handshake: user space forged its ACK */
 			if (socket != BPF_TCP_LISTEN)
 				return TC_ACT_SHOT;
-			cookie_accept(skb, &t, &c, conf.wscale, bpf_ntohs(h.ip->id));
+			if (cookie_accept(skb, &t, &c, conf.wscale, bpf_ntohs(h.ip->id))) {
+				o->result = 0; /* there may be room later */
+				return TC_ACT_SHOT;
+			}
 		} else {
 			if (!e || cookie_accept(skb, &t, &c, conf.wscale, e->rtt_ms))
 				return TC_ACT_SHOT; /* the client's next attempt may find room */
@@ -753,6 +757,8 @@ int fe_fast(struct __sk_buff *skb)
 		if (e->flags & TCPHA_F_FAST && e->state == TCPHA_FORWARD)
 			return fast_flow(skb, e, seq, ack, length);
 		return follow_entry(skb, e);
+	} else if (kind == TCPHA_FAST_EARLY && socket == BPF_TCP_LISTEN) {
+		return TC_ACT_SHOT; /* there was no room for a socket; the listener would answer with a RST */
 	}
 	bpf_skb_change_type(skb, PACKET_HOST);
 	return TC_ACT_OK;

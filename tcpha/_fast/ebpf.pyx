@@ -357,15 +357,17 @@ cdef void _fast_pass(void *self, uint32_t queue, uint32_t worker, uint8_t *frame
 
 
 cdef bint _wake(fe_ebpf *d, uint32_t queue, uint32_t worker, const tcpha_flow *flow,
-                const tcpha_shaken *r) noexcept nogil:
-    """A socket of ours for a client that has said nothing yet: its ACK is forged once more. False:
-    it has one, or has said something."""
+                uint64_t before) noexcept nogil:
+    """A socket of ours for a client that has said nothing since its handshake at a time 'before'
+    or earlier: its ACK is forged once more. False: it has one, or has said something, or there is
+    no room for it at present."""
     cdef uint8_t frame[FRAME_HEAD]
+    cdef tcpha_shaken shaken
+    cdef tcpha_shaken *r = &shaken
     cdef segment g
-    cdef bint ours
+    cdef bint over = False
     pthread_rwlock_wrlock(&d.silent_lock)
-    ours = bpf_map_delete_elem(d.shaken, flow) == 0
-    if ours:
+    if bpf_map_lookup_elem(d.shaken, flow, r) == 0 and r.since_ns <= before:
         memset(&g, 0, sizeof(g))
         g.flow = flow
         g.seq = r.isn + 1
@@ -376,17 +378,19 @@ cdef bint _wake(fe_ebpf *d, uint32_t queue, uint32_t worker, const tcpha_flow *f
         g.tsval = r.tsval
         g.tsecr = r.tsecr
         g.ip_id = <uint16_t>min(r.rtt_ms, <uint32_t>0xffff)
+        d.offers[worker].result = 0
         _write_fast(d, queue, worker, frame, forge(frame, &g), TCPHA_FAST_SOCKET)
+        over = d.offers[worker].result != 0
+        if over:  # only now that there is a socket: until then it tells who may be early
+            bpf_map_delete_elem(d.shaken, flow)
     pthread_rwlock_unlock(&d.silent_lock)
-    return ours
+    return over
 
 
 cdef void _fast_early(void *self, uint32_t queue, uint32_t worker, uint8_t *frame, uint32_t length,
                       const tcpha_flow *flow) noexcept nogil:
     cdef fe_ebpf *d = <fe_ebpf *>self
-    cdef tcpha_shaken r
-    if bpf_map_lookup_elem(d.shaken, flow, &r) == 0:
-        _wake(d, queue, worker, flow, &r)
+    _wake(d, queue, worker, flow, now_ns())
     _fast_pass(self, queue, worker, frame, length, TCPHA_FAST_EARLY)
 
 
@@ -659,15 +663,13 @@ cdef class FeEbpf(FeDatapath):
         """Make sockets of connections whose client has said nothing for so long since the
         handshake: they are accepted like any other. Returns how many."""
         cdef Batches b = Batches(self.d.shaken, sizeof(tcpha_shaken))
-        cdef tcpha_shaken *r
         cdef uint64_t before = now_ns() - <uint64_t>(seconds * 1e9)
         cdef long i, count, taken = 0
         while (count := b.more()) >= 0:
             with nogil:
                 for i in range(count):
-                    r = <tcpha_shaken *>b.values + i
-                    if r.since_ns <= before:
-                        taken += _wake(self.d, 0, TCPHA_MAX_OPS - 1, &b.keys[i], r)
+                    if (<tcpha_shaken *>b.values + i).since_ns <= before:
+                        taken += _wake(self.d, 0, TCPHA_MAX_OPS - 1, &b.keys[i], before)
         return taken
 
     def doubtful(self, double seconds):

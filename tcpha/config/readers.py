@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from typing import Any
 
 import toml
@@ -39,9 +40,10 @@ def read_toml(file: str, content: str) -> tuple[list[Item], list[Fault]]:
     """TOML: the same keys, and [[server]] and [[rule]] tables."""
     try:
         document = toml.loads(content)
-    except (toml.TomlDecodeError, IndexError, ValueError) as error:
-        line = getattr(error, "lineno", 1)
-        return [], [Fault(file, line, "TOML", f"{getattr(error, 'msg', error)}; mend the syntax")]
+    except toml.TomlDecodeError as error:
+        return [], [Fault(file, error.lineno, "TOML", f"{error.msg}; mend the syntax")]
+    except Exception:  # what the toml package stumbles over inside: it promises no kind of error
+        return [], [_stumbled(file, content)]
     lines = content.splitlines()
     items: list[Item] = []
     for key, value in document.items():
@@ -50,6 +52,18 @@ def read_toml(file: str, content: str) -> tuple[list[Item], list[Fault]]:
         for n, one in enumerate(values):
             items.append((key, one, places[min(n, len(places) - 1)] if places else 1))
     return items, []
+
+
+def _stumbled(file: str, content: str) -> Fault:
+    """The fault in a text on which the toml package breaks, as the standard library sees it."""
+    try:
+        tomllib.loads(content)
+    except tomllib.TOMLDecodeError as error:
+        place = re.search(r"(.*) \(at line (\d+), column \d+\)", str(error))
+        if place:
+            return Fault(file, int(place[2]), "TOML", f"{place[1]}; mend the syntax")
+        return Fault(file, len(content.splitlines()), "TOML", f"{error}; mend the syntax")
+    return Fault(file, 1, "TOML", "cannot be read; write it more plainly, a setting a line")
 
 
 def _places(lines: list[str], key: str) -> list[int]:

@@ -171,7 +171,8 @@ class Registry:
 
     async def begin(self) -> None:
         """Connect to the back ends. Returns when each has been tried, or FIRST_LOOK is over: before
-        that, requests could be given to nobody."""
+        that, requests could be given to nobody. A host that took the connection lives, and its
+        daemon is worth waiting for a little longer."""
         self.started = True
         self.rebuild_since = asyncio.get_running_loop().time()
         for entry in self.entries.values():
@@ -180,6 +181,9 @@ class Registry:
             async with asyncio.timeout(FIRST_LOOK):
                 for entry in list(self.entries.values()):
                     await entry.tried.wait()
+        for entry in list(self.entries.values()):
+            if entry.timeout == PROCESS and not self.core.backend_stats(entry.index)["links"]:
+                await entry.tried.wait()  # PATIENCE at most
 
     # Control connections
 

@@ -36,7 +36,7 @@ def sh(*args: str, check: bool = True, **kw: Any) -> subprocess.CompletedProcess
     return done
 
 
-def wait_for(what: Callable[[], Any], why: str, seconds: float = 10.0) -> Any:
+def wait_for(what: Callable[[], Any], why: str, seconds: float = 30.0) -> Any:
     """Poll until what() is true and return its value; TimeoutError names why."""
     end = time.monotonic() + seconds
     while True:
