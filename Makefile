@@ -5,7 +5,7 @@ PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
-APT := gcc clang llvm pkg-config libbpf-dev libelf-dev zlib1g-dev libhyperscan-dev linux-libc-dev \
+APT := gcc clang llvm pkg-config libbpf-dev libelf-dev zlib1g-dev libhyperscan-dev libfaketime linux-libc-dev \
 	libnetfilter-queue-dev libssl-dev ethtool iptables iproute2 procps util-linux curl nginx-light nftables bpftool iputils-arping apache2-utils
 BENCH_APT := haproxy wrk
 SOURCES := $(wildcard tcpha/_fast/*.pyx tcpha/_fast/*.pxd tcpha/_bpf/*.c tcpha/_bpf/*.h) setup.py \

@@ -12,12 +12,13 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from tcpha.admin import capabilities, logs
 from tcpha.admin.files import ControlFiles
 from tcpha.admin.rundir import RunDir
 from tcpha.admin.server import Command, Refused, Server
+from tcpha.admin.troubles import Troubles
 from tcpha.config import Config, ConfigError, load
 from tcpha.control.secret import read_secret
 from tcpha.net.host import Host, HostError
@@ -50,6 +51,9 @@ class Service:
     role = ""
     core: Any
     datapath: Any
+    TROUBLES: ClassVar[dict[str, tuple[str, str]]] = {
+        "log_lost": ("debug lines are lost, more come than can be written",
+                     "lower dbglevel")}
 
     def __init__(self, config: Config, run: RunDir, foreground: bool):
         self.config = config
@@ -59,6 +63,7 @@ class Service:
         self.secret = read_secret(config.secret) if config.secret else None
         self.stopping = asyncio.Event()
         self.unloading = False
+        self.troubles = Troubles(self.TROUBLES)
         self.tasks: list[asyncio.Task[Any]] = []
 
     # For the roles
@@ -244,19 +249,30 @@ class Service:
 
     async def _tick(self) -> None:
         next_ping = 0.0
+        said = ""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(TICK)
-            self.workers.tick()
-            self.every_tick()
-            if loop.time() >= next_ping:
-                next_ping = loop.time() + PING_EVERY
-                for index, _, up, _ in self.core.links():
-                    if up:
-                        self.core.ping(index)
-                self.every_second()
+            try:
+                self.workers.tick()
+                self.every_tick()
+                if loop.time() >= next_ping:
+                    next_ping = loop.time() + PING_EVERY
+                    for index, _, up, _ in self.core.links():
+                        if up:
+                            self.core.ping(index)
+                    self.troubles.look(self.trouble_counts(), loop.time())
+                    self.every_second()
+            except Exception as error:  # out of file descriptors or memory: the next may do better
+                if repr(error) != said:
+                    said = repr(error)
+                    log.exception("internal error")
             if self.unloading and self.live() == 0:
                 self.stopping.set()
+
+    def trouble_counts(self) -> dict[str, int]:
+        """Of what TROUBLES names."""
+        return {"log_lost": self.core.log_lost}
 
     def every_tick(self) -> None:
         """What cannot wait for a second."""

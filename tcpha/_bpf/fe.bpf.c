@@ -9,6 +9,7 @@
  * The packet path: a SYN is answered here, by cookie; the segment that brings the request goes to user
  * space; what comes back from there goes to a back end as it is, or to a socket of our own.
  */
+#include <linux/errno.h>
 #include <stdbool.h>
 
 #include "cookie.bpf.h"
@@ -385,6 +386,7 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	__u8 flags = ((__u8 *)h->tcp)[13];
 	__be16 window;
 	__u64 old;
+	long failed;
 	bool hit;
 
 	own = bpf_map_lookup_elem(&state, &zero);
@@ -434,11 +436,8 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 		bpf_map_delete_elem(&shaken, &flow);
 		return TC_ACT_SHOT;
 	}
-	if (flags & TCPHA_T_FIN) {
-		bpf_map_delete_elem(&shaken, &flow);
-		cookie_accept(skb, &t, &c, conf.wscale, c.rtt_ms);
-		return TC_ACT_UNSPEC;
-	}
+	if (flags & TCPHA_T_FIN)
+		goto accept;
 	if (length == 0) {
 		if (!before || before->isn != c.isn) {
 			now.since_ns = bpf_ktime_get_ns();
@@ -476,12 +475,15 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 		replaced = e->backend + 1;
 	if (!hit)
 		fresh->slot = replaced; /* user space counts that it is over */
-	if (bpf_map_update_elem(&flows, &flow, fresh, e ? BPF_ANY : BPF_NOEXIST) < 0) {
+	failed = bpf_map_update_elem(&flows, &flow, fresh, e ? BPF_ANY : BPF_NOEXIST);
+	if (failed) {
 		if (e) {
 			e->live = old;
 			e->state = TCPHA_FORWARD;
 		}
-		return TC_ACT_SHOT;
+		if (failed == -EEXIST)
+			return TC_ACT_SHOT;
+		goto accept; /* the table is full: a socket can say so, with 503 */
 	}
 	bpf_map_delete_elem(&shaken, &flow);
 	if (!hit) {
@@ -491,6 +493,9 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	count_load(fresh->backend, replaced);
 	COUNT(cached, 1);
 	return DECIDED;
+accept:
+	bpf_map_delete_elem(&shaken, &flow);
+	return cookie_accept(skb, &t, &c, conf.wscale, c.rtt_ms) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
 /* A packet of a flow that took the packet path. A function of its own for the verifier, too. */

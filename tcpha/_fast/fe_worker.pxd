@@ -78,6 +78,9 @@ cdef struct fe_counters:
     uint64_t answered_503
     uint64_t fast          # of those handed over: by the packet path
     uint64_t restored      # handed over by an earlier run, and found at their back ends
+    uint64_t no_descriptors  # attempts to accept without a free file descriptor
+    uint64_t table_full    # connections that found no place in the flow table
+    uint64_t access_lost   # lines of the access log that could not be written
     uint64_t late_bytes    # our stack took them after the snapshot; shipped behind it
 
 

@@ -14,7 +14,7 @@ from libc.string cimport memcmp, memcpy, memset, strlen, strstr
 
 from tcpha._fast.core cimport (
     EV_CLIENT, EV_FAST, EV_LISTENER, EV_TAP, LINK_UP, MAX_LINKS, SCRATCH, Core, core, half_closed,
-    link, link_put, notice, say, say_flow, say_more, say_number, watch, worker)
+    link, link_put, notice, say_flow, say_more, say_number, watch, worker)
 from tcpha._fast.datapath cimport DP_GONE, FeDatapath
 from tcpha._fast.defs cimport (
     TCPHA_CHOICES, TCPHA_F_FIN, TCPHA_FAST_EARLY, TCPHA_FAST_FIRST, TCPHA_FAST_SEND,
@@ -362,6 +362,7 @@ cdef void _offer(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
             rc = f.dp.divert(f.dp.self, &k.snap.flow, &k.entry, &old)
             if rc < 0:
                 say_flow(f.c, 1, &k.snap.flow, b"the flow table is full")
+                add64(&f.n.table_full, 1)
                 break
             if rc == 1:        # the client reused its port before CLOSED came
                 _count_closed(f, old.backend)
@@ -442,7 +443,7 @@ cdef void _log_access(frontend *f, conn *k, const uint8_t *head_bytes) noexcept 
                               f.backends[k.entry.backend].name,
                               <unsigned long>((now_ns() - k.accept_ns) // 1000))
     if writev(f.access_fd, iov, 3) < 0:
-        add32(&f.c.log_lost, 1)
+        add64(&f.n.access_lost, 1)
 
 
 cdef bint _look_again(conn *k, worker *w, snapshot *now, uint32_t *late) noexcept nogil:
@@ -502,7 +503,7 @@ cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
         setsockopt(k.fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, &one, sizeof(one))
         if recv(k.fd, w.scratch, SCRATCH, MSG_PEEK | MSG_DONTWAIT) < \
                 <ssize_t>(k.head.target + k.head.target_len):
-            add32(&f.c.log_lost, 1)
+            add64(&f.n.access_lost, 1)
         else:
             _log_access(f, k, w.scratch)
     _close(f, k)
@@ -563,6 +564,7 @@ cdef void _accept(frontend *f, worker *w) noexcept nogil:
         fd = accept4(f.listen_fd, <sockaddr *>&peer, &n, SOCK_NONBLOCK | SOCK_CLOEXEC)
         if fd < 0:
             if errno == EMFILE or errno == ENFILE:
+                add64(&f.n.no_descriptors, 1)
                 f.accept_failed = 1  # tried again by the timer
             _free_slot(f, k)
             pthread_mutex_unlock(&k.lock)
@@ -947,7 +949,6 @@ cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
     cdef conn *k
     cdef uint32_t i
     if xchg32(&f.accept_failed, 0) and not f.unloading:
-        say(c, 0, b"out of file descriptors: raise LimitNOFILE or lower maxclients")
         watch(c, EPOLL_CTL_MOD, f.listen_fd, EPOLLIN | EPOLLET, EV_LISTENER, 0, 0)
     f.dp.sweep(f.dp.self, now)
     for i in range(f.nconns):
@@ -1309,7 +1310,8 @@ cdef class FrontEnd(Core):
                 "restored": n.restored,
                 "answered_400": n.answered_400, "answered_408": n.answered_408,
                 "fast": n.fast + cached, "answered_431": n.answered_431,
-                "answered_503": n.answered_503,
+                "answered_503": n.answered_503, "no_descriptors": n.no_descriptors,
+                "table_full": n.table_full, "access_lost": n.access_lost,
                 "late_bytes": n.late_bytes}
 
     def in_hand(self):

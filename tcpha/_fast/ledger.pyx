@@ -9,6 +9,7 @@ from tcpha._fast.sys cimport (
     now_ns, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock)
 
 cdef uint64_t LINGER_NS = 2000000000     # for retransmissions of the client's FIN
+cdef int ROOM = 64                       # of those that linger, looked at when the table is full
 cdef uint64_t FIN_WAIT_NS = 60000000000  # net.ipv4.tcp_fin_timeout
 
 
@@ -37,13 +38,15 @@ cdef int ledger_divert(ledger *l, const tcpha_flow *flow, tcpha_entry *entry,
                        tcpha_entry *old) noexcept nogil:
     """Enter a flow. 0; 1 if it replaces 'old', which was live; -1 if there is no room."""
     cdef int rc, replaced = 0
-    pthread_mutex_lock(_stripe(l, flow))
-    rc = l.store.put(l.store.self, flow, entry, PUT_NEW)
-    if rc < 0 and l.store.find(l.store.self, flow, old) == 0:
-        replaced = old.live != 0
-        rc = l.store.put(l.store.self, flow, entry, PUT_ANY)
-    pthread_mutex_unlock(_stripe(l, flow))
-    return -1 if rc < 0 else replaced
+    while True:
+        pthread_mutex_lock(_stripe(l, flow))
+        rc = l.store.put(l.store.self, flow, entry, PUT_NEW)
+        if rc < 0 and l.store.find(l.store.self, flow, old) == 0:
+            replaced = old.live != 0
+            rc = l.store.put(l.store.self, flow, entry, PUT_ANY)
+        pthread_mutex_unlock(_stripe(l, flow))
+        if rc >= 0 or not _make_room(l):
+            return -1 if rc < 0 else replaced
 
 
 cdef int ledger_restore(ledger *l, const tcpha_flow *flow, const tcpha_entry *entry) noexcept nogil:
@@ -76,6 +79,46 @@ cdef bint _linger(ledger *l, const tcpha_flow *flow, uint64_t id, uint64_t since
         ok = True
     pthread_mutex_unlock(&l.lock)
     return ok
+
+
+cdef bint _next(ledger *l, uint64_t due, lingering *item) noexcept nogil:
+    """Take the one that has lingered longest, if its time has come."""
+    cdef bint found
+    pthread_mutex_lock(&l.lock)
+    found = l.len != 0 and l.linger[l.first].check_ns <= due
+    if found:
+        item[0] = l.linger[l.first]
+        l.first = (l.first + 1) % l.capacity
+        l.len -= 1
+    pthread_mutex_unlock(&l.lock)
+    return found
+
+
+cdef bint _retire(ledger *l, const lingering *item, uint64_t now) noexcept nogil:
+    """Remove an entry that lingered, unless its client is still expected to close. Returns whether
+    that made room."""
+    cdef tcpha_entry entry
+    cdef bint removed = False
+    pthread_mutex_lock(_stripe(l, &item.flow))
+    if l.store.find(l.store.self, &item.flow, &entry) == 0 and entry.id == item.id:
+        # without a FIN from the client, the back end waits for it in FIN-WAIT-2
+        removed = entry.flags & (TCPHA_F_FIN | TCPHA_F_RST) or \
+            now - item.since_ns > FIN_WAIT_NS or not _linger(l, &item.flow, item.id, item.since_ns)
+        if removed:
+            l.store.remove(l.store.self, &item.flow)
+    pthread_mutex_unlock(_stripe(l, &item.flow))
+    return removed
+
+
+cdef bint _make_room(ledger *l) noexcept nogil:
+    """The table is full: those that are over make room for those that begin."""
+    cdef lingering item
+    cdef int made = 0, _i
+    for _i in range(ROOM):
+        if not _next(l, <uint64_t>-1, &item):
+            break
+        made += _retire(l, &item, now_ns())
+    return made != 0
 
 
 cdef int ledger_forget(ledger *l, uint32_t worker, const tcpha_flow *flow, uint64_t id, bint linger,
@@ -113,20 +156,5 @@ cdef void ledger_linger(ledger *l, const tcpha_flow *flow, uint64_t id,
 cdef void ledger_sweep(ledger *l, uint64_t now) noexcept nogil:
     """Remove entries whose lingering is over."""
     cdef lingering item
-    cdef tcpha_entry entry
-    while True:
-        pthread_mutex_lock(&l.lock)
-        if l.len == 0 or l.linger[l.first].check_ns > now:
-            pthread_mutex_unlock(&l.lock)
-            return
-        item = l.linger[l.first]
-        l.first = (l.first + 1) % l.capacity
-        l.len -= 1
-        pthread_mutex_unlock(&l.lock)
-        pthread_mutex_lock(_stripe(l, &item.flow))
-        if l.store.find(l.store.self, &item.flow, &entry) == 0 and entry.id == item.id:
-            # without a FIN from the client, the back end waits for it in FIN-WAIT-2
-            if entry.flags & (TCPHA_F_FIN | TCPHA_F_RST) or now - item.since_ns > FIN_WAIT_NS or \
-                    not _linger(l, &item.flow, item.id, item.since_ns):
-                l.store.remove(l.store.self, &item.flow)
-        pthread_mutex_unlock(_stripe(l, &item.flow))
+    while _next(l, now, &item):
+        _retire(l, &item, now)

@@ -2,6 +2,8 @@
 """Where messages go: stderr in the foreground, else syslog; and a file if 'logfile' says so."""
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import logging.handlers
 import os
@@ -11,10 +13,43 @@ from typing import Any
 log = logging.getLogger("tcpha")
 
 
+class LogFile(logging.handlers.WatchedFileHandler):
+    """A file on a disk that may be full, or in a directory that somebody removes: the other
+    handlers say so, once, and the daemon goes on."""
+
+    def __init__(self, path: str):
+        self.lost = 0
+        super().__init__(path)
+
+    def _open(self) -> io.TextIOWrapper:
+        # unbuffered: a line that could not be written is lost, and not a part of it written later
+        raw = open(self.baseFilename, "ab", buffering=0)  # noqa: SIM115
+        return io.TextIOWrapper(raw, "utf-8", "backslashreplace",
+                                write_through=True)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        lost = self.lost
+        try:
+            super().emit(record)
+        except OSError:  # it could not be opened anew
+            self.handleError(record)
+        if lost and self.lost == lost:
+            self.lost = 0
+            log.warning("logfile %s: written again, %d lines were lost", self.baseFilename, lost)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self.lost += 1
+        if self.lost == 1:
+            why = getattr(sys.exc_info()[1], "strerror", "cannot be written")
+            log.error("logfile %s: %s; lines are lost, make room or mend the path",
+                      self.baseFilename, why)
+
+
 def set_up(name: str, foreground: bool, logfile: str | None) -> None:
     """Configure the logger. Raises OSError if the log file cannot be opened."""
     log.setLevel(logging.DEBUG)
     log.propagate = False
+    logging.raiseExceptions = False  # no traceback when syslog is gone
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
@@ -31,7 +66,7 @@ def set_up(name: str, foreground: bool, logfile: str | None) -> None:
         syslog.setFormatter(logging.Formatter(f"{name}[%(process)d]: %(message)s"))
         handlers.append(syslog)
     if logfile:
-        file = logging.handlers.WatchedFileHandler(logfile)
+        file = LogFile(logfile)
         file.setFormatter(logging.Formatter(f"%(asctime)s {name}[%(process)d]: %(message)s"))
         handlers.append(file)
     for handler in handlers or [logging.NullHandler()]:
@@ -41,8 +76,9 @@ def set_up(name: str, foreground: bool, logfile: str | None) -> None:
 def reopen() -> None:
     """Open the log file anew, after it was rotated."""
     for handler in log.handlers:
-        if isinstance(handler, logging.handlers.WatchedFileHandler):
-            handler.reopenIfNeeded()
+        if isinstance(handler, LogFile):
+            with contextlib.suppress(OSError):  # the next line says so
+                handler.reopenIfNeeded()
 
 
 def forward(pipe: Any) -> None:

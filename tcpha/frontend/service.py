@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import socket
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from tcpha._fast.fe_worker import FrontEnd
 from tcpha.admin import render
@@ -32,11 +33,20 @@ GRACE = 1.0  # seconds for clients that have a cookie to send the end of the han
 HANDSHAKE = 3.0  # seconds that an unacknowledged SYN-ACK may hold up unloading
 SILENT = 1.0  # seconds after which a client that has not sent its request gets a socket of ours
 DOUBT = 5.0  # seconds of silence after which a back end is asked whether it got a request
+SPARE_DESCRIPTORS = 1024  # for all but clients: control connections, maps, files
 DEAD_IDLE = 60.0  # seconds of silence after which a dead back end's flow is forgotten
 
 
 class FrontEndService(Service):
     role = "fe"
+    TROUBLES: ClassVar[dict[str, tuple[str, str]]] = {
+        **Service.TROUBLES,
+        "no_descriptors": ("out of file descriptors: clients wait in the backlog",
+                           "raise LimitNOFILE or lower maxclients"),
+        "table_full": ("the flow table is full: connections are answered 503",
+                       "raise maxflows or lower idletimeout"),
+        "access_lost": ("the accesslog cannot be written: lines are lost",
+                        "make room or mend the path")}
     reloadable = Service.reloadable | {"server", "rule", "headlimit", "headtimeout",
                                        "idletimeout", "dtcinterval", "accesslog",
                                        "verdictcache"}
@@ -50,8 +60,17 @@ class FrontEndService(Service):
         self.emptying = False  # the accept queue, before we unload
         self.table: TableFile | None = None
 
+    def _allow_descriptors(self, count: int) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < count:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(count, hard), hard))
+        if hard < count:
+            log.warning("maxclients %d needs %d file descriptors, and the limit is %d; raise "
+                        "LimitNOFILE or lower maxclients", self.config.maxclients, count, hard)
+
     def open(self) -> None:
         config, host = self.config, self.host
+        self._allow_descriptors(config.maxclients + SPARE_DESCRIPTORS)
         datapath, found = choose(self.role, config.datapath)
         log.info("%s, forward %s", found, config.forward)
         device = self._device()
@@ -200,6 +219,9 @@ class FrontEndService(Service):
         if self.datapath.fastpath and not self.taking:
             self.taking = True
             self.spawn(self._take_silent())
+
+    def trouble_counts(self) -> dict[str, int]:
+        return {**super().trouble_counts(), **self.core.counters()}
 
     def every_second(self) -> None:
         self.registry.look_rebuilt()

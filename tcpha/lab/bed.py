@@ -81,6 +81,7 @@ class Host:
         self.ip("link", "set", "lo", "up")
         self.ip("addr", "add", f"{address}/24", "dev", "eth0")
         self.ip("link", "set", "eth0", "mtu", str(mtu), "up")
+        wait_for(lambda: "state UP" in self.ip("link", "show", "eth0"), f"the cable of {name}")
         bed.hosts.append(self)
 
     def ip(self, *args: str) -> str:
@@ -271,9 +272,10 @@ class Daemon:
     """tcphafe or tcphabe on a host, in the foreground of a background process."""
 
     def __init__(self, host: Host, role: str, config: str, suffix: str = ".conf",
-                 options: tuple[str, ...] = ()):
+                 options: tuple[str, ...] = (), environment: dict[str, str] | None = None):
         self.host = host
         self.role = role
+        self.environment = [f"{key}={value}" for key, value in (environment or {}).items()]
         self.config = host.dir / f"tcpha{role}{suffix}"
         self.config.write_text(config)
         self.run_dir = host.dir / f"run-{role}"
@@ -285,8 +287,8 @@ class Daemon:
         """Start, and wait until it serves."""
         with open(self.log, "a") as log:
             self.process = self.host.start(
-                str(BIN / f"tcpha{self.role}"), "-f", "-c", str(self.config), "--run-dir",
-                str(self.run_dir), *self.options, stderr=log)
+                "env", *self.environment, str(BIN / f"tcpha{self.role}"), "-f", "-c",
+                str(self.config), "--run-dir", str(self.run_dir), *self.options, stderr=log)
         wait_for(self._ready, f"tcpha{self.role} on {self.host.name}", 20)
 
     def _ready(self) -> bool:
@@ -316,7 +318,8 @@ class Cluster:
     def __init__(self, backends: int = 2, forward: str = "direct", fe_conf: str = "",
                  be_conf: str = "", rules: list[tuple[int, str]] | None = None, prefix: str = "",
                  nginx: dict[str, Any] | None = None, mtu: int = 1500, start: bool = True,
-                 datapath: tuple[str, str] = ("auto", "auto"), fastpath: bool = True):
+                 datapath: tuple[str, str] = ("auto", "auto"), fastpath: bool = True,
+                 environment: dict[str, str] | None = None):
         self.forward = forward
         self.datapath = datapath  # the FE's, the BEs'
         self.fastpath = fastpath and datapath == ("ebpf", "ebpf")
@@ -331,6 +334,7 @@ class Cluster:
             self.rules = [(1 % backends, "jpg$"), (0, ".*")] if rules is None else rules
             self.fe_conf = fe_conf
             self.be_conf = be_conf
+            self.environment = environment  # of the daemons, what it has more
             self.be: list[Daemon] = []
             self.fe: Daemon | None = None
             if start:
@@ -352,8 +356,9 @@ class Cluster:
                           self.be_conf, ""])
 
     def start(self) -> None:
-        self.be = [Daemon(h, "be", self.be_text(h)) for h in self.be_hosts]
-        self.fe = Daemon(self.fe_host, "fe", self.fe_text())
+        self.be = [Daemon(h, "be", self.be_text(h), environment=self.environment)
+                   for h in self.be_hosts]
+        self.fe = Daemon(self.fe_host, "fe", self.fe_text(), environment=self.environment)
         self.connected()
 
     def connected(self) -> None:
