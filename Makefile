@@ -42,7 +42,12 @@ $(VENV)/.built: $(SOURCES) $(VENV)/.pip
 demo: build
 	$(BIN)/python -m tcpha.lab.demo $(if $(KEEP),--keep)
 
-test: build
+# For tests/fuzz; it exists for fewer machines than the rest.
+$(VENV)/.fuzz: $(VENV)/.pip
+	$(BIN)/pip install -q --disable-pip-version-check 'atheris>=3'
+	@touch $@
+
+test: build $(VENV)/.fuzz
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 bench: build
@@ -58,7 +63,7 @@ lint: build
 	$(BIN)/pip install -q --disable-pip-version-check 'ruff>=0.5' 'mypy>=1.8' 'cython-lint>=0.16'
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	PATH=$(CURDIR)/$(BIN):$$PATH cython-lint --max-line-length 100 tcpha/_fast --ignore E741
+	PATH=$(CURDIR)/$(BIN):$$PATH cython-lint --max-line-length 100 tcpha/_fast tests/fuzz --ignore E741
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info tcpha/_fast/*.c tcpha/_fast/*.so tcpha/_bpf/*.o

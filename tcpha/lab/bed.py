@@ -275,7 +275,8 @@ class Daemon:
                  options: tuple[str, ...] = (), environment: dict[str, str] | None = None):
         self.host = host
         self.role = role
-        self.environment = [f"{key}={value}" for key, value in (environment or {}).items()]
+        self.environment = [*os.environ.get("TCPHA_LAB_DAEMONS", "").split(),
+                            *(f"{key}={value}" for key, value in (environment or {}).items())]
         self.config = host.dir / f"tcpha{role}{suffix}"
         self.config.write_text(config)
         self.run_dir = host.dir / f"run-{role}"
