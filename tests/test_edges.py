@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import socket
 import struct
 import threading
@@ -75,6 +76,43 @@ def test_keep_alive_probes(calm: Cluster) -> None:
             time.sleep(4.5)  # what is tested is that a silent time does no harm
             s.sendall(KEEP)
             assert s.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_urgent_data(mode: dict[str, Any]) -> None:
+    """Out of band for the server. (nginx does not always read on behind it, without us either.)"""
+    c = Cluster(1, **mode, rules=[(0, ".*")])
+    try:
+        c.nginx[0].stop()
+        with c.be_hosts[0].inside(lambda: socket.create_server(("0.0.0.0", 80))) as server:
+            assert c.fe
+            fe = c.fe
+            wait_for(lambda: fe.ctl("servers")[0]["state"] == "up", "the server")
+            for _ in range(10):
+                s = c.client.connect(c.VIP)
+                s.sendall(REQUEST)
+                conn, peer = server.accept()
+                assert peer == s.getsockname()
+                s.sendall(b"0123456789")
+                s.send(b"!", socket.MSG_OOB)
+                s.sendall(b"abc")
+                s.shutdown(socket.SHUT_WR)
+                assert select.select([], [], [conn], 30)[2]
+                assert conn.recv(1, socket.MSG_OOB) == b"!"
+                assert read_all(conn) == REQUEST + b"0123456789abc"
+                conn.sendall(b"over")
+                conn.close()
+                assert read_all(s) == b"over"
+                s.close()
+            settle(c)
+    finally:
+        c.close()
+
+
+def test_urgent_data_in_the_head(calm: Cluster) -> None:
+    """A byte that the server would not see must not end the head for us."""
+    with calm.client.connect(calm.VIP) as s:
+        s.send(REQUEST, socket.MSG_OOB)  # its last byte is urgent
+        assert read_all(s).startswith(b"HTTP/1.1 408 ")
 
 
 def test_fin_with_the_request(calm: Cluster) -> None:

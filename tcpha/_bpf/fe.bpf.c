@@ -436,7 +436,8 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 		bpf_map_delete_elem(&shaken, &flow);
 		return TC_ACT_SHOT;
 	}
-	if (flags & TCPHA_T_FIN)
+	/* of urgent data, the server reads other bytes than there are in the segment: ours must, too */
+	if (flags & (TCPHA_T_FIN | TCPHA_T_URG))
 		goto accept;
 	if (length == 0) {
 		if (!before || before->isn != c.isn) {

@@ -22,6 +22,7 @@ enum {
 	TCPHA_T_SYN = 2,
 	TCPHA_T_RST = 4,
 	TCPHA_T_ACK = 16,
+	TCPHA_T_URG = 32,
 };
 
 enum {
