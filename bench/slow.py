@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Requests beside 10,000 connections that send a byte of their heads now and then, or nothing.
 
-Slowloris, that is. With the packet path and without, beside HAProxy: how many requests of others were served in a
-second, how long the slowest took, and how the slow ones ended.
+Slowloris, that is. With the packet path and without, beside HAProxy: how many requests of others
+were served in a second, and how long the slowest took.
 """
 from __future__ import annotations
 

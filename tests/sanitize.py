@@ -58,7 +58,8 @@ def main() -> int:
     env = {"LD_PRELOAD": " ".join(map(library, LIBRARIES[kind])), "PYTHONPATH": str(copy),
            "PYTHONMALLOC": "malloc", "ASAN_OPTIONS": f"{options}:detect_leaks=0",
            "UBSAN_OPTIONS": f"{options}:print_stacktrace=1",
-           "TSAN_OPTIONS": f"{options}:history_size=4:exitcode=0"}
+           "TSAN_OPTIONS": f"{options}:suppressions={ROOT}/tests/tsan.supp:history_size=4:"
+                           "exitcode=0"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *sys.argv[2:]]
     if kind == "address":
         status = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}).returncode

@@ -452,8 +452,9 @@ def test_restart_under_load_loses_no_connection(pair: Cluster) -> None:
             ended.set()
             for job in work:
                 job.result()
-    assert not failed, failed
-    wait_for(lambda: names(pair, 4) == {"be1", "be2"}, "both in use again", 15)
+    assert not failed, (failed[0], len(failed), *(d.log.read_text()[-3000:]
+                                                  for d in (pair.fe, *pair.be)))
+    wait_for(lambda: names(pair, 4) == {"be1", "be2"}, "both in use again")
     settle(pair)
 
 

@@ -29,10 +29,10 @@ from tcpha._fast.message cimport (
     message_short, refusal_text)
 from tcpha._fast.packet cimport address_bytes, address_text
 from tcpha._fast.sys cimport (
-    EINTR, ENOBUFS, EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLLET, EPOLLIN, EPOLLONESHOT, MSG_DONTWAIT,
-    add32, add64, errno, htons, load32, now_ns,
-    ntohs, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock,
-    pthread_mutex_unlock, recv, store32, xchg32)
+    EINTR, ENOBUFS, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLL_CTL_ADD, EPOLL_CTL_MOD, MSG_DONTWAIT,
+    add32, add64, errno, htons, load32, now_ns, ntohs, pthread_mutex_destroy,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock,
+    read_counters, recv, set32, store32, xchg32)
 
 cdef extern from "<linux/netlink.h>" nogil:
     struct nlmsghdr:
@@ -79,7 +79,7 @@ cdef inline void _set_open(backend_state *b, adopted *a, bint is_open) noexcept 
     while others come and go. b.lock is held."""
     if a.is_open != is_open:
         a.is_open = is_open
-        b.opened += 1 if is_open else -1
+        set32(&b.opened, b.opened + (1 if is_open else -1))
         _tell_live(b)
 
 
@@ -104,7 +104,7 @@ cdef adopted *_insert_any(backend_state *b, const tcpha_flow *flow) noexcept nog
     head = _bucket(b, flow)
     a.next = head[0]
     head[0] = a
-    b.live += 1
+    set32(&b.live, b.live + 1)
     _set_open(b, a, True)
     return a
 
@@ -116,7 +116,7 @@ cdef void _remove(backend_state *b, adopted *a) noexcept nogil:
     at[0] = a.next
     a.next = b.free_list
     b.free_list = a
-    b.live -= 1
+    set32(&b.live, b.live - 1)
     _set_open(b, a, False)
     _tell_live(b)
 
@@ -141,7 +141,8 @@ cdef bint _tell_closed(backend_state *b, worker *w, adopted *a, uint32_t how) no
         return True
     for i in range(MAX_LINKS):
         l = &b.c.links[i]
-        if l.state == LINK_UP and l.peer == a.peer and link_put(b.c, w, l, buf, n, NULL, 0) == 0:
+        if load32(&l.state) == LINK_UP and l.peer == a.peer and \
+                link_put(b.c, w, l, buf, n, NULL, 0) == 0:
             return True
     return False
 
@@ -397,7 +398,7 @@ cdef link *_answer_to(backend_state *b, link *l, message *m) noexcept nogil:
 cdef bint _is_there(backend_state *b, uint32_t peer) noexcept nogil:
     cdef uint32_t i
     for i in range(MAX_LINKS):
-        if b.c.links[i].state == LINK_UP and b.c.links[i].peer == peer:
+        if load32(&b.c.links[i].state) == LINK_UP and b.c.links[i].peer == peer:
             return True
     return False
 
@@ -479,7 +480,7 @@ cdef void _take_event(backend_state *b, worker *w, const tcpha_event *e) noexcep
     say_more(b.c, 1, &e.flow, b"refused: %s", refusal_text(reason), 0)
     for i in range(MAX_LINKS):
         l = &b.c.links[i]
-        if l.state == LINK_UP and l.peer == e.frontend and link_put(
+        if load32(&l.state) == LINK_UP and l.peer == e.frontend and link_put(
                 b.c, w, l, buf, message_return(buf, id, &e.flow, reason), NULL, 0) == 0:
             return
 
@@ -501,7 +502,7 @@ cdef void _sweep(backend_state *b, worker *w, uint64_t now) noexcept nogil:
     cdef adopted *following
     cdef int owner
     cdef uint32_t _i
-    if b.dp.gate == NULL or b.live == 0:
+    if b.dp.gate == NULL or load32(&b.live) == 0:
         return
     pthread_mutex_lock(&b.lock)
     for _i in range(SWEEP):
@@ -618,7 +619,7 @@ cdef void _pace(backend_state *b, worker *w) noexcept nogil:
     if load32(&b.lazy):
         _on_netlink(b, w)
     n = xchg32(&b.ends, 0)
-    lazy = n >= MANY_ENDS and (<uint64_t>b.opened + 2 * n) * 2 < b.max
+    lazy = n >= MANY_ENDS and (<uint64_t>load32(&b.opened) + 2 * n) * 2 < b.max
     if lazy:
         store32(&b.lazy, 1)
     elif xchg32(&b.lazy, 0):
@@ -677,7 +678,7 @@ cdef void _on_link_down(core *c, worker *w, link *l) noexcept nogil:
     cdef uint8_t buf[MSG_HEADER]
     cdef uint32_t i
     for i in range(MAX_LINKS):
-        if c.links[i].state == LINK_UP and c.links[i].peer == l.peer:
+        if load32(&c.links[i].state) == LINK_UP and c.links[i].peer == l.peer:
             link_put(c, w, &c.links[i], buf, message_short(buf, MSG_MISSED, 0), NULL, 0)
 
 
@@ -765,7 +766,7 @@ cdef class BackEnd(Core):
         cdef int i
         with nogil:
             for i in range(MAX_LINKS):
-                if self.c.links[i].state == LINK_UP:
+                if load32(&self.c.links[i].state) == LINK_UP:
                     link_put(self.c, w, &self.c.links[i], buf, message_short(buf, kind, id), NULL,
                              0)
             self.flush_outsider()
@@ -837,9 +838,11 @@ cdef class BackEnd(Core):
             self.flush_outsider()
 
     def counters(self):
-        cdef be_counters *n = &self.b.n
+        cdef be_counters n
+        read_counters(&n, &self.b.n, sizeof(n))
         from tcpha._fast.message import REFUSALS
-        out = {"adopted": n.adopted, "fast": n.fast, "closed": n.closed, "live": self.b.live,
+        out = {"adopted": n.adopted, "fast": n.fast, "closed": n.closed,
+               "live": load32(&self.b.live),
                "refused": sum([n.refused[i] for i in range(16)]), "late_feeds": n.late,
                "resyncs": n.resyncs}
         out["refusals"] = {text.decode(): n.refused[i] for i, text in enumerate(REFUSALS)

@@ -18,11 +18,12 @@ from tcpha._fast.message cimport (MSG_HANDOFF, MSG_PING, MSG_PONG, message, mess
                                   message_short)
 from tcpha._fast.packet cimport flow_text
 from tcpha._fast.sys cimport (
-    EAGAIN, ECONNRESET, EINTR, EOPNOTSUPP, EPIPE, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLERR, EPOLLET,
-    EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RDWR,
-    add32, add64, epoll_ctl, epoll_event, epoll_wait, errno, getsockopt, load32, load64, now_ns,
-    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, read,
-    recv, send, shutdown, socklen_t, store32, store64, write, xchg32)
+    EAGAIN, ECONNRESET, EINTR, EOPNOTSUPP, EPIPE, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN,
+    EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL,
+    SHUT_RDWR, add32, add64, epoll_ctl, epoll_event, epoll_wait, errno, getsockopt, load32,
+    load64, now_ns, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_unlock, read, recv, send, set32, set64, shutdown, socklen_t, store32, store64,
+    write, xchg32)
 from tcpha._fast.tls cimport (
     TLS_BROKEN, TLS_CLOSED, TLS_RECORD, TLS_SEALED, Channel, tls_open, tls_received, tls_seal)
 
@@ -52,7 +53,7 @@ cdef void say(core *c, uint32_t level, const char *text) noexcept nogil:
     """Log a line if dbglevel is at least level. Never blocks: a full pipe loses the line."""
     cdef char line[512]
     cdef int n
-    if level > c.dbglevel:
+    if level > load32(&c.dbglevel):
         return
     n = snprintf(line, sizeof(line), b"%u%s\n", level, text)
     if n >= <int>sizeof(line):
@@ -66,7 +67,7 @@ cdef void say_flow(core *c, uint32_t level, const tcpha_flow *flow,
                    const char *text) noexcept nogil:
     cdef char line[320]
     cdef int n
-    if level > c.dbglevel:
+    if level > load32(&c.dbglevel):
         return
     n = flow_text(flow, line, sizeof(line))
     snprintf(line + n, sizeof(line) - n, b": %s", text)
@@ -77,7 +78,7 @@ cdef void say_more(core *c, uint32_t level, const tcpha_flow *flow, const char *
                    long b) noexcept nogil:
     """As say_flow(). fmt takes a text (%s), or a text and a long (%ld)."""
     cdef char line[256]
-    if level > c.dbglevel:
+    if level > load32(&c.dbglevel):
         return
     snprintf(line, sizeof(line), fmt, a, b)
     say_flow(c, level, flow, line)
@@ -87,7 +88,7 @@ cdef void say_number(core *c, uint32_t level, const tcpha_flow *flow, const char
                      long a) noexcept nogil:
     """As say_flow(). fmt takes a long (%ld)."""
     cdef char line[160]
-    if level > c.dbglevel:
+    if level > load32(&c.dbglevel):
         return
     snprintf(line, sizeof(line), fmt, a)
     say_flow(c, level, flow, line)
@@ -134,7 +135,7 @@ cdef void _flush(core *c, worker *w, link *l) noexcept nogil:
     cdef uint8_t *data
     cdef bint broken = False
     pthread_mutex_lock(&l.lock)
-    while l.state == LINK_UP:
+    while load32(&l.state) == LINK_UP:
         want = _next_bytes(l, &data)
         broken = want < 0
         if want <= 0:
@@ -211,7 +212,7 @@ cdef void link_break(core *c, worker *w, link *l, bint gone) noexcept nogil:
     pthread_mutex_lock(&l.lock)
     first = l.state == LINK_UP
     if first:
-        l.state = LINK_DOWN
+        store32(&l.state, LINK_DOWN)
         l.gone = gone
     pthread_mutex_unlock(&l.lock)
     if not first:
@@ -261,7 +262,7 @@ cdef void _read_link(core *c, worker *w, link *l) noexcept nogil:
     cdef uint32_t at
     cdef message m
     cdef uint8_t pong[16]
-    while l.state == LINK_UP:
+    while load32(&l.state) == LINK_UP:
         got = _receive(w, l, l.buf + l.buf_len, LINK_IN - l.buf_len)
         if got == TLS_BROKEN:
             say(c, 0, b"a control connection was tampered with: closing it")
@@ -277,9 +278,9 @@ cdef void _read_link(core *c, worker *w, link *l) noexcept nogil:
             link_break(c, w, l, True)
             return
         l.buf_len += <uint32_t>got
-        l.last_rx_ns = now_ns()
+        set64(&l.last_rx_ns, now_ns())
         at = 0
-        while l.state == LINK_UP:
+        while load32(&l.state) == LINK_UP:
             used = message_decode(l.buf + at, l.buf_len - at, &m)
             if used < 0:
                 say(c, 0, b"malformed message on a control connection: closing it")
@@ -308,7 +309,7 @@ cdef void _read_link(core *c, worker *w, link *l) noexcept nogil:
 cdef void _on_link(core *c, worker *w, uint32_t index, uint32_t gen,
                    uint32_t events) noexcept nogil:
     cdef link *l = &c.links[index]
-    if l.state != LINK_UP or (l.gen & 0xffffff) != gen:
+    if load32(&l.state) != LINK_UP or (l.gen & 0xffffff) != gen:
         return
     if events & EPOLLOUT:
         _flush(c, w, l)
@@ -331,7 +332,7 @@ cdef void _loop(core *c, worker *w) noexcept nogil:
     while not retire:
         n = epoll_wait(c.epfd, ev, EVENTS, -1)
         store64(&w.epoch, load64(&c.epoch))
-        w.busy = 1
+        set32(&w.busy, 1)
         for i in range(n):
             data = ev[i].data.u64
             kind = <int>(data >> 56)
@@ -347,7 +348,7 @@ cdef void _loop(core *c, worker *w) noexcept nogil:
                 c.on_event(c, w, kind, <uint32_t>data, <uint32_t>(data >> 32) & 0xffffff,
                            ev[i].events)
         _flush_dirty(c, w)
-        w.busy = 0
+        set32(&w.busy, 0)
         store64(&w.epoch, 0)
 
 
@@ -423,11 +424,11 @@ cdef class Core:
 
     @dbglevel.setter
     def dbglevel(self, uint32_t level):
-        self.c.dbglevel = level
+        store32(&self.c.dbglevel, level)
 
     @property
     def log_lost(self):
-        return self.c.log_lost
+        return load32(&self.c.log_lost)
 
     def log_lines(self):
         """The pipe of log lines, a binary file: a digit (the level), the text, a newline."""
@@ -462,9 +463,9 @@ cdef class Core:
         """(running, busy): how many there are, how many are handling events right now."""
         cdef uint32_t i, running = 0, busy = 0
         for i in range(TCPHA_MAX_OPS):
-            if self.c.workers[i].state:
+            if load32(&self.c.workers[i].state):
                 running += 1
-                busy += self.c.workers[i].busy
+                busy += load32(&self.c.workers[i].busy)
         return running, busy
 
     def retire_worker(self):
@@ -486,7 +487,7 @@ cdef class Core:
         for i in range(TCPHA_MAX_OPS):
             while True:
                 seen = load64(&self.c.workers[i].epoch)
-                if seen == 0 or seen >= target or not self.c.workers[i].state:
+                if seen == 0 or seen >= target or not load32(&self.c.workers[i].state):
                     break
                 waiter.wait(0.0005)
 
@@ -534,9 +535,9 @@ cdef class Core:
         cdef uint64_t heard
         out = []
         for i in range(MAX_LINKS):
-            if self.c.links[i].state != LINK_FREE:
+            if load32(&self.c.links[i].state) != LINK_FREE:
                 heard = load64(&self.c.links[i].last_rx_ns)  # before the clock: a worker sets it
-                out.append((i, self.c.links[i].peer, self.c.links[i].state == LINK_UP,
+                out.append((i, self.c.links[i].peer, load32(&self.c.links[i].state) == LINK_UP,
                             (now_ns() - heard) / 1e9))
         return out
 
@@ -558,7 +559,7 @@ cdef class Core:
         """Segments on a link that the peer's kernel has not acknowledged."""
         cdef tcp_info_head info
         cdef socklen_t n = sizeof(info)
-        if self.c.links[index].state != LINK_UP or \
+        if load32(&self.c.links[index].state) != LINK_UP or \
                 getsockopt(self.c.links[index].fd, IPPROTO_TCP, 11, &info, &n) < 0:  # TCP_INFO
             return 0
         return info.tcpi_unacked
@@ -572,7 +573,7 @@ cdef class Core:
 
     def reap_link(self, uint32_t index):
         """Close a broken link's descriptor and free its place. Call quiesce() before."""
-        if self.c.links[index].state == LINK_DOWN:
+        if load32(&self.c.links[index].state) == LINK_DOWN:
             os.close(self.c.links[index].fd)
             self.c.links[index].tls = NULL
             self.channels.pop(index)

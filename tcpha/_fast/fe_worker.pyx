@@ -35,13 +35,13 @@ from tcpha._fast.repair cimport repair_received
 from tcpha._fast.rewrite cimport get32, tcp_view
 from tcpha._fast.snapshot cimport SNAP_FIN, snapshot
 from tcpha._fast.sys cimport (
-    EAGAIN, EINTR, EMFILE, ENFILE, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLET,
-    EPOLLIN, EPOLLRDHUP, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, MSG_TRUNC, SHUT_WR,
-    SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, add32, add64, close, errno, getsockopt, htons,
-    iovec, load32, load64, loadp, now_ns, pthread_mutex_destroy, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, realtime_ns, recv, send,
-    setsockopt, shutdown,
-    sockaddr, sockaddr_in, socklen_t, store32, store64, storep, writev, xchg32)
+    EAGAIN, EINTR, EMFILE, ENFILE, EPOLLET, EPOLLIN, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
+    EPOLL_CTL_MOD, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, MSG_TRUNC, SHUT_WR,
+    SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, add32, add64, close, errno, getsockopt, htons, iovec,
+    load32, load64, loadp, now_ns, pthread_mutex_destroy, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, raise64, read_counters,
+    realtime_ns, recv, send, set32, set64, setsockopt, shutdown, sockaddr, sockaddr_in, socklen_t,
+    store32, store64, storep, writev, xchg32)
 
 cdef extern from "<linux/filter.h>" nogil:
     struct sock_filter:
@@ -112,7 +112,7 @@ cdef conn *_take_slot(frontend *f) noexcept nogil:
     cdef conn *k = NULL
     pthread_mutex_lock(&f.pool_lock)
     if f.pool_len:
-        f.pool_len -= 1
+        set32(&f.pool_len, f.pool_len - 1)
         k = &f.conns[f.pool[f.pool_len]]
     else:
         f.starved = 1
@@ -123,12 +123,12 @@ cdef conn *_take_slot(frontend *f) noexcept nogil:
 cdef void _free_slot(frontend *f, conn *k) noexcept nogil:
     """The slot's lock is held; so it stays until the caller lets go."""
     cdef bint wake
-    k.state = CONN_FREE
+    set32(&k.state, CONN_FREE)
     k.fd = -1
     k.gen += 1
     pthread_mutex_lock(&f.pool_lock)
     f.pool[f.pool_len] = k.index
-    f.pool_len += 1
+    set32(&f.pool_len, f.pool_len + 1)
     wake = f.starved != 0
     f.starved = 0
     pthread_mutex_unlock(&f.pool_lock)
@@ -183,8 +183,8 @@ cdef void _answer(frontend *f, conn *k, const char *text, uint64_t *counter) noe
         n = <size_t>(strstr(text, b"\r\n\r\n") - text) + 4
     send(k.fd, text, n, MSG_DONTWAIT | MSG_NOSIGNAL)
     shutdown(k.fd, SHUT_WR)
-    k.state = CONN_LINGER
-    k.deadline_ns = now_ns() + LINGER_NS
+    set32(&k.state, CONN_LINGER)
+    set64(&k.deadline_ns, now_ns() + LINGER_NS)
     _watch_client(f, k)
 
 
@@ -203,8 +203,8 @@ cdef inline bint _full(frontend *f, uint32_t b, uint64_t now) noexcept nogil:
 cdef bint _usable(frontend *f, conn *k, uint32_t b, uint64_t now, bint desperate) noexcept nogil:
     """desperate: even if nobody listened there when we last heard."""
     cdef backend *be = &f.backends[b]
-    return (be.used and be.links and not be.draining and not be.dead
-            and (desperate or not be.app_down)
+    return (load32(&be.used) and load32(&be.links) and not load32(&be.draining)
+            and not load32(&be.dead) and (desperate or not load32(&be.app_down))
             and not _full(f, b, now)
             and not k.tried[b >> 6] >> (b & 63) & 1)
 
@@ -224,14 +224,14 @@ cdef bint _pick(frontend *f, conn *k, const ruleset *rules, const uint64_t *matc
             n = rules.first[g + 1] - rules.first[g]
             best = <uint32_t>-1
             live = 0
-            at = <uint32_t>(f.next_id % n)  # equal loads take turns
+            at = <uint32_t>(load64(&f.next_id) % n)  # equal loads take turns
             for i in range(n):
                 ch = &rules.choices[rules.first[g] + (at + i) % n]
                 if _usable(f, k, ch.backend, now, desperate) and \
                         (best == <uint32_t>-1 or _live(f, ch.backend) < live):
                     best = ch.rule
                     live = _live(f, ch.backend)
-                    k.entry.backend = ch.backend
+                    set32(&k.entry.backend, ch.backend)
             if best != <uint32_t>-1:
                 k.entry.rule = best
                 return True
@@ -281,7 +281,7 @@ cdef bint _choose(frontend *f, worker *w, conn *k, const uint8_t *buf) noexcept 
     """Pick who takes the request: a back end, or the Local Node. False: nobody."""
     if _by_rules(f, w, k, buf):
         return True
-    k.entry.backend = TCPHA_LOCAL_NODE
+    set32(&k.entry.backend, TCPHA_LOCAL_NODE)
     k.entry.rule = <uint32_t>NO_RULE
     return _usable(f, k, TCPHA_LOCAL_NODE, now_ns(), False)
 
@@ -305,7 +305,7 @@ cdef void _refused(frontend *f, uint32_t b, const tcpha_flow *flow, uint32_t rea
         be.full_live = _live(f, b)
         be.full_until_ns = now_ns() + FULL_NS
         _void_verdicts(f)
-    if f.c.dbglevel >= 1:
+    if load32(&f.c.dbglevel) >= 1:
         snprintf(line, sizeof(line), b"back end %s does not take it: %s", be.name,
                  refusal_text(reason))
         say_flow(f.c, 1, flow, line)
@@ -321,18 +321,17 @@ cdef bint _send_offer(frontend *f, worker *w, conn *k, const uint8_t *data) noex
     """Queue the HANDOFF on one of the back end's links. False: none takes it."""
     cdef backend *be = &f.backends[k.entry.backend]
     cdef uint8_t head[MSG_HANDOFF_FIXED]
-    cdef uint32_t i, n, at = be.next_link
+    cdef uint32_t i, n, at = add32(&be.next_link, 1)
     cdef link *l
-    be.next_link = at + 1
     for i in range(LINKS_MAX):
-        n = be.link[(at + i) % LINKS_MAX]
+        n = load32(&be.link[(at + i) % LINKS_MAX])
         if n >= MAX_LINKS:
             continue
         l = &f.c.links[n]
-        if l.state != LINK_UP or l.peer != k.entry.backend:
+        if load32(&l.state) != LINK_UP or l.peer != k.entry.backend:
             continue
-        k.link = n
-        k.link_gen = l.gen
+        set32(&k.link, n)
+        set32(&k.link_gen, l.gen)
         n = message_handoff(head, k.entry.id, &k.snap)
         if link_put(f.c, w, l, head, n, data, k.snap.len) == 0:
             say_more(f.c, 4, &k.snap.flow, b"HANDOFF to %s on control connection %ld", be.name,
@@ -389,8 +388,8 @@ cdef void _offer(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
                 k.snap.rcv_nxt += k.seen - k.snap.len
                 k.snap.len = k.seen
         add32(&f.loads[k.entry.backend].live, 1)
-        k.state = CONN_SENT
-        k.deadline_ns = now_ns() + f.offer_ns
+        set32(&k.state, CONN_SENT)
+        set64(&k.deadline_ns, now_ns() + f.offer_ns)
         if _send_offer(f, w, k, buf):
             say_more(f.c, 3, &k.snap.flow, b"offered to %s, %ld bytes",
                      f.backends[k.entry.backend].name, k.snap.len)
@@ -574,7 +573,7 @@ cdef void _accept(frontend *f, worker *w) noexcept nogil:
         k.frozen = k.diverted = k.watched = k.method_head = False
         k.seen = 0
         k.accept_ns = now_ns()
-        k.deadline_ns = k.accept_ns + f.headtimeout_ns
+        set64(&k.deadline_ns, k.accept_ns + f.headtimeout_ns)
         memset(&k.head, 0, sizeof(k.head))
         memset(&k.snap, 0, sizeof(k.snap))
         memset(&k.entry, 0, sizeof(k.entry))
@@ -585,7 +584,7 @@ cdef void _accept(frontend *f, worker *w) noexcept nogil:
         k.local = memcmp(&peer.sin_addr, f.vaddr + 12, 4) == 0
         k.snap.flow.cport = peer.sin_port
         k.snap.flow.vport = f.vport
-        k.state = CONN_READ
+        set32(&k.state, CONN_READ)
         say_flow(f.c, 6, &k.snap.flow, b"accepted")
         _read_head(f, w, k)
         pthread_mutex_unlock(&k.lock)
@@ -835,8 +834,7 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
     cdef uint32_t slot
     cdef tcpha_entry entry
     if m.type == MSG_SERVER:
-        if m.id > f.backends[l.peer].server_said:  # several connections bring it
-            f.backends[l.peer].server_said = m.id
+        if raise64(&f.backends[l.peer].server_said, m.id):  # several connections bring it
             notice(c)
         return 0
     if m.type == MSG_CLOSED:
@@ -883,11 +881,11 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
     return 0
 
 
-cdef bint _waits(frontend *f, const conn *k, uint32_t b) noexcept nogil:
+cdef bint _waits(frontend *f, conn *k, uint32_t b) noexcept nogil:
     """Whether a connection waits for a back end's answer that cannot come any more."""
-    cdef const link *l = &f.c.links[k.link]
-    return k.state == CONN_SENT and k.entry.backend == b and \
-        (l.gen != k.link_gen or l.state != LINK_UP)
+    cdef link *l = &f.c.links[load32(&k.link)]
+    return load32(&k.state) == CONN_SENT and load32(&k.entry.backend) == b and \
+        (load32(&l.gen) != load32(&k.link_gen) or load32(&l.state) != LINK_UP)
 
 
 cdef bint _ask_again(frontend *f, worker *w, conn *k) noexcept nogil:
@@ -898,7 +896,7 @@ cdef bint _ask_again(frontend *f, worker *w, conn *k) noexcept nogil:
     if recv(k.fd, w.scratch, SCRATCH, MSG_PEEK | MSG_DONTWAIT) < <ssize_t>k.snap.len or \
             not _send_offer(f, w, k, w.scratch):
         return False
-    k.deadline_ns = now_ns() + f.offer_ns
+    set64(&k.deadline_ns, now_ns() + f.offer_ns)
     say_more(f.c, 1, &k.snap.flow, b"asked %s again, as a control connection broke",
              f.backends[k.entry.backend].name, 0)
     return True
@@ -927,20 +925,20 @@ cdef void _on_link_down(core *c, worker *w, link *l) noexcept nogil:
     cdef uint32_t i, index = <uint32_t>(l - c.links)
     cdef conn *k
     for i in range(LINKS_MAX):
-        if be.link[i] == index:
-            be.link[i] = MAX_LINKS
+        if load32(&be.link[i]) == index:
+            store32(&be.link[i], MAX_LINKS)
             add32(&be.links, -1)
             _void_verdicts(f)
     for i in range(f.nconns):
         k = &f.conns[i]
-        if k.state != CONN_SENT or k.link != index:
+        if load32(&k.state) != CONN_SENT or load32(&k.link) != index:
             continue
         # the lock may be ours: a link can break while its own answer is being sent
         if pthread_mutex_trylock(&k.lock) != 0:
             continue  # then the deadline takes care of it
         if k.state == CONN_SENT and k.link == index and k.link_gen == l.gen and \
-                (be.dead or not _ask_again(f, w, k)) and l.gone:
-            k.deadline_ns = min(k.deadline_ns, now_ns() + REVIVE_NS)
+                (load32(&be.dead) or not _ask_again(f, w, k)) and l.gone:
+            set64(&k.deadline_ns, min(k.deadline_ns, now_ns() + REVIVE_NS))
         pthread_mutex_unlock(&k.lock)
 
 
@@ -953,7 +951,7 @@ cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
     f.dp.sweep(f.dp.self, now)
     for i in range(f.nconns):
         k = &f.conns[i]
-        if k.state == CONN_FREE or k.deadline_ns > now:
+        if load32(&k.state) == CONN_FREE or load64(&k.deadline_ns) > now:
             continue
         if pthread_mutex_trylock(&k.lock) != 0:
             continue
@@ -964,10 +962,11 @@ cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
             elif k.state == CONN_LINGER:
                 _discard(k)
                 _close(f, k)
-            elif c.links[k.link].gen == k.link_gen and c.links[k.link].state == LINK_UP:
+            elif load32(&c.links[k.link].gen) == k.link_gen and \
+                    load32(&c.links[k.link].state) == LINK_UP:
                 _stalled(f, k)
                 _offer_again(f, w, k, REFUSE_TIMEOUT)
-            elif f.backends[k.entry.backend].dead or not _ask_again(f, w, k):
+            elif load32(&f.backends[k.entry.backend].dead) or not _ask_again(f, w, k):
                 _offer_again(f, w, k, REFUSE_LINK)
         pthread_mutex_unlock(&k.lock)
 
@@ -1109,8 +1108,8 @@ cdef class FrontEnd(Core):
         """How many back ends could take a request of the packet path now."""
         cdef uint32_t i, n = 0
         for i in range(TCPHA_LOCAL_NODE):
-            n += self.f.backends[i].used and self.f.backends[i].links and \
-                self.f.backends[i].keyed >= self.f.key
+            n += load32(&self.f.backends[i].used) and load32(&self.f.backends[i].links) and \
+                load64(&self.f.backends[i].keyed) >= self.f.key
         return n
 
     def ask(self, list rows):
@@ -1234,12 +1233,13 @@ cdef class FrontEnd(Core):
         cdef worker *w = self.outsider()
         cdef int i
         for i in range(LINKS_MAX):
-            if be.link[i] == MAX_LINKS:
-                be.link[i] = link_index
+            if load32(&be.link[i]) == MAX_LINKS:
+                store32(&be.link[i], link_index)
                 add32(&be.links, 1)
                 _void_verdicts(self.f)
-                if self.c.links[link_index].state != LINK_UP and be.link[i] == link_index:
-                    be.link[i] = MAX_LINKS
+                if load32(&self.c.links[link_index].state) != LINK_UP and \
+                        load32(&be.link[i]) == link_index:
+                    store32(&be.link[i], MAX_LINKS)
                     add32(&be.links, -1)
                 with nogil:
                     _ask_all_again(self.f, w, b)
@@ -1253,7 +1253,7 @@ cdef class FrontEnd(Core):
 
     def backend_server(self, uint32_t b, uint64_t said):
         """What HELLO told of the application, as SERVER does."""
-        self.f.backends[b].server_said = said
+        store64(&self.f.backends[b].server_said, said)
 
     def backend_forgets_keys(self, uint32_t b):
         """A new run of it, or one that cannot have them."""
@@ -1262,23 +1262,25 @@ cdef class FrontEnd(Core):
 
     def backend_flags(self, uint32_t b, draining=None, dead=None, app_down=None):
         cdef backend *be = &self.f.backends[b]
-        before = (be.draining, be.dead, be.app_down)
+        before = (load32(&be.draining), load32(&be.dead), load32(&be.app_down))
         if draining is not None:
             store32(&be.draining, draining)
         if dead is not None:
             store32(&be.dead, dead)
         if app_down is not None:
             store32(&be.app_down, app_down)
-        if before != (be.draining, be.dead, be.app_down):
+        if before != (load32(&be.draining), load32(&be.dead), load32(&be.app_down)):
             _void_verdicts(self.f)
 
     def backend_stats(self, uint32_t b):
         cdef backend *be = &self.f.backends[b]
         cdef tcpha_load *load = &self.f.loads[b]
-        return {"links": be.links, "told": bool(be.told), "draining": bool(be.draining),
-                "dead": bool(be.dead), "listens": bool(be.server_said & 1), "live": load.live,
-                "handed": be.handed + load.handed, "refused": be.refused,
-                "closed": be.closed + load.closed}
+        return {"links": load32(&be.links), "told": bool(load32(&be.told)),
+                "draining": bool(load32(&be.draining)), "dead": bool(load32(&be.dead)),
+                "listens": bool(load64(&be.server_said) & 1), "live": load32(&load.live),
+                "handed": load64(&be.handed) + load64(<uint64_t *>&load.handed),
+                "refused": load64(&be.refused),
+                "closed": load64(&be.closed) + load64(<uint64_t *>&load.closed)}
 
     def drop_strangers(self, bint drop):
         """See datapath.pxd."""
@@ -1298,12 +1300,13 @@ cdef class FrontEnd(Core):
             self.flush_outsider()
 
     def counters(self):
-        cdef fe_counters *n = &self.f.n
+        cdef fe_counters n
         cdef uint64_t cached = 0, closed = 0
         cdef uint32_t i
+        read_counters(&n, &self.f.n, sizeof(n))
         for i in range(TCPHA_MAX_BACKENDS):
-            cached += self.f.loads[i].handed
-            closed += self.f.loads[i].closed
+            cached += load64(<uint64_t *>&self.f.loads[i].handed)
+            closed += load64(<uint64_t *>&self.f.loads[i].closed)
         return {"accepted": n.accepted + cached, "handed": n.handed + cached,
                 "closed": n.closed + closed,
                 "refused": n.refused, "lost": n.lost, "expired": n.expired,
@@ -1316,7 +1319,7 @@ cdef class FrontEnd(Core):
 
     def in_hand(self):
         """Connections accepted and not yet handed over or closed."""
-        return self.f.nconns - self.f.pool_len
+        return self.f.nconns - load32(&self.f.pool_len)
 
     def expire(self, double idle, dead_backends, double dead_idle):
         """Forget flows that were silent for 'idle' seconds ('dead_idle' for the given back ends).

@@ -16,9 +16,9 @@ from libc.string cimport memcpy, memset
 
 from tcpha._fast.rewrite cimport checksum_full, get32, tcp_parse, tcp_view
 from tcpha._fast.sys cimport (
-    EINTR, ENOBUFS, MSG_DONTWAIT, POLLIN, add64, errno, htonl, htons, iovec, msghdr, poll, pollfd,
-    pthread_rwlock_rdlock, pthread_rwlock_t, pthread_rwlock_unlock, recvmmsg, rwlock_init,
-    sched_yield, sendmsg)
+    EINTR, ENOBUFS, MSG_DONTWAIT, POLLIN, add64, errno, htonl, htons, iovec, load64, msghdr,
+    poll, pollfd, pthread_rwlock_rdlock, pthread_rwlock_t, pthread_rwlock_unlock, recvmmsg,
+    rwlock_init, sched_yield, sendmsg, set64)
 
 cdef enum:
     NETLINK_NETFILTER = 12
@@ -180,19 +180,21 @@ cdef void _handle(queue *q, int count) noexcept nogil:
         if not _decode(q.buffers + <size_t>i * q.room, q.msgs[i].msg_len, &p):
             add64(&q.failed, 1)  # the kernel's complaint about a verdict
             continue
-        q.packets += 1
-        q.bytes += p.len
-        q.gso += 1 if p.skb_info & SKB_GSO else 0
+        set64(&q.packets, q.packets + 1)
+        set64(&q.bytes, q.bytes + p.len)
+        if p.skb_info & SKB_GSO:
+            set64(&q.gso, q.gso + 1)
         if p.have < p.len and not q.whole:
             # 4 bytes short of 64 KB is the most that the kernel copies; GRO may make more. It comes
             # again in smaller packets; a part of it must not pass for the whole.
-            q.cut += 1
+            set64(&q.cut, q.cut + 1)
             what = V_DROP
         else:
             what = q.handle(q.self, q, &p)
         if what == V_KEEP:
             continue
-        q.left += 1 if what == V_WHOLE else 0
+        if what == V_WHOLE:
+            set64(&q.left, q.left + 1)
         head = q.verdicts + i * VERDICT_SIZE
         size = p.len if what == V_CHANGED else 0
         q.out[n].iov_base = head
@@ -363,9 +365,10 @@ cdef class Queue:
         os.close(self.stop)
 
     def counters(self):
-        return {"packets": self.q.packets, "bytes": self.q.bytes, "gso": self.q.gso,
-                "overruns": self.q.overruns, "failed": self.q.failed, "left": self.q.left,
-                "cut": self.q.cut}
+        return {"packets": load64(&self.q.packets), "bytes": load64(&self.q.bytes),
+                "gso": load64(&self.q.gso), "overruns": load64(&self.q.overruns),
+                "failed": load64(&self.q.failed), "left": load64(&self.q.left),
+                "cut": load64(&self.q.cut)}
 
 
 def open_queues(int count, int first=1, int maxlen=MAXLEN, bint heads=False):

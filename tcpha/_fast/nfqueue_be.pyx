@@ -32,11 +32,11 @@ from tcpha._fast.rewrite cimport (
 from tcpha._fast.snapshot cimport (
     SNAP_ECN, SNAP_FIN, SNAP_SACK, SNAP_TIMESTAMP, SNAP_USEC_TS, SNAP_WSCALE, snapshot)
 from tcpha._fast.sys cimport (
-    AF_INET, EINTR, add64, cond_wait_ms, errno, htonl, htons, load32, now_ns,
+    AF_INET, EINTR, add64, cond_wait_ms, errno, htonl, htons, load32, load64, now_ns,
     pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_rwlock_destroy,
-    pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, rwlock_init, sendto,
-    sockaddr, sockaddr_in)
+    pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, read_counters,
+    rwlock_init, sendto, sockaddr, sockaddr_in, store32)
 from tcpha._fast.table cimport (
     flow_cell, table_add, table_cell, table_close, table_find, table_open, table_remove)
 
@@ -256,7 +256,7 @@ cdef bint local_inject(be_nfqueue *d, tcp_view *v) noexcept nogil:
 cdef void _tell(be_nfqueue *d) noexcept nogil:
     """Wake the workers that wait for an answer. Nobody takes another lock under wait_lock."""
     pthread_mutex_lock(&d.wait_lock)
-    d.answers += 1
+    store32(&d.answers, d.answers + 1)
     pthread_cond_broadcast(&d.answered)
     pthread_mutex_unlock(&d.wait_lock)
 
@@ -917,7 +917,8 @@ cdef class BeNfqueue(BeDatapath):
             pthread_rwlock_unlock(&self.d.lock)
 
     def counters(self):
-        cdef tcpha_counters *n = &self.d.n
+        cdef tcpha_counters n
+        read_counters(&n, &self.d.n, sizeof(n))
         return {"guarded": n.guarded, "foreign": n.foreign, "decapsulated": n.decapsulated,
-                "killed": self.d.killed, "unknown": self.d.unknown,
-                "flows": self.d.flows.head.used}
+                "killed": load64(&self.d.killed), "unknown": load64(&self.d.unknown),
+                "flows": load32(&self.d.flows.head.used)}

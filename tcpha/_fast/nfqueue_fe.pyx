@@ -32,10 +32,10 @@ from tcpha._fast.rewrite cimport (
     get32, icmp_parse, icmp_view, pseudo_sum, sum_bytes, tcp_parse, tcp_view)
 from tcpha._fast.snapshot cimport SNAP_FIN, snapshot
 from tcpha._fast.sys cimport (
-    AF_PACKET, EINTR, MSG_DONTWAIT, add64, errno, htonl, htons, iovec, load64, msghdr, now_ns,
-    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock,
+    AF_PACKET, EINTR, MSG_DONTWAIT, add64, errno, htonl, htons, iovec, load32, load64, msghdr,
+    now_ns, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock,
     pthread_rwlock_destroy, pthread_rwlock_rdlock, pthread_rwlock_t, pthread_rwlock_unlock,
-    pthread_rwlock_wrlock, rwlock_init, sendmsg, store64)
+    pthread_rwlock_wrlock, read_counters, rwlock_init, sendmsg, store64)
 from tcpha._fast.table cimport (
     flow_cell, flow_table, table_add, table_cell, table_close, table_find, table_open, table_remove)
 
@@ -728,10 +728,11 @@ cdef class FeNfqueue(FeDatapath):
         self.d.local = local.d
 
     def counters(self):
-        cdef tcpha_counters *n = &self.d.n
+        cdef tcpha_counters n
+        read_counters(&n, &self.d.n, sizeof(n))
         return {"forwarded": n.forwarded, "forwarded_bytes": n.forwarded_bytes, "held": n.held,
                 "live_syn": n.live_syn, "unreachable": n.unreachable,
-                "icmp": n.icmp, "thinned": self.d.thinned}
+                "icmp": n.icmp, "thinned": load64(&self.d.thinned)}
 
     def flows(self):
         cdef flow_cell *rows = <flow_cell *>malloc(<size_t>ROWS * self.d.flows.stride)
@@ -742,9 +743,9 @@ cdef class FeNfqueue(FeDatapath):
         if rows == NULL:
             raise MemoryError
         try:
-            while at < self.d.flows.head.fresh:
+            while at < load32(&self.d.flows.head.fresh):
                 n = 0
-                end = min(at + ROWS, self.d.flows.head.fresh)
+                end = min(at + ROWS, load32(&self.d.flows.head.fresh))
                 with nogil:
                     pthread_rwlock_rdlock(&self.d.lock)
                     while at < end:

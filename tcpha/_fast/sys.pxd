@@ -8,8 +8,28 @@ cdef extern from * nogil:
     #include <time.h>
     #define at_load(p) __atomic_load_n(p, __ATOMIC_SEQ_CST)
     #define at_store(p, v) __atomic_store_n(p, v, __ATOMIC_SEQ_CST)
+    #define at_set(p, v) __atomic_store_n(p, v, __ATOMIC_RELAXED)
     #define at_add(p, v) __atomic_add_fetch(p, v, __ATOMIC_SEQ_CST)
     #define at_xchg(p, v) __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST)
+    /* Counters that others add to meanwhile, as they are at one moment each. */
+    static inline void read_counters(void *to, const void *from, size_t size)
+    {
+            size_t i;
+
+            for (i = 0; i < size / 8; i++)
+                    ((uint64_t *)to)[i] = at_load((const uint64_t *)from + i);
+    }
+    /* Make a word at least v. Whether it was less. */
+    static inline int raise64(uint64_t *p, uint64_t v)
+    {
+            uint64_t old = at_load(p);
+
+            while (old < v)
+                    if (__atomic_compare_exchange_n(p, &old, v, 0, __ATOMIC_SEQ_CST,
+                                                    __ATOMIC_SEQ_CST))
+                            return 1;
+            return 0;
+    }
     static inline uint64_t now_ns(void)
     {
             struct timespec t;
@@ -27,6 +47,9 @@ cdef extern from * nogil:
     """
     uint32_t load32 "at_load"(uint32_t *p)
     void store32 "at_store"(uint32_t *p, uint32_t v)
+    # for a lock's holder, where others look without the lock first, or for good
+    void set32 "at_set"(uint32_t *p, uint32_t v)
+    void set64 "at_set"(uint64_t *p, uint64_t v)
     uint32_t add32 "at_add"(uint32_t *p, long v)
     uint32_t xchg32 "at_xchg"(uint32_t *p, uint32_t v)
     uint64_t load64 "at_load"(uint64_t *p)
@@ -34,6 +57,8 @@ cdef extern from * nogil:
     uint64_t add64 "at_add"(uint64_t *p, long long v)
     void *loadp "at_load"(void **p)
     void storep "at_store"(void **p, void *v)
+    bint raise64(uint64_t *p, uint64_t v)
+    void read_counters(void *to, const void *from_, size_t size)  # size: bytes, all of them u64
     uint64_t now_ns()  # CLOCK_MONOTONIC
     uint64_t realtime_ns()
 

@@ -7,7 +7,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memset
 
 from tcpha._fast.defs cimport tcpha_flow
-from tcpha._fast.sys cimport store32
+from tcpha._fast.sys cimport set32, store32
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset)
@@ -137,7 +137,7 @@ cdef void *table_add(flow_table *t, const tcpha_flow *key) noexcept nogil:
         c = table_cell(t, at - 1)
         t.head.free = c.next
     elif t.head.fresh < t.capacity:
-        t.head.fresh += 1
+        set32(&t.head.fresh, t.head.fresh + 1)
         at = t.head.fresh
         c = table_cell(t, at - 1)
     else:
@@ -146,7 +146,7 @@ cdef void *table_add(flow_table *t, const tcpha_flow *key) noexcept nogil:
     c.key = key[0]
     c.next = head[0]
     head[0] = at
-    t.head.used += 1
+    set32(&t.head.used, t.head.used + 1)
     store32(&c.used, 1)    # last: a crash before leaves a free cell
     return c + 1
 
@@ -163,7 +163,7 @@ cdef bint table_remove(flow_table *t, const tcpha_flow *key) noexcept nogil:
             link[0] = c.next
             c.next = t.head.free
             t.head.free = at
-            t.head.used -= 1
+            set32(&t.head.used, t.head.used - 1)
             return True
         link = &c.next
     return False
