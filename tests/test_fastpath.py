@@ -279,7 +279,8 @@ def test_floods_leave_nothing(cluster: Cluster) -> None:
     ask(cluster.client.connect(cluster.VIP))
     after = cluster.fe.ctl("status"), [be.ctl("status") for be in cluster.be]
     assert "SYN-RECV" not in cluster.fe_host.run("ss", "-Htan", "sport = :80").stdout
-    assert after[0]["packets"]["forged"] >= before[0]["packets"]["forged"] + 5000
+    # some may be lost on the way: there is room for 1000 in a veth's queue
+    assert after[0]["packets"]["forged"] >= before[0]["packets"]["forged"] + 2500
     assert sum(be["counters"]["adopted"] for be in after[1]) == \
         sum(be["counters"]["adopted"] for be in before[1]) + 1
 

@@ -2,6 +2,7 @@
 """A short run of each fuzzer in tests/fuzz, which see for longer ones."""
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,8 @@ def fuzz(target: str, *options: str) -> tuple[int, str]:
 def test_fuzz(target: str, runs: int) -> None:
     status, out = fuzz(target, "--runs", str(runs))
     assert status == 0, out
-    assert f"stat::number_of_executed_units: {runs}" in out, out
+    done = re.search(r"stat::number_of_executed_units: (\d+)", out)
+    assert done and int(done[1]) >= runs, out  # more, if a longer run has left more inputs
 
 
 def test_a_byte_too_far_is_found() -> None:
