@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Requests beside 10,000 connections that send a byte of their heads now and then, or nothing.
+"""Requests beside thousands of connections that send a byte of their heads now and then, or nothing.
 
 Slowloris, that is. With the packet path and without, beside HAProxy: how many requests of others
 were served in a second, and how long the slowest took.
@@ -18,7 +18,7 @@ from tcpha.lab.bed import Cluster, Host
 REQUEST = b"GET /1k HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 HAPROXY = """
 global
-    maxconn 20000
+    maxconn 9900
 defaults
     mode http
     timeout client 15s

@@ -23,11 +23,17 @@ from tcpha.lab.bed import Cluster, Daemon, sh, wait_for
 
 REQUEST = b"GET /1k HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 CLIENTS = 24
-LOSS = """table ip lab { chain in { type filter hook input priority 0;
-    iifname "eth0" numgen random mod 100 < 3 drop } }"""
-CUT = """table ip lab { chain in { type filter hook input priority 0;
-    tcp dport 666 reject with tcp reset
-    tcp sport 666 reject with tcp reset } }"""
+LOSS = """table ip lab {
+    chain in { type filter hook input priority 0;
+        iifname "eth0" numgen random mod 100 < 3 drop
+    }
+}"""
+CUT = """table ip lab {
+    chain in { type filter hook input priority 0;
+        tcp dport 666 reject with tcp reset
+        tcp sport 666 reject with tcp reset
+    }
+}"""
 
 
 def one(vip: str, want: bytes) -> str:
@@ -106,7 +112,12 @@ def settle(c: Cluster) -> None:
     assert c.fe
     c.connected()
     for d in (c.fe, *c.be):
-        wait_for(lambda d=d: d.ctl("status")["live"] == 0, "no live connections", 180)
+        try:
+            wait_for(lambda d=d: d.ctl("status")["live"] == 0, "no live connections", 180)
+        except TimeoutError:
+            print(f"tcpha{d.role} of {d.host.name} still has: {d.ctl('conns')[:4]}")
+            print(d.host.run("ss", "-Htano", "sport = :80").stdout[:2000])
+            raise
 
 
 def half(c: Cluster, want: bytes, count: int, killed: Callable[[], Daemon], break_it: bool
