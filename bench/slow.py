@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Requests beside thousands of connections that send a byte of their heads now and then, or nothing.
+"""Requests beside thousands of connections that send a byte of their heads now and then, or none.
 
 Slowloris, that is. With the packet path and without, beside HAProxy: how many requests of others
 were served in a second, and how long the slowest took.
