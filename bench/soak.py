@@ -11,6 +11,7 @@ import argparse
 import itertools
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import threading
@@ -85,9 +86,9 @@ def faults(c: Cluster, killed: Callable[[], Daemon]) -> Iterator[Callable[[], No
         c.be_hosts[host].nft("")
 
     def stall() -> None:
-        c.be[1].process.send_signal(19)
+        c.be[1].process.send_signal(signal.SIGSTOP)
         time.sleep(0.3)
-        c.be[1].process.send_signal(18)
+        c.be[1].process.send_signal(signal.SIGCONT)
 
     def kill() -> None:
         killed().kill()

@@ -519,7 +519,7 @@ cdef class Core:
         l.tls = NULL if channel is None else &channel.t
         sock.setblocking(False)
         l.fd = sock.detach()
-        l.gen += 1
+        set32(&l.gen, l.gen + 1)
         l.peer = peer
         l.readers = 0
         l.buf_len = l.out_len = l.out_sent = l.sealed_len = l.sealed_sent = 0

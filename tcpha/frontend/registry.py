@@ -25,7 +25,7 @@ log = logging.getLogger("tcpha")
 MAX_BACKENDS = 255  # and the Local Node
 BACKOFF_FIRST = 0.05  # seconds before the second attempt to connect; doubles up to BACKOFF_MOST
 BACKOFF_MOST = 1.0
-FIRST_LOOK = 1.0  # seconds that clients wait in the backlog at the start, for back ends at most
+FIRST_LOOK = 1.0  # seconds that clients wait in the backlog at the start for silent hosts
 REBUILD = 20.0  # seconds after which a back end that does not say what it has is not waited for
 REJOIN = 5.0  # seconds that back ends have to register anew
 MISSED = 2  # detection intervals without a sign of life
@@ -172,7 +172,7 @@ class Registry:
     async def begin(self) -> None:
         """Connect to the back ends. Returns when each has been tried, or FIRST_LOOK is over: before
         that, requests could be given to nobody. A host that took the connection lives, and its
-        daemon is worth waiting for a little longer."""
+        daemon is worth waiting for, PATIENCE at most."""
         self.started = True
         self.rebuild_since = asyncio.get_running_loop().time()
         for entry in self.entries.values():
@@ -183,7 +183,7 @@ class Registry:
                     await entry.tried.wait()
         for entry in list(self.entries.values()):
             if entry.timeout == PROCESS and not self.core.backend_stats(entry.index)["links"]:
-                await entry.tried.wait()  # PATIENCE at most
+                await entry.tried.wait()
 
     # Control connections
 

@@ -275,6 +275,7 @@ class Daemon:
                  options: tuple[str, ...] = (), environment: dict[str, str] | None = None):
         self.host = host
         self.role = role
+        # tests/sanitize.py has the daemons of whole test runs preload something
         self.environment = [*os.environ.get("TCPHA_LAB_DAEMONS", "").split(),
                             *(f"{key}={value}" for key, value in (environment or {}).items())]
         self.config = host.dir / f"tcpha{role}{suffix}"
