@@ -84,7 +84,7 @@ cdef inline void _set_open(backend_state *b, adopted *a, bint is_open) noexcept 
 
 
 cdef inline bint _is_full(backend_state *b) noexcept nogil:
-    return b.opened >= b.max or b.live >= b.entries
+    return load32(&b.opened) >= b.max or load32(&b.live) >= b.entries
 
 
 cdef adopted *_insert(backend_state *b, const tcpha_flow *flow) noexcept nogil:

@@ -197,7 +197,7 @@ cdef inline uint32_t _live(frontend *f, uint32_t b) noexcept nogil:
 
 cdef inline bint _full(frontend *f, uint32_t b, uint64_t now) noexcept nogil:
     cdef backend *be = &f.backends[b]
-    return now < be.full_until_ns and _live(f, b) >= be.full_live
+    return now < load64(&be.full_until_ns) and _live(f, b) >= load32(&be.full_live)
 
 
 cdef bint _usable(frontend *f, conn *k, uint32_t b, uint64_t now, bint desperate) noexcept nogil:
@@ -302,8 +302,8 @@ cdef void _refused(frontend *f, uint32_t b, const tcpha_flow *flow, uint32_t rea
     add64(&be.refused, 1)
     add64(&f.n.refused, 1)
     if reason == REFUSE_FULL:
-        be.full_live = _live(f, b)
-        be.full_until_ns = now_ns() + FULL_NS
+        set32(&be.full_live, _live(f, b))
+        set64(&be.full_until_ns, now_ns() + FULL_NS)
         _void_verdicts(f)
     if load32(&f.c.dbglevel) >= 1:
         snprintf(line, sizeof(line), b"back end %s does not take it: %s", be.name,
@@ -598,7 +598,7 @@ cdef bint _make_verdict(frontend *f, fe_worker *fw, tcpha_verdict *t) noexcept n
     """What _pick() would do with the rules that matched. False: no verdict can say so."""
     cdef const ruleset *rules = fw.rules
     cdef const choice *ch
-    cdef uint64_t bits, now = now_ns()
+    cdef uint64_t bits, until, now = now_ns()
     cdef uint32_t word, g, i
     for word in range(rules.words):
         bits = fw.bits[word]
@@ -610,8 +610,9 @@ cdef bint _make_verdict(frontend *f, fe_worker *fw, tcpha_verdict *t) noexcept n
             for i in range(rules.first[g], rules.first[g + 1]):
                 ch = &rules.choices[i]
                 if _full(f, ch.backend, now):
-                    if t.until_ns == 0 or f.backends[ch.backend].full_until_ns < t.until_ns:
-                        t.until_ns = f.backends[ch.backend].full_until_ns
+                    until = load64(&f.backends[ch.backend].full_until_ns)
+                    if t.until_ns == 0 or until < t.until_ns:
+                        t.until_ns = until
                 elif _usable(f, &fw.request, ch.backend, now, False):
                     if load64(&f.backends[ch.backend].keyed) < load64(&f.key):
                         return False  # its requests take the socket path
