@@ -294,6 +294,12 @@ cdef void _count_closed(frontend *f, uint32_t b) noexcept nogil:
     add32(&f.loads[b].live, -1)
 
 
+cdef bint _takes_fast(frontend *f, uint32_t b) noexcept nogil:
+    """Whether a back end is there and has the key of the cookies that we make."""
+    cdef backend *be = &f.backends[b]
+    return load32(&be.used) and load32(&be.links) and load64(&be.keyed) >= load64(&f.key)
+
+
 cdef void _refused(frontend *f, uint32_t b, const tcpha_flow *flow, uint32_t reason) noexcept nogil:
     """An offer to a back end came to nothing."""
     cdef backend *be = &f.backends[b]
@@ -1091,6 +1097,9 @@ cdef class FrontEnd(Core):
         if self.f.dp.nfast:
             store32(&self.f.dp.keys.used, answer)
 
+    def answers_syns(self):
+        return bool(self.f.dp.nfast and load32(&self.f.dp.keys.used))
+
     def cache_verdicts(self, bint on):
         """Have the packet path's program decide repeated requests from now on, or no longer."""
         if self.f.dp.cache != NULL:
@@ -1107,11 +1116,8 @@ cdef class FrontEnd(Core):
 
     def fast_backends(self):
         """How many back ends could take a request of the packet path now."""
-        cdef uint32_t i, n = 0
-        for i in range(TCPHA_LOCAL_NODE):
-            n += load32(&self.f.backends[i].used) and load32(&self.f.backends[i].links) and \
-                load64(&self.f.backends[i].keyed) >= self.f.key
-        return n
+        cdef uint32_t i
+        return sum([_takes_fast(self.f, i) for i in range(TCPHA_LOCAL_NODE)])
 
     def ask(self, list rows):
         """Have back ends say whether they have flows: see FeEbpf.doubtful()."""
@@ -1277,6 +1283,7 @@ cdef class FrontEnd(Core):
         cdef backend *be = &self.f.backends[b]
         cdef tcpha_load *load = &self.f.loads[b]
         return {"links": load32(&be.links), "told": bool(load32(&be.told)),
+                "fast": bool(self.f.dp.nfast and _takes_fast(self.f, b)),
                 "draining": bool(load32(&be.draining)), "dead": bool(load32(&be.dead)),
                 "listens": bool(load64(&be.server_said) & 1), "live": load32(&load.live),
                 "handed": load64(&be.handed) + load64(<uint64_t *>&load.handed),

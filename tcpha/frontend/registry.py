@@ -401,6 +401,7 @@ class Registry:
             reason = f"{entry.health}: {entry.why}" if entry.health else entry.why
             rows.append({"server": entry.server.address, "port": entry.server.port, "state": state,
                          "reason": reason if down else "", "connperbe": stats["links"],
+                         "fastpath": stats["fast"],
                          "registered": entry.server.address in self.registered,
                          "live": stats["live"], "handed": stats["handed"],
                          "refused": stats["refused"], "closed": stats["closed"]})

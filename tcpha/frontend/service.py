@@ -331,7 +331,7 @@ class FrontEndService(Service):
         return {
             "vaddr": config.vaddr, "raddr": config.raddr, "port": config.port,
             "datapath": self.datapath.name, "forward": config.forward,
-            "dbglevel": self.core.dbglevel, "dtcinterval": self.dtcinterval,
+            "fastpath": self.core.answers_syns(), "dbglevel": self.core.dbglevel, "dtcinterval": self.dtcinterval,
             "startservers": config.startservers, "minspareservers": config.minspareservers,
             "maxspareservers": config.maxspareservers, "maxclients": config.maxclients,
             "unloading": self.unloading, "workers": self.workers.stats(),

@@ -364,11 +364,13 @@ class Cluster:
         self.connected()
 
     def connected(self) -> None:
-        """Wait until the front end has all its control connections."""
+        """Wait until the front end has all its control connections, and the packet path is in use
+        if it can be."""
         assert self.fe is not None
         fe = self.fe
-        wait_for(lambda: all(s["connperbe"] == 2 for s in fe.ctl("servers")),
-                 "control connections")
+        wait_for(lambda: all(s["connperbe"] == 2 and s["fastpath"] >= self.fastpath
+                             for s in fe.ctl("servers")), "control connections")
+        wait_for(lambda: fe.ctl("status")["fastpath"] == self.fastpath, "the packet path")
 
     def curl(self, *args: str, check: bool = True, **kw: Any) -> subprocess.CompletedProcess[str]:
         return self.client.run("curl", "-sS", "--max-time", "120", *args, check=check, **kw)
