@@ -17,6 +17,7 @@ import pytest
 
 from tcpha._fast import message
 from tcpha.lab.bed import Cluster, sh, wait_for
+from test_clients import connect_from
 from test_serve import REQUEST, body, read_all, settle, upload_many
 
 UNAVAILABLE = "Service Unavailable\n503"
@@ -538,6 +539,45 @@ def test_new_connection_on_a_half_dead_tuple(pair: Cluster) -> None:
     assert read_all(s).startswith(b"HTTP/1.1 200 ")
     s.close()
     settle(pair)
+
+
+def test_socket_that_ends_unseen_by_its_daemon(pair: Cluster) -> None:
+    """The back end's socket ends while tcphabe is stopped, and the client, who knows, uses the port
+    again at once: that SYN, still for the old connection, must not reach the listener."""
+    assert pair.fe
+    fe, port = pair.fe, 20679
+    fe.ctl("drain", pair.be_hosts[1].address)
+    silence = f"""table ip lab {{
+        chain out {{ type filter hook output priority 0; tcp sport {port} tcp flags & rst == rst drop; }}
+        chain in {{ type filter hook input priority 0; tcp dport {port} tcp flags & rst == rst drop; }}
+    }}"""
+
+    def again() -> bytes:
+        with connect_from(pair, port) as s:
+            s.sendall(REQUEST)
+            return read_all(s)
+    for _ in range(8):
+        s = connect_from(pair, port)
+        s.sendall(REQUEST.replace(b"close", b"keep-alive"))
+        assert s.recv(65536).startswith(b"HTTP/1.1 200 ")
+        before = fe.ctl("status")["packets"]["live_syn"]
+        pair.client.nft(silence)
+        pair.be[0].process.send_signal(signal.SIGSTOP)
+        try:
+            pair.be_hosts[0].run("ss", "-KHtn", f"dport = :{port}")
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            s.close()
+            with ThreadPoolExecutor(1) as thread:
+                answer = thread.submit(again)
+                wait_for(lambda b=before: fe.ctl("status")["packets"]["live_syn"] > b, "the SYN")
+                pair.client.nft("")
+                pair.be[0].process.send_signal(signal.SIGCONT)
+                assert answer.result().startswith(b"HTTP/1.1 200 ")
+        finally:
+            pair.be[0].process.send_signal(signal.SIGCONT)
+            pair.client.nft("")
+        settle(pair)
+    fe.ctl("undrain", pair.be_hosts[1].address)
 
 
 def test_uploads_while_back_ends_come_and_go(pair: Cluster) -> None:

@@ -103,13 +103,16 @@ cdef be_flow *_flow_to(be_nfqueue *d, const tcp_view *v) noexcept nogil:
     """The flow of a packet from the client, or NULL: it may not pass."""
     cdef tcpha_flow local
     cdef be_flow *f
+    cdef diag_answer a
     _key(d, v.ip + 12, v.tcp, &local)
     f = <be_flow *>table_find(&d.flows, &local)
     if f != NULL and f.state == B_DIRECT and v.flags & TCP_FIN and \
             memcmp(&f.outside.vport, v.tcp + 2, 2) == 0:
         _acknowledge(d, v)
     if f == NULL or f.state != B_LIVE or memcmp(&f.outside.vport, v.tcp + 2, 2) != 0 or \
-            (v.flags & TCP_SYN and f.ended_ns):
+            (v.flags & TCP_SYN and (f.ended_ns or diag_query(d.sockets, &local, &a) < 0
+                                    or not a.full)):
+        # a SYN is for the socket that it challenges; without one it would meet the listener
         add64(<uint64_t *>&d.n.guarded, 1)
         return NULL
     return f
@@ -375,7 +378,7 @@ cdef bint _on_syn_ack(be_nfqueue *d, tcp_view *v) noexcept nogil:
             (f.state == B_LIVE and get32(v.tcp + 4) != f.isn)):
         # the SYN came while we sent ours, or just before the adopted connection ended
         _hand_back(f)
-    elif f != NULL and f.state == B_SYN:
+    elif f != NULL and f.state == B_SYN and get32(v.tcp + 8) == f.asked:
         f.isn = get32(v.tcp + 4)
         f.ts_ok = v.ts != NULL
         f.tsval = get32(v.ts) if v.ts != NULL else 0
@@ -745,10 +748,10 @@ cdef int _alive(void *self, uint32_t worker, const tcpha_flow *flow) noexcept no
     if a.state != 0 and not known:
         diag_destroy(d.sockets, &local)  # an earlier run's; nobody can rewrite its packets
         return 0
-    if a.state == 0:
+    # a request socket is a newer connection's: an adopted one is beyond that
+    if a.state == 0 or a.state == TCP_NEW_SYN_RECV or (a.state == TCP_SYN_RECV and not a.full):
         return 0
-    if a.state == TCP_TIME_WAIT or (not a.full and a.state != TCP_NEW_SYN_RECV
-                                    and a.state != TCP_SYN_RECV):
+    if a.state == TCP_TIME_WAIT or not a.full:
         return DP_TIME_WAIT
     return DP_CLOSING if a.full and a.state != TCP_ESTABLISHED and a.state != TCP_CLOSE_WAIT \
         else DP_ALIVE
