@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, ClassVar
 
 from tcpha.admin import capabilities, logs
@@ -19,6 +19,7 @@ from tcpha.admin.files import ControlFiles
 from tcpha.admin.rundir import RunDir
 from tcpha.admin.server import Command, Refused, Server
 from tcpha.admin.troubles import Troubles
+from tcpha.admin.web import Admin, Pages
 from tcpha.config import Config, ConfigError, load
 from tcpha.control.secret import read_secret
 from tcpha.net.host import Host, HostError
@@ -27,6 +28,7 @@ from tcpha.supervisor import Supervisor
 log = logging.getLogger("tcpha")
 TICK = 0.05
 PING_EVERY = 1.0
+ADMIN_PATIENCE = 5.0  # seconds for the loop to answer a page
 
 
 def sd_notify(state: str) -> None:
@@ -65,6 +67,7 @@ class Service:
         self.unloading = False
         self.troubles = Troubles(self.TROUBLES)
         self.tasks: list[asyncio.Task[Any]] = []
+        self.admin: Admin | None = None
 
     # For the roles
 
@@ -100,6 +103,26 @@ class Service:
         """Open log files anew."""
         logs.reopen()
         log.info("log files opened anew")
+
+    def pages(self) -> Pages:
+        """What the admin address serves; called in threads of its own."""
+        return {}
+
+    def ask_loop(self, *work: Callable[[], Coroutine[Any, Any, Any]]) -> list[Any]:
+        """Run commands in the loop's thread for another one. Returns what they say."""
+        async def each() -> list[Any]:
+            return [await w() for w in work]
+        return asyncio.run_coroutine_threadsafe(each(), self.loop).result(ADMIN_PATIENCE)
+
+    def _listen_admin(self) -> None:
+        if not self.config.admin:
+            return
+        address, _, port = self.config.admin.rpartition(":")
+        try:
+            self.admin = Admin(address, int(port), self.pages())
+        except OSError as error:
+            raise HostError(f"admin: cannot listen on {self.config.admin}: {error.strerror}; mend "
+                            "the address or stop what holds the port") from None
 
     def commands(self) -> dict[str, Command]:
         return {"set": self.set, "unload": self.unload}
@@ -162,13 +185,16 @@ class Service:
 
     async def run(self, report: Callable[[str], None]) -> None:
         """Serve until told to stop. report('') once ready."""
-        loop = asyncio.get_running_loop()
+        loop = self.loop = asyncio.get_running_loop()
         try:
             self.host.recover()
             capabilities.restrict()  # before there is a second thread
+            self._listen_admin()
             self.open()
             self.host.settle()
         except BaseException:
+            if self.admin:
+                self.admin.close()
             self.host.restore()
             raise
         self.set_level(self.config.dbglevel)
@@ -193,6 +219,8 @@ class Service:
         try:
             await self.begin()
             self.spawn(self._tick())
+            if self.admin:
+                self.admin.start()
             self.run_dir.write_pid()
             report("")
             sd_notify("READY=1")
@@ -203,6 +231,8 @@ class Service:
             sd_notify("STOPPING=1")
             for task in self.tasks:
                 task.cancel()
+            if self.admin:
+                await asyncio.to_thread(self.admin.close)
             await server.close()
             await self.shut()
             self.workers.finish()

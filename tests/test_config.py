@@ -124,7 +124,8 @@ def test_faults_of_a_registration(tmp_path: Path, lines: str, words: str) -> Non
 def test_secrets(tmp_path: Path) -> None:
     file = tmp_path / "secret"
     for text, mode, words in (("x" * 32, 0o644, "can be read by everybody"),
-                              ("short\n", 0o600, "holds 5 bytes, too few")):
+                              ("short\n", 0o600, "holds 5 bytes, too few"),
+                              ("x" * 5000, 0o600, "more than 4096 bytes")):
         file.write_text(text)
         file.chmod(mode)
         assert words in faults(tmp_path, FE + f"secret = {file}\n")[0]

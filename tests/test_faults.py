@@ -548,8 +548,10 @@ def test_socket_that_ends_unseen_by_its_daemon(pair: Cluster) -> None:
     fe, port = pair.fe, 20679
     fe.ctl("drain", pair.be_hosts[1].address)
     silence = f"""table ip lab {{
-        chain out {{ type filter hook output priority 0; tcp sport {port} tcp flags & rst == rst drop; }}
-        chain in {{ type filter hook input priority 0; tcp dport {port} tcp flags & rst == rst drop; }}
+        chain out {{ type filter hook output priority 0;
+            tcp sport {port} tcp flags & rst == rst drop; }}
+        chain in {{ type filter hook input priority 0;
+            tcp dport {port} tcp flags & rst == rst drop; }}
     }}"""
 
     def again() -> bytes:

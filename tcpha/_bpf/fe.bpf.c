@@ -491,7 +491,7 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 		COUNT(requests, 1);
 		return to_worker(skb, TCPHA_FAST_FIRST);
 	}
-	count_load(fresh->backend, replaced);
+	count_load(fresh->backend, fresh->rule, replaced);
 	COUNT(cached, 1);
 	return DECIDED;
 accept:

@@ -11,6 +11,7 @@
 #include <linux/types.h>
 
 #define TCPHA_MAX_BACKENDS 256	 /* size of the back-end table; indexes are stable for a run */
+#define TCPHA_MAX_RULES 65536	 /* whose use is counted */
 #define TCPHA_LOCAL_NODE 255	 /* index of the front end's own server */
 #define TCPHA_MAX_OPS 1024	 /* operation slots, one for each worker thread that may exist */
 #define TCPHA_TARGET_MAX 96	 /* bytes of the request-target kept for the connection table */

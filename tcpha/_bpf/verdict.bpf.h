@@ -36,6 +36,15 @@ struct {
 	__type(value, struct tcpha_load);
 } loads SEC(".maps");
 
+/* How often each rule was used: by the program, and by user space. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, TCPHA_MAX_RULES);
+	__type(key, __u32);
+	__type(value, __u64);
+} rule_hits SEC(".maps");
+
 /* A request head, and what is made of it: the stack has no room. */
 struct head {
 	__u8 b[TCPHA_HEAD_MAX + 8]; /* the rest is for the last word */
@@ -190,11 +199,14 @@ static __always_inline int decide(struct __sk_buff *skb, __u32 offset, __u32 len
 	return choose(v, fresh);
 }
 
-/* A back end has got a connection; one of another (its index + 1, or 0) is over by that. */
-static __always_inline void count_load(__u32 backend, __u32 old)
+/* A back end has got a connection, by a rule; one of another (its index + 1, or 0) is over by that. */
+static __always_inline void count_load(__u32 backend, __u32 rule, __u32 old)
 {
 	struct tcpha_load *load = bpf_map_lookup_elem(&loads, &backend);
+	__u64 *hits = bpf_map_lookup_elem(&rule_hits, &rule);
 
+	if (hits)
+		__sync_fetch_and_add(hits, 1);
 	if (load) {
 		__sync_fetch_and_add(&load->live, 1);
 		__sync_fetch_and_add(&load->handed, 1);

@@ -71,6 +71,7 @@ cdef struct fe_datapath:
     # Verdicts that need no worker, by hash; without the packet path, both pointers are NULL.
     tcpha_cache *cache
     tcpha_load *loads      # by back end
+    uint64_t *rule_hits    # by rule
     void (*keep_verdict)(void *self, uint64_t key, const tcpha_verdict *verdict) noexcept nogil
     # The back end did not take it: the client's next attempt is a request again. As forget().
     int (*take_back)(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,

@@ -6,6 +6,7 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 cdef extern from "tcpha.h" nogil:
     enum:
         TCPHA_MAX_BACKENDS
+        TCPHA_MAX_RULES
         TCPHA_LOCAL_NODE
         TCPHA_MAX_OPS
         TCPHA_TARGET_MAX

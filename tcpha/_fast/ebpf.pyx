@@ -23,7 +23,7 @@ from tcpha._fast.defs cimport (
     TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_FAST_EARLY, TCPHA_FAST_SOCKET, TCPHA_FORWARD,
     TCPHA_F_ANSWERED, TCPHA_F_FAST, TCPHA_F_RST, TCPHA_GIVEN_UP, TCPHA_IPID_PLAIN, TCPHA_LOCAL,
     TCPHA_LOCAL_NODE, TCPHA_MAC_FAST, TCPHA_MAC_MARK, TCPHA_MAC_ROOM, TCPHA_MAX_BACKENDS,
-    TCPHA_MAX_FAST, TCPHA_MAX_OPS, TCPHA_OP_ADOPT, TCPHA_OP_END, TCPHA_OP_QUERY,
+    TCPHA_MAX_FAST, TCPHA_MAX_OPS, TCPHA_MAX_RULES, TCPHA_OP_ADOPT, TCPHA_OP_END, TCPHA_OP_QUERY,
     TCPHA_OP_TAKE_BACK, TCPHA_PENDING, TCPHA_R_ASSIGN, TCPHA_R_LIVE, TCPHA_R_NONE,
     TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_OK, TCPHA_R_TIME_WAIT, TCPHA_STATE_VERSION,
     TCPHA_TUNNEL, tcpha_adoption, tcpha_backend, tcpha_be_conf, tcpha_cache, tcpha_counters,
@@ -521,7 +521,7 @@ cdef class FeEbpf(FeDatapath):
             conf.window = WINDOW
         sizes = {"flows": maxflows}
         if fast is None:
-            sizes["verdicts"] = 1
+            sizes["verdicts"] = sizes["rule_hits"] = 1
         reuse = self._reusable(left, &conf)
         self.taken_over = bool(reuse)
         self.obj = Object(path, (<char *>&conf)[:sizeof(conf)],
@@ -569,6 +569,8 @@ cdef class FeEbpf(FeDatapath):
             memcpy(self.table.cache.key, <const char *>(<bytes>key), 16)
             self.table.loads = <tcpha_load *>self.obj.map_memory(
                 "loads", TCPHA_MAX_BACKENDS * sizeof(tcpha_load))
+            self.table.rule_hits = <uint64_t *>self.obj.map_memory(
+                "rule_hits", TCPHA_MAX_RULES * sizeof(uint64_t))
             self.table.keep_verdict = _keep_verdict
 
     cdef dict _reusable(self, dict left, tcpha_fe_conf *conf):

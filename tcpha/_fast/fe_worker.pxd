@@ -6,6 +6,7 @@ from tcpha._fast.datapath cimport FAST_QUEUES, fe_datapath
 from tcpha._fast.defs cimport TCPHA_MAX_BACKENDS, tcpha_entry, tcpha_load
 from tcpha._fast.http cimport http_head
 from tcpha._fast.match cimport hs_scratch_t, ruleset
+from tcpha._fast.meter cimport histogram, slow_ones
 from tcpha._fast.snapshot cimport snapshot
 from tcpha._fast.sys cimport pthread_mutex_t
 
@@ -20,6 +21,13 @@ cdef enum conn_state:
     CONN_READ = 1          # waiting for the request head
     CONN_SENT = 2          # offered to a back end, waiting for its answer
     CONN_LINGER = 3        # answered by ourselves, waiting for the client to close
+
+cdef enum:                 # stages of a handoff, as measured
+    STAGE_HEAD = 0         # from accept() until the request head is whole
+    STAGE_OFFER = 1        # from the last offer to its ADOPTED
+    STAGE_TOTAL = 2        # from accept() until the connection is the back end's
+    STAGE_FAST = 3         # packet path, through a worker: from the request's arrival until sent on
+    STAGES = 4
 
 
 # A connection in the front end's hands. Guarded by its lock.
@@ -36,6 +44,7 @@ cdef struct conn:
     bint local             # the client is on our own host
     uint32_t seen          # bytes peeked so far
     uint64_t accept_ns
+    uint64_t offered_ns
     uint64_t deadline_ns
     uint32_t link
     uint32_t link_gen
@@ -127,7 +136,11 @@ cdef struct frontend:
     backend backends[TCPHA_MAX_BACKENDS]
     tcpha_load *own_loads
     tcpha_load *loads      # by back end; the datapath's, if it has some
+    uint64_t *own_hits
+    uint64_t *rule_hits    # by rule; the datapath's, if it has some
     uint64_t sighted[SIGHTED]  # hashes
+    histogram stages[STAGES]
+    slow_ones slow
     fe_counters n
 
 

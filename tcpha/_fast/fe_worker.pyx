@@ -19,9 +19,9 @@ from tcpha._fast.datapath cimport DP_GONE, FeDatapath
 from tcpha._fast.defs cimport (
     TCPHA_CHOICES, TCPHA_F_FIN, TCPHA_FAST_EARLY, TCPHA_FAST_FIRST, TCPHA_FAST_SEND,
     TCPHA_FORWARD, TCPHA_HEAD_MAX, TCPHA_HOLD, TCPHA_LINE_MAX, TCPHA_LOCAL_NODE, TCPHA_MAX_BACKENDS,
-    TCPHA_TARGET_MAX, tcpha_cache, tcpha_entry, tcpha_flow, tcpha_load, tcpha_offer, tcpha_siphash,
-    tcpha_verdict)
-from tcpha._fast.http cimport HTTP_BAD, HTTP_DONE, HTTP_MORE, http_parse
+    TCPHA_MAX_RULES, TCPHA_TARGET_MAX, tcpha_cache, tcpha_entry, tcpha_flow, tcpha_load,
+    tcpha_offer, tcpha_siphash, tcpha_verdict)
+from tcpha._fast.http cimport HTTP_BAD, HTTP_DONE, HTTP_MORE, http_head, http_parse
 from tcpha._fast.match cimport (
     HS_SUCCESS, choice, hs_clone_scratch, hs_free_scratch, hs_scratch_t, match_scan, ruleset,
     ruleset_free, ruleset_new)
@@ -30,6 +30,8 @@ from tcpha._fast.message cimport (
     MSG_MISSED, MSG_OWNED_SIZE, MSG_REFUSED, MSG_RETURN, MSG_SERVER, MSG_TOLD, REFUSE_FULL,
     REFUSE_LINK, REFUSE_LOST, REFUSE_TIMEOUT, REFUSE_UNSUPPORTED, fast_id, message, message_doubt,
     message_handoff, message_keys, message_owned, refusal_text)
+from tcpha._fast.meter cimport (
+    histogram_add, histogram_read, slow_close, slow_note, slow_open, slow_read)
 from tcpha._fast.packet cimport address_bytes, flow_text
 from tcpha._fast.repair cimport repair_received
 from tcpha._fast.rewrite cimport get32, tcp_view
@@ -224,7 +226,9 @@ cdef bint _pick(frontend *f, conn *k, const ruleset *rules, const uint64_t *matc
             n = rules.first[g + 1] - rules.first[g]
             best = <uint32_t>-1
             live = 0
-            at = <uint32_t>(load64(&f.next_id) % n)  # equal loads take turns
+            # Equal loads take turns, also where every other request is for another group: multiples
+            # of the golden ratio are even among any of them.
+            at = <uint32_t>(((load64(&f.next_id) * 0x9e3779b97f4a7c15u) >> 32) % n)
             for i in range(n):
                 ch = &rules.choices[rules.first[g] + (at + i) % n]
                 if _usable(f, k, ch.backend, now, desperate) and \
@@ -292,6 +296,13 @@ cdef void _count_closed(frontend *f, uint32_t b) noexcept nogil:
     add64(&f.n.closed, 1)
     add64(&f.backends[b].closed, 1)
     add32(&f.loads[b].live, -1)
+
+
+cdef inline void _count_handed(frontend *f, uint32_t b, uint32_t rule) noexcept nogil:
+    add64(&f.n.handed, 1)
+    add64(&f.backends[b].handed, 1)
+    if rule < TCPHA_MAX_RULES:
+        add64(&f.rule_hits[rule], 1)
 
 
 cdef bint _takes_fast(frontend *f, uint32_t b) noexcept nogil:
@@ -395,7 +406,8 @@ cdef void _offer(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
                 k.snap.len = k.seen
         add32(&f.loads[k.entry.backend].live, 1)
         set32(&k.state, CONN_SENT)
-        set64(&k.deadline_ns, now_ns() + f.offer_ns)
+        k.offered_ns = now_ns()
+        set64(&k.deadline_ns, k.offered_ns + f.offer_ns)
         if _send_offer(f, w, k, buf):
             say_more(f.c, 3, &k.snap.flow, b"offered to %s, %ld bytes",
                      f.backends[k.entry.backend].name, k.snap.len)
@@ -476,6 +488,7 @@ cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
     cdef int one = TCP_RECV_QUEUE
     cdef ssize_t n
     cdef bint fin
+    cdef uint64_t at
     now.flow = k.snap.flow
     # A packet that another CPU had in its hands when the flow was diverted may have reached our
     # socket after the snapshot: our stack has acknowledged it, so it must be passed on from here.
@@ -500,8 +513,11 @@ cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
     if now.flags & SNAP_FIN:
         k.entry.flags |= TCPHA_F_FIN
     f.dp.forward(f.dp.self, &k.entry, &now, w.scratch + k.snap.len, late, fin)
-    add64(&f.n.handed, 1)
-    add64(&f.backends[k.entry.backend].handed, 1)
+    _count_handed(f, k.entry.backend, k.entry.rule)
+    at = now_ns()
+    histogram_add(&f.stages[STAGE_OFFER], at - k.offered_ns)
+    histogram_add(&f.stages[STAGE_TOTAL], at - k.accept_ns)
+    slow_note(&f.slow, at - k.accept_ns, &k.snap.flow, &k.entry)
     say_more(f.c, 2, &k.snap.flow, b"handed over to %s by rule %ld",
              f.backends[k.entry.backend].name, <int>k.entry.rule)
     if f.access_fd >= 0:
@@ -544,6 +560,7 @@ cdef void _read_head(frontend *f, worker *w, conn *k) noexcept nogil:
     elif rc != HTTP_MORE:
         k.method_head = (k.head.method_len == 4
                          and memcmp(w.scratch + k.head.method, b"HEAD", 4) == 0)
+        histogram_add(&f.stages[STAGE_HEAD], now_ns() - k.accept_ns)
         _offer(f, w, k, w.scratch)
     elif k.seen >= f.headlimit:
         say_flow(f.c, 1, &k.snap.flow, b"request head over headlimit: 431")
@@ -680,7 +697,7 @@ cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint
     cdef backend *be
     cdef conn *k
     cdef bint chosen
-    cdef uint64_t generation = 0
+    cdef uint64_t generation = 0, took
     if fw == NULL:
         return                 # out of memory: the client sends it again
     if f.dp.cache != NULL:     # before we look at anything that it stands for
@@ -719,9 +736,13 @@ cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint
         add32(&f.loads[o.backend].live, -1)  # a copy of a segment, or its flow is over
         return
     add64(&f.n.accepted, 1)
-    add64(&f.n.handed, 1)
     add64(&f.n.fast, 1)
-    add64(&be.handed, 1)
+    _count_handed(f, o.backend, o.rule)
+    took = now_ns() - o.start_ns
+    histogram_add(&f.stages[STAGE_FAST], took)
+    k.entry.target_len = o.target_len
+    memcpy(k.entry.target, o.target, TCPHA_TARGET_MAX)
+    slow_note(&f.slow, took, &k.snap.flow, &k.entry)
     say_more(f.c, 2, &k.snap.flow, b"handed over to %s by rule %ld", be.name, <int>k.entry.rule)
     if f.access_fd >= 0:
         k.accept_ns = o.start_ns
@@ -801,6 +822,8 @@ cdef void _on_return(frontend *f, worker *w, uint32_t b, message *m) noexcept no
     add64(&f.n.handed, -1)
     add64(&f.n.fast, -1)
     add64(&f.backends[entry.backend].handed, -1)
+    if entry.rule < TCPHA_MAX_RULES:
+        add64(&f.rule_hits[entry.rule], -1)
     if m.reason == REFUSE_UNSUPPORTED:
         store64(&be.keyed, 0)  # of the connections that our cookies make
         _void_verdicts(f)
@@ -1016,9 +1039,13 @@ cdef class FrontEnd(Core):
         self.f.conns = <conn *>calloc(maxclients, sizeof(conn))
         self.f.pool = <uint32_t *>calloc(maxclients, sizeof(uint32_t))
         self.f.own_loads = <tcpha_load *>calloc(TCPHA_MAX_BACKENDS, sizeof(tcpha_load))
-        if self.f.conns == NULL or self.f.pool == NULL or self.f.own_loads == NULL:
+        self.f.own_hits = <uint64_t *>calloc(TCPHA_MAX_RULES, sizeof(uint64_t))
+        if self.f.conns == NULL or self.f.pool == NULL or self.f.own_loads == NULL or \
+                self.f.own_hits == NULL:
             raise MemoryError
         self.f.loads = self.f.own_loads
+        self.f.rule_hits = self.f.own_hits
+        slow_open(&self.f.slow)
         pthread_mutex_init(&self.f.pool_lock, NULL)
         pthread_mutex_init(&self.f.return_lock, NULL)
         for i in range(self.f.nconns):
@@ -1055,6 +1082,8 @@ cdef class FrontEnd(Core):
         free(self.f.conns)
         free(self.f.pool)
         free(self.f.own_loads)
+        free(self.f.own_hits)
+        slow_close(&self.f.slow)
         free(self.f)
 
     def start(self, datapath, listener, str vaddr):
@@ -1066,6 +1095,7 @@ cdef class FrontEnd(Core):
         self.f.key = 1         # and so no back end has it
         if d.table.loads != NULL:
             self.f.loads = d.table.loads
+            self.f.rule_hits = d.table.rule_hits
         address_bytes(vaddr, self.f.vaddr)
         self.f.vport = htons(listener.getsockname()[1])
         listener.setblocking(False)
@@ -1211,6 +1241,54 @@ cdef class FrontEnd(Core):
         self.quiesce()
         ruleset_free(old)
 
+    def hits(self, int count):
+        """How many connections each of the first 'count' rules has handed over since the start, by
+        index: rules that were at its place before are included. What is taken back is not."""
+        cdef int i
+        return [load64(&self.f.rule_hits[i]) for i in range(min(count, <int>TCPHA_MAX_RULES))]
+
+    def stages(self):
+        """{stage: what histogram_read() says}, see fe_worker.pxd."""
+        return {name: histogram_read(&self.f.stages[i]) for name, i in (
+            ("head", STAGE_HEAD), ("offer", STAGE_OFFER), ("total", STAGE_TOTAL),
+            ("fast", STAGE_FAST))}
+
+    def slowest(self, double seconds):
+        """The slowest handoffs of the last so many seconds, one dict each."""
+        return slow_read(&self.f.slow, seconds)
+
+    def consider(self, bytes head):
+        """What would become of a request with this head: (what is wrong with it, target, indexes of
+        the rules that match). Raises MemoryError."""
+        cdef http_head h
+        cdef ruleset *rules
+        cdef hs_scratch_t *scratch = NULL
+        cdef uint32_t g, i
+        cdef int rc
+        memset(&h, 0, sizeof(h))
+        rc = http_parse(&h, head, min(<uint32_t>len(head), self.f.headlimit))
+        if rc != HTTP_DONE:
+            error = h.error.decode() if rc == HTTP_BAD else \
+                "longer than headlimit" if len(head) >= self.f.headlimit else "not complete"
+            return error, "", []
+        target = head[h.target:h.target + h.target_len]
+        rules = self.f.rules   # the loop's thread publishes them, and runs this
+        matched = []
+        if rules != NULL and rules.groups:
+            bits = bytearray(rules.words * 8)
+            if hs_clone_scratch(rules.scratch, &scratch) != HS_SUCCESS:
+                raise MemoryError
+            rc = match_scan(rules, scratch, target, <uint32_t>len(target),
+                            <uint64_t *><char *>bits)
+            hs_free_scratch(scratch)
+            if rc < 0:
+                raise MemoryError
+            for g in range(rules.groups):
+                if bits[g >> 3] >> (g & 7) & 1:
+                    for i in range(rules.first[g], rules.first[g + 1]):
+                        matched.append(rules.choices[i].rule)
+        return None, target.decode("ascii"), matched
+
     # Back ends, by index
 
     def backend_open(self, uint32_t b, str name):
@@ -1284,6 +1362,7 @@ cdef class FrontEnd(Core):
         cdef tcpha_load *load = &self.f.loads[b]
         return {"links": load32(&be.links), "told": bool(load32(&be.told)),
                 "fast": bool(self.f.dp.nfast and _takes_fast(self.f, b)),
+                "app_down": bool(load32(&be.app_down)), "full": bool(_full(self.f, b, now_ns())),
                 "draining": bool(load32(&be.draining)), "dead": bool(load32(&be.dead)),
                 "listens": bool(load64(&be.server_said) & 1), "live": load32(&load.live),
                 "handed": load64(&be.handed) + load64(<uint64_t *>&load.handed),

@@ -8,8 +8,10 @@ import logging
 import logging.handlers
 import os
 import sys
+from collections import deque
 from typing import Any
 
+KEPT = 50  # messages
 log = logging.getLogger("tcpha")
 
 
@@ -45,6 +47,23 @@ class LogFile(logging.handlers.WatchedFileHandler):
                       self.baseFilename, why)
 
 
+class Recent(logging.Handler):
+    """The latest messages that are no debug lines, for who looks at a running daemon."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.events: deque[dict[str, Any]] = deque(maxlen=KEPT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.events.append({"time": round(record.created, 3), "level": record.levelname.lower(),
+                            "text": record.getMessage()})
+
+
+def recent() -> list[dict[str, Any]]:
+    """The latest messages, oldest first: seconds since the epoch, level and text."""
+    return [event for h in log.handlers if isinstance(h, Recent) for event in list(h.events)]
+
+
 def set_up(name: str, foreground: bool, logfile: str | None) -> None:
     """Configure the logger. Raises OSError if the log file cannot be opened."""
     log.setLevel(logging.DEBUG)
@@ -69,7 +88,7 @@ def set_up(name: str, foreground: bool, logfile: str | None) -> None:
         file = LogFile(logfile)
         file.setFormatter(logging.Formatter(f"%(asctime)s {name}[%(process)d]: %(message)s"))
         handlers.append(file)
-    for handler in handlers or [logging.NullHandler()]:
+    for handler in [*handlers, Recent()]:
         log.addHandler(handler)
 
 

@@ -12,6 +12,7 @@ from tcpha._fast.be_worker import BackEnd
 from tcpha._fast.diag import SockDiag
 from tcpha.admin.rundir import RunDir
 from tcpha.admin.server import Command
+from tcpha.admin.web import Pages
 from tcpha.backend import arp
 from tcpha.backend.registration import Registration
 from tcpha.config import ANY, Config
@@ -230,6 +231,11 @@ class BackEndService(Service):
             "frontends": [{"address": a, "connections": sum(
                 1 for _, p, up, _ in self.core.links() if up and p == n)}
                 for n, (_, a) in enumerate(self.frontends)]}
+
+    def pages(self) -> Pages:
+        from tcpha.admin import metrics
+        return {"/metrics": (metrics.CONTENT_TYPE, lambda: metrics.text(
+            lambda: metrics.backend(*self.ask_loop(self.status))))}
 
     async def conns(self) -> list[dict[str, Any]]:
         self.core.catch_up()

@@ -49,6 +49,14 @@ def text(value: Any) -> str:
     return value
 
 
+def endpoint(value: Any) -> str:
+    """'ADDRESS:PORT', or 'PORT' of 127.0.0.1."""
+    where, _, number = str(value).rpartition(":")
+    if not number:
+        raise ValueError(f"'{value}' is not 'ADDRESS:PORT', as in 127.0.0.1:9110")
+    return f"{address(where or '127.0.0.1')}:{port(number)}"
+
+
 def server(value: Any) -> Server:
     """'ADDRESS [PORT]', or a TOML table with the keys address and port."""
     if isinstance(value, dict):
@@ -109,6 +117,7 @@ SHARED = {
     "idletimeout": Key(integer(1, 10 ** 6), 900),
     "maxflows": Key(integer(64, 16 * 2 ** 20), 262144),
     "queuelen": Key(integer(16, 2 ** 20), 8192),
+    "admin": Key(endpoint),
     "interface": Key(text, repeated=True),
 }
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from pathlib import Path
 
-SHORTEST = 16  # bytes
+SHORTEST, LONGEST = 16, 4096  # bytes
 
 
 def read_secret(path: str) -> bytes:
@@ -14,7 +13,8 @@ def read_secret(path: str) -> bytes:
     wrong with it and how to mend that."""
     try:
         mode = os.stat(path).st_mode
-        secret = Path(path).read_bytes().strip()
+        with open(path, "rb") as f:
+            secret = f.read(LONGEST + 1).strip()
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; make one with 'openssl rand -hex 32' and give "
                          "all hosts the same") from None
@@ -23,4 +23,6 @@ def read_secret(path: str) -> bytes:
     if len(secret) < SHORTEST:
         raise ValueError(f"{path} holds {len(secret)} bytes, too few; make one with "
                          "'openssl rand -hex 32'")
+    if len(secret) > LONGEST:
+        raise ValueError(f"{path} holds more than {LONGEST} bytes; is it the right file?")
     return secret

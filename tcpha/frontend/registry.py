@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +72,10 @@ class Registry:
         # by address: server, rules, and the connection that they came by
         self.registered: dict[str, tuple[Server, list[Rule], object]] = {}
         self.rules: list[Rule] = []
+        # connections handed over by rules that are not in force any more, or since a reload are
+        # elsewhere in the list; and what the workers' counts were when it changed
+        self.used: Counter[Rule] = Counter()
+        self.counted: list[int] = []
         self.keys = CookieKeys(core) if datapath.fastpath else None
         self.left: dict[str, tuple[int, int]] = dict(datapath.left)
         self.started = False
@@ -94,6 +99,7 @@ class Registry:
             if address not in self.entries:
                 self.entries[address] = self._add(server)
         groups: dict[str, list[tuple[int, int]]] = {}
+        self.used = self.rule_use()
         self.rules = list(config.rule)
         for _, rules, _ in self.registered.values():
             self.rules += rules
@@ -102,6 +108,7 @@ class Registry:
             index = named.index if named else LOCAL_NODE
             groups.setdefault(rule.pattern, []).append((index, n))
         self.core.publish_rules(list(groups.items()))
+        self.counted = self.core.hits(len(self.rules))
 
     # Registration
 
@@ -377,6 +384,74 @@ class Registry:
 
     # What it knows
 
+    def rule_use(self) -> Counter[Rule]:
+        """How many connections each rule has handed over, those of earlier lists too."""
+        use = self.used.copy()
+        for rule, now, before in zip(self.rules, self.core.hits(len(self.rules)), self.counted,
+                                     strict=False):
+            use[rule] += now - before
+        return use
+
+    def explain(self, head: bytes) -> dict[str, Any]:
+        """What would become of a request, and why. head: all of it, up to the empty line."""
+        error, target, matched = self.core.consider(head)
+        if error:
+            status = 431 if "headlimit" in error else 400
+            return {"outcome": str(status), "reason": f"request head: {error}", "rules": []}
+        rows: list[dict[str, Any]] = []
+        chosen: dict[str, Any] | None = None
+        for n in sorted(matched, key=lambda n: (self._first_of(n), n)):
+            rule = self.rules[n]
+            why = self._unusable(rule.server)
+            rows.append({"rule": n, "pattern": rule.pattern, "server": rule.server,
+                         "usable": not why, "reason": why})
+            if why or (chosen and chosen["pattern"] != rule.pattern):
+                continue
+            live = self._live(rule.server)
+            if chosen is None or live < chosen["live"]:
+                chosen = rows[-1] | {"live": live}
+        if chosen:
+            out = {"outcome": "handed over", "server": chosen["server"], "rule": chosen["rule"],
+                   "reason": f"first rule that matches and can be served: '{chosen['pattern']}'"}
+        else:
+            why = "no back end of a rule that matches can take it" if rows else "no rule matches"
+            if not self._unusable(NAME):
+                out = {"outcome": "handed over", "server": NAME,
+                       "reason": f"{why}; the Local Node listens"}
+            else:
+                out = {"outcome": "503", "reason": f"{why}, and no Local Node listens"}
+        return out | {"target": target, "rules": rows}
+
+    def _first_of(self, n: int) -> int:
+        """Rules with one pattern stand where the first of them does."""
+        return [r.pattern for r in self.rules].index(self.rules[n].pattern)
+
+    def _index(self, server: str) -> int:
+        entry = self.entries.get(server)
+        return entry.index if entry else LOCAL_NODE
+
+    def _live(self, server: str) -> int:
+        return int(self.core.backend_stats(self._index(server))["live"])
+
+    def _unusable(self, server: str) -> str:
+        """Why a back end gets no new connections; '' if it may."""
+        stats = self.core.backend_stats(self._index(server))
+        entry = self.entries.get(server)
+        if not stats["links"] or stats["dead"]:
+            return (entry.why if entry and entry.why != "up" else "") or "no control connection"
+        if stats["draining"]:
+            return "draining"
+        if stats["app_down"]:
+            return "nothing listens on its redirectport"
+        if stats["full"]:
+            return "full: it has maxclients connections"
+        return ""
+
+    def channels(self) -> list[dict[str, Any]]:
+        """Control connections: whose, whether up, and seconds since a sign of life."""
+        return [{"server": self.address(peer), "up": up, "silent": age}
+                for _, peer, up, age in self.core.links() if peer != LOCAL_NODE]
+
     def _all(self) -> list[BackEndEntry]:
         return [*self.entries.values(), *self.gone]
 
@@ -401,7 +476,7 @@ class Registry:
             reason = f"{entry.health}: {entry.why}" if entry.health else entry.why
             rows.append({"server": entry.server.address, "port": entry.server.port, "state": state,
                          "reason": reason if down else "", "connperbe": stats["links"],
-                         "fastpath": stats["fast"],
+                         "packet_path": stats["fast"],
                          "registered": entry.server.address in self.registered,
                          "live": stats["live"], "handed": stats["handed"],
                          "refused": stats["refused"], "closed": stats["closed"]})

@@ -6,14 +6,17 @@ import asyncio
 import logging
 import resource
 import socket
+import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, ClassVar
 
 from tcpha._fast.fe_worker import FrontEnd
-from tcpha.admin import render
+from tcpha.admin import logs, render
 from tcpha.admin.rundir import RunDir
 from tcpha.admin.server import Command, Refused
 from tcpha.admin.tablefile import TableFile
+from tcpha.admin.web import Pages, as_json
 from tcpha.config import ANY, Config
 from tcpha.datapath import choose, open_frontend
 from tcpha.frontend.localnode import LocalNode
@@ -29,11 +32,13 @@ TUNNEL_OVERHEAD = 20
 RECEIVE_BUFFER = 65536
 COLUMNS = ("client", "vaddr", "target", "rule", "server", "state", "age", "idle", "packets",
            "bytes")
+PAGE = Path(__file__).with_name("status.html")
 GRACE = 1.0  # seconds for clients that have a cookie to send the end of the handshake
 HANDSHAKE = 3.0  # seconds that an unacknowledged SYN-ACK may hold up unloading
 SILENT = 1.0  # seconds after which a client that has not sent its request gets a socket of ours
 DOUBT = 5.0  # seconds of silence after which a back end is asked whether it got a request
 SPARE_DESCRIPTORS = 1024  # for all but clients: control connections, maps, files
+SLOW_FOR = 300.0  # seconds for which the slowest handoffs are remembered
 DEAD_IDLE = 60.0  # seconds of silence after which a dead back end's flow is forgotten
 
 
@@ -58,6 +63,7 @@ class FrontEndService(Service):
         self.expiring = self.asking = False
         self.taking = False
         self.emptying = False  # the accept queue, before we unload
+        self.began = time.monotonic()
         self.table: TableFile | None = None
 
     def _allow_descriptors(self, count: int) -> None:
@@ -308,7 +314,7 @@ class FrontEndService(Service):
         return super().commands() | {
             "status": self.status, "conns": self.conns, "servers": self.servers,
             "rules": self.rules, "reload": self.reload, "drain": self.drain,
-            "undrain": self.undrain}
+            "undrain": self.undrain, "stats": self.stats, "test-request": self.test_request}
 
     def control_files(self) -> dict[str, tuple[Any, Any]]:
         async def interval(text: str) -> None:
@@ -331,7 +337,8 @@ class FrontEndService(Service):
         return {
             "vaddr": config.vaddr, "raddr": config.raddr, "port": config.port,
             "datapath": self.datapath.name, "forward": config.forward,
-            "fastpath": self.core.answers_syns(), "dbglevel": self.core.dbglevel, "dtcinterval": self.dtcinterval,
+            "fastpath": config.fastpath, "packet_path": self.core.answers_syns(),
+            "dbglevel": self.core.dbglevel, "dtcinterval": self.dtcinterval,
             "startservers": config.startservers, "minspareservers": config.minspareservers,
             "maxspareservers": config.maxspareservers, "maxclients": config.maxclients,
             "unloading": self.unloading, "workers": self.workers.stats(),
@@ -340,12 +347,53 @@ class FrontEndService(Service):
             "counters": self.core.counters(), "packets": self.datapath.counters(),
             "servers": self.registry.table()}
 
+    def pages(self) -> Pages:
+        from tcpha.admin import metrics
+
+        def show() -> bytes:
+            return metrics.text(lambda: metrics.frontend(
+                *self.ask_loop(self.status, self.rules, self.stats)))
+
+        def state() -> bytes:
+            status, rules, stats = self.ask_loop(self.status, self.rules, self.stats)
+            return as_json({"status": status, "rules": rules, "stats": stats})
+        return {"/": ("text/html; charset=utf-8", PAGE.read_bytes),
+                "/status.json": ("application/json", state),
+                "/metrics": (metrics.CONTENT_TYPE, show)}
+
     async def servers(self) -> list[dict[str, Any]]:
         return self.registry.table()
 
     async def rules(self) -> list[dict[str, Any]]:
-        return [{"rule": n, "server": r.server, "pattern": r.pattern}
+        use = self.registry.rule_use()
+        return [{"rule": n, "server": r.server, "pattern": r.pattern, "handed": use[r]}
                 for n, r in enumerate(self.registry.rules)]
+
+    async def stats(self) -> dict[str, Any]:
+        """What 'top', the status page and the metrics show beside status() and rules()."""
+        rules = self.registry.rules
+        slowest = [{"seconds": round(s["seconds"], 6), "ago": round(s["ago"], 1),
+                    "client": s["client"], "target": s["target"],
+                    "rule": rules[s["rule"]].pattern if s["rule"] < len(rules) else "",
+                    "server": self.registry.address(s["backend"])}
+                   for s in self.core.slowest(SLOW_FOR)]
+        return {"uptime": round(time.monotonic() - self.began, 3), "stages": self.core.stages(),
+                "slowest": slowest, "channels": self.registry.channels(),
+                "events": logs.recent()}
+
+    async def test_request(self, *words: str) -> dict[str, Any]:
+        """words: method, request-target and header fields ('Name: value')."""
+        if len(words) < 2:
+            raise Refused("write a method and a request-target, as in GET /a.jpg")
+        method, target, *fields = words
+        if not any(f.lower().startswith("host:") for f in fields):
+            fields = [f"Host: {self.config.vaddr}", *fields]
+        try:
+            head = "".join(f"{line}\r\n" for line in (f"{method} {target} HTTP/1.1", *fields, ""))
+            return self.registry.explain(head.encode("latin-1"))
+        except UnicodeEncodeError:
+            raise Refused("a request head has only ASCII characters; encode others in the target "
+                          "as %XX") from None
 
     async def conns(self) -> list[dict[str, Any]]:
         return await asyncio.to_thread(lambda: [self._row(f) for f in self.datapath.flows()])

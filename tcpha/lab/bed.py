@@ -368,9 +368,11 @@ class Cluster:
         if it can be."""
         assert self.fe is not None
         fe = self.fe
-        wait_for(lambda: all(s["connperbe"] == 2 and s["fastpath"] >= self.fastpath
+        fast = self.fastpath_key == "on" and all(
+            d.ctl("status")["datapath"] == "ebpf" for d in (fe, *self.be))
+        wait_for(lambda: all(s["connperbe"] == 2 and s["packet_path"] >= fast
                              for s in fe.ctl("servers")), "control connections")
-        wait_for(lambda: fe.ctl("status")["fastpath"] == self.fastpath, "the packet path")
+        wait_for(lambda: fe.ctl("status")["packet_path"] >= fast, "the packet path")
 
     def curl(self, *args: str, check: bool = True, **kw: Any) -> subprocess.CompletedProcess[str]:
         return self.client.run("curl", "-sS", "--max-time", "120", *args, check=check, **kw)
