@@ -100,7 +100,7 @@ cdef adopted *_insert_any(backend_state *b, const tcpha_flow *flow) noexcept nog
         return NULL
     b.free_list = a.next
     a.flow = flow[0]
-    a.over = a.adopting = a.recheck = a.fast = a.is_open = False
+    a.over = a.adopting = a.recheck = a.fast = a.found = a.is_open = False
     head = _bucket(b, flow)
     a.next = head[0]
     head[0] = a
@@ -232,11 +232,17 @@ cdef void _claim(backend_state *b, worker *w, link *l, message *m) noexcept nogi
         p = _insert(b, &m.snap.flow)
         if p != NULL:
             _set_origin(b, p, l, m.id)
+    elif p != NULL and p.found and p.peer == l.peer:
+        # it asked for what we have when it started, we were killed before we had said all, and were
+        # asked again: but it knew this one, under the id that its handoff had
+        _set_origin(b, p, l, m.id)
+        p.found = False
     elif p == NULL:
         a.flow = m.snap.flow
         _set_origin(b, &a, l, m.id)
         _tell_closed(b, w, &a, END_TIME_WAIT if owner == DP_TIME_WAIT else END_GONE)
     pthread_mutex_unlock(&b.lock)
+    _check(b, w, &m.snap.flow)  # its end may have been reported before it was in the table
 
 
 cdef void _doubted(backend_state *b, worker *w, link *l, message *m) noexcept nogil:
@@ -799,6 +805,7 @@ cdef class BackEnd(Core):
                     a = _insert_any(self.b, &flow)
                 if a != NULL:
                     a.since_ns = now_ns()
+                    a.found = True
                     a.id = self.b.claimed = self.b.claimed + 1
                     a.link = a.link_gen = 0
                     a.peer = peer

@@ -46,7 +46,7 @@ cdef enum:
     TCP_CWR = 0x80
     LEAP = 1 << 24         # how far 'high' may be behind, if the queue was full
     SWEEP = 512            # entries looked at by one call of sweep()
-    LAYOUT = 1             # version of struct be_flow
+    LAYOUT = 2             # version of struct be_flow
 
 cdef uint64_t HANDSHAKE_NS = 1000000000  # for the local server's SYN-ACK
 cdef uint64_t SILENT_NS = 100000000      # after this, a SYN that left no trace is looked into
@@ -72,6 +72,7 @@ cdef struct be_flow:
     int wscale             # of its SYN-ACK; -1: none
     bint ts_ok
     bint ecn_ok
+    bint after_direct      # the name was a direct connection's, whose last packets may still come
     translation inward
     translation outward
     uint64_t ended_ns      # 0: alive
@@ -312,8 +313,12 @@ cdef int _outward(be_nfqueue *d, queue *q, packet *p) noexcept nogil:
         if v.flags & TCP_RST and f.state == B_SYN:
             f.state = B_REFUSED
             _tell(d)
+        elif f.after_direct and not v.flags & (TCP_SYN | TCP_RST):
+            return V_ACCEPT
         return V_DROP
     if not _is_of(f, &v):
+        if f.after_direct:
+            return V_ACCEPT
         add64(&d.unknown, 1)
         return V_DROP
     f.sent += 1
@@ -560,6 +565,7 @@ cdef int _room(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) noexce
         if f != NULL:
             f.state = B_SYN
             f.outside = s.flow
+            f.after_direct = d.shared and unknown
             f.asked = s.rcv_nxt - (1 if s.flags & SNAP_FIN else 0) - s.len
     pthread_rwlock_unlock(&d.lock)
     if occupied:

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""tcphactl doctor: what on this host stands in the way, and what to do about it.
+
+Looks and probes only; changes nothing.
+"""
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tcpha._fast.bpf import kernel_has_function
+from tcpha._fast.diag import SockDiag
+from tcpha.admin.server import Refused, ask
+from tcpha.config import ANY, Config, ConfigError, load
+from tcpha.datapath import ADOPT_KFUNC, DatapathError, choose
+from tcpha.net.host import Host, HostError
+
+Finding = dict[str, str]
+GOOD, WARNING, FAULT = "good", "warning", "fault"
+PATIENCE = 2.0  # seconds for a peer to accept a connection
+TUNNEL_OVERHEAD = 20
+# without these, options that the front end agreed on with a client cannot be kept
+OPTIONS = ("tcp_timestamps", "tcp_sack", "tcp_window_scaling")
+
+
+def default_config(role: str) -> str:
+    return f"/etc/tcpha/tcpha{role}.conf"
+
+
+def roles(run_dir: Path, file: str | None) -> list[str]:
+    """Which roles this host has: by running daemons, else by configurations."""
+    running = [r for r in ("fe", "be") if (run_dir / f"tcpha{r}.sock").exists()]
+    if file:
+        named = [r for r in ("fe", "be") if f"tcpha{r}" in Path(file).name]
+        return named or running
+    return running or [r for r in ("fe", "be") if os.path.exists(default_config(r))]
+
+
+def examine(role: str, file: str | None, run_dir: Path) -> list[Finding]:
+    """All findings: check, state (good, warning, fault), finding and what to do."""
+    return [{"check": f"{role}: {check}", "state": state, "finding": text, "what to do": remedy}
+            for check, state, text, remedy in _findings(role, file or default_config(role),
+                                                        run_dir)]
+
+
+Row = tuple[str, str, str, str]
+
+
+def _findings(role: str, file: str, run_dir: Path) -> Iterator[Row]:
+    try:
+        config = load(role, file)
+    except ConfigError as error:
+        for fault in error.faults:
+            yield ("configuration", WARNING if fault.warning else FAULT,
+                   f"{fault.file}:{fault.line}: {fault.key}", fault.text)
+        return
+    for fault in config.warnings:
+        yield "configuration", WARNING, f"{fault.file}:{fault.line}: {fault.key}", fault.text
+    yield "configuration", GOOD, file, ""
+    if os.geteuid() != 0:
+        yield "user", FAULT, "not root: what follows may be wrong", "use sudo"
+    host = Host(Path(os.devnull))
+    yield from _daemon(role, run_dir)
+    yield from _kernel(role, config)
+    yield from _sysctls(role, config, host)
+    yield from _addresses(role, config, host)
+    if role == "fe":
+        yield from _peers(config, host)
+        yield from _application("Local Node", config, required=False)
+    else:
+        yield from _arp(config, host)
+        yield from _application("application", config, required=True)
+        if config.dregister:
+            yield from _reach("front end", config.feaddr, config.feport,
+                              "start tcphafe there, or mend feaddr and feport")
+    if not config.secret:
+        yield ("secret", WARNING, "none: control connections are neither authenticated nor "
+               "encrypted", "'openssl rand -hex 32' into a file for all hosts, and 'secret = FILE'")
+    else:
+        yield "secret", GOOD, config.secret, ""
+
+
+def _daemon(role: str, run_dir: Path) -> Iterator[Row]:
+    name = f"tcpha{role}"
+    try:
+        status = ask(run_dir / f"{name}.sock", "status", [])
+    except (OSError, Refused):
+        yield ("daemon", WARNING, f"no {name} answers in {run_dir}",
+               f"systemctl start {name}, or look into its log: journalctl -u {name}")
+        return
+    yield ("daemon", GOOD, f"{name} runs, datapath {status['datapath']}, {status['live']} live "
+           "connections", "")
+    for server in status.get("servers", []):
+        if server["state"] != "up":
+            yield ("back end", FAULT if server["state"] == "down" else WARNING,
+                   f"{server['server']} is {server['state']}: {server['reason']}",
+                   f"tcphactl fe undrain {server['server']}" if server["state"] == "draining" else
+                   "run 'tcphactl doctor' on that host")
+    if status.get("application") == "dead":
+        yield "application", FAULT, "tcphabe finds nobody listening", "start the web server"
+
+
+def _kernel(role: str, config: Config) -> Iterator[Row]:
+    release = platform.release()
+    try:
+        datapath, found = choose(role, config.datapath)
+    except DatapathError as error:
+        yield "kernel", FAULT, f"Linux {release}: {error}", "write 'datapath = auto'"
+        return
+    yield "kernel", GOOD, f"Linux {release}: {found}", ""
+    if datapath == "ebpf" and not kernel_has_function(ADOPT_KFUNC):
+        yield ("kernel", WARNING, f"no {ADOPT_KFUNC}: no packet path, and no Local Node with ebpf",
+               "Linux 6.9 or later has it; the socket path works without")
+    if datapath == "nfqueue" and config.datapath == "auto":
+        yield ("kernel", WARNING, "packets pass through user space",
+               "a kernel of 6.9 or later with BTF is faster")
+
+
+def _sysctls(role: str, config: Config, host: Host) -> Iterator[Row]:
+    wrong = [f"net.ipv4.{n}" for n in OPTIONS if host.read_sysctl(f"net/ipv4/{n}") == "0"]
+    if wrong:
+        yield ("sysctls", WARNING, f"{', '.join(wrong)} = 0", "the daemon sets it to 1 while it "
+               "runs; sysctl -w it, and mend /etc/sysctl.d, if it should stay so")
+    if host.read_sysctl("net/ipv4/tcp_timestamps") == "2":
+        yield ("sysctls", GOOD, "tcp_timestamps = 2: without random offsets", "")
+    if role == "be":
+        strict = [n for n in ("all", "default")
+                  if host.read_sysctl(f"net/ipv4/conf/{n}/rp_filter") == "1"]
+        if strict and config.datapath != "nfqueue":
+            yield ("sysctls", WARNING, f"rp_filter = 1 for {', '.join(strict)}: packets of clients "
+                   "whose route back leaves by another interface are dropped",
+                   "sysctl -w net.ipv4.conf.all.rp_filter=2 (loose), if there is such a route")
+    if not wrong:
+        yield "sysctls", GOOD, "TCP options are on", ""
+
+
+def _addresses(role: str, config: Config, host: Host) -> Iterator[Row]:
+    if config.raddr != ANY:
+        index = host.holder(config.raddr)
+        if index is None:
+            yield ("raddr", FAULT, f"{config.raddr} is no address of this host",
+                   f"mend the key, or 'ip addr add {config.raddr}/24 dev ...'")
+            return
+        yield "raddr", GOOD, f"{config.raddr} on {host.interface(index)}", ""
+    else:
+        try:
+            index = host.route(config.vaddr).ifindex
+        except HostError as error:
+            yield "vaddr", FAULT, str(error), f"add a route, or write raddr in {config.file}"
+            return
+    holder = host.holder(config.vaddr)
+    loopback = holder is not None and host.interface(holder) == "lo"
+    if holder is not None and loopback != (role == "be"):
+        yield ("vaddr", FAULT, f"{config.vaddr} is on {host.interface(holder)}",
+               "on a back end it belongs on lo alone: remove it, tcphabe adds it" if role == "be"
+               else "on the front end it belongs on the interface of raddr: remove it, tcphafe "
+               "adds it")
+    elif holder is not None:
+        yield "vaddr", GOOD, f"{config.vaddr} on {host.interface(holder)}", ""
+    elif role == "fe" and host.is_ethernet(index) and (
+            mac := _quietly(lambda: host.holder_on_link(index, config.vaddr))):
+        yield ("vaddr", FAULT, f"{config.vaddr} is in use: {mac} answers for it",
+               "another front end runs, or a back end answers ARP: stop it, or run doctor there")
+    else:
+        yield "vaddr", GOOD, f"{config.vaddr} is free; the daemon adds it", ""
+    try:
+        mtu = min(host.mtu(i) for i in host.ethernet(config.interface))
+    except HostError as error:
+        yield "interfaces", FAULT, str(error), ""
+        return
+    if role == "fe" and config.forward == "tunnel":
+        yield ("MTU", GOOD, f"{mtu}: clients are offered an MSS of {mtu - 40 - TUNNEL_OVERHEAD}, "
+               f"so that what they send fits the tunnel", f"an MTU of {mtu + TUNNEL_OVERHEAD} "
+               "between front end and back ends would save that")
+    else:
+        yield "MTU", GOOD, str(mtu), ""
+
+
+def _quietly(work: Callable[[], str | None]) -> str | None:
+    try:
+        return work()
+    except OSError:
+        return None
+
+
+def _reach(check: str, address: str, port: int, remedy: str) -> Iterator[Row]:
+    where = f"{address}:{port}"
+    try:
+        with socket.create_connection((address, port), PATIENCE):
+            yield check, GOOD, f"{where} accepts connections", ""
+    except OSError as error:
+        refused = error.errno == errno.ECONNREFUSED
+        yield (check, FAULT, f"{where}: {error.strerror or 'no answer'}",
+               remedy if refused else "is the host up, and does a firewall let us through?")
+
+
+def _peers(config: Config, host: Host) -> Iterator[Row]:
+    for server in config.server:
+        yield from _reach("back end", server.address, server.port, "start tcphabe there")
+        try:
+            route = host.route(server.address)
+        except HostError as error:
+            yield "route", FAULT, str(error), ""
+            continue
+        if config.forward == "direct" and not route.on_link(server.address):
+            yield ("route", FAULT, f"{server.address} is behind a router ({route.nexthop})",
+                   "write 'forward = tunnel'")
+    if not config.server and not config.secret and config.registration != "open":
+        yield "back ends", WARNING, "none is listed, and none may register", "add 'server' lines"
+
+
+def _arp(config: Config, host: Host) -> Iterator[Row]:
+    index = host.holder(config.raddr)
+    if index is None:
+        return
+    if host.holder(config.uaddr) is not None:
+        yield "uaddr", FAULT, f"{config.uaddr} is an address of this host", "name an unused one"
+    elif host.is_ethernet(index):
+        mac = _quietly(lambda: host.holder_on_link(index, config.uaddr))
+        if mac:
+            yield "uaddr", FAULT, f"{config.uaddr} is in use: {mac}", "name an unused address"
+        else:
+            yield "uaddr", GOOD, f"{config.uaddr} is unused", ""
+    if host.holder(config.vaddr) is None:
+        return
+    ignore, announce = (host.read_sysctl(f"net/ipv4/conf/all/{n}")
+                        for n in ("arp_ignore", "arp_announce"))
+    if ignore == "0" or announce == "0":
+        yield ("ARP", FAULT, f"this host has the VIP and arp_ignore = {ignore}, arp_announce = "
+               f"{announce}: it may take clients from the front end",
+               "start tcphabe, which sets both, or remove the VIP")
+    else:
+        yield "ARP", GOOD, f"arp_ignore = {ignore}, arp_announce = {announce}", ""
+
+
+def _application(what: str, config: Config, required: bool) -> Iterator[Row]:
+    address = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
+    where = f"{address}:{config.redirectport}"
+    sockets = SockDiag()
+    try:
+        listens = sockets.has(address, config.redirectport)
+    finally:
+        sockets.close()
+    if listens:
+        yield what, GOOD, f"somebody listens on {where}", ""
+    elif required:
+        yield (what, FAULT, f"nobody listens on {where}",
+               "start the web server, or mend redirectaddr and redirectport")
+    else:
+        yield (what, GOOD, f"nobody listens on {where}: what no back end takes is answered 503",
+               "start a web server there, if it should be served")
