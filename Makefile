@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 APT := gcc clang llvm pkg-config libbpf-dev libelf-dev zlib1g-dev libhyperscan-dev libfaketime linux-libc-dev \
 	libnetfilter-queue-dev libssl-dev ethtool iptables iproute2 procps util-linux curl nginx-light nftables bpftool iputils-arping apache2-utils
+DEB_APT := build-essential clang debhelper dh-python fakeroot libbpf-dev libelf-dev libhyperscan-dev \
+	libnetfilter-queue-dev libssl-dev linux-libc-dev llvm pkg-config python3-dev python3-venv zlib1g-dev
 BENCH_APT := haproxy wrk
 SOURCES := $(wildcard tcpha/_fast/*.pyx tcpha/_fast/*.pxd tcpha/_bpf/*.c tcpha/_bpf/*.h) setup.py \
 	pyproject.toml
@@ -58,7 +60,13 @@ bench: build
 	$(BIN)/python -m bench $(ARGS)
 
 deb:
-	@echo "make deb: the Debian package is not built yet" >&2; exit 1
+	@for p in $(DEB_APT); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+	  --no-install-recommends $(DEB_APT); break; }; done
+	@mkdir -p dist && rm -rf dist/build && mkdir dist/build
+	@git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t dist/build
+	cd dist/build && fakeroot debian/rules binary
+	@rm -rf dist/build && ls dist/*.deb
 
 lint: build
 	$(BIN)/pip install -q --disable-pip-version-check 'ruff>=0.5' 'mypy>=1.8' 'cython-lint>=0.16'

@@ -24,8 +24,8 @@ from tcpha.admin.server import ask
 
 T = TypeVar("T")
 CLONE_NEWNET = 0x40000000
-SERIAL = (f"{x:x}" for x in itertools.count())
 BIN = Path(sys.executable).parent
+SERIAL = (f"{x:x}" for x in itertools.count())
 
 
 def sh(*args: str, check: bool = True, **kw: Any) -> subprocess.CompletedProcess[str]:
@@ -34,6 +34,12 @@ def sh(*args: str, check: bool = True, **kw: Any) -> subprocess.CompletedProcess
     if check and done.returncode:
         raise RuntimeError(f"{' '.join(args)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
     return done
+
+
+def program(name: str) -> str:
+    """Path of one of our commands: beside the interpreter that runs this, or as installed."""
+    beside = BIN / name
+    return str(beside if beside.exists() else shutil.which(name, path="/usr/sbin:/usr/bin") or name)
 
 
 def wait_for(what: Callable[[], Any], why: str, seconds: float = 30.0) -> Any:
@@ -289,7 +295,7 @@ class Daemon:
         """Start, and wait until it serves."""
         with open(self.log, "a") as log:
             self.process = self.host.start(
-                "env", *self.environment, str(BIN / f"tcpha{self.role}"), "-f", "-c",
+                "env", *self.environment, program(f"tcpha{self.role}"), "-f", "-c",
                 str(self.config), "--run-dir", str(self.run_dir), *self.options, stderr=log)
         wait_for(self._ready, f"tcpha{self.role} on {self.host.name}", 20)
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from tcpha.lab.bed import BIN, Cluster, sh, wait_for
+from tcpha.lab.bed import Cluster, program, sh, wait_for
 
 PREFIX = "tcphademo"
 RULES = [(1, "jpg$"), (1, r"\.(png|gif|mp4)(\?|$)"), (0, "^/api/"), (0, ".*")]
@@ -184,8 +184,8 @@ def say_how(c: Cluster) -> None:
     print(f"""
 The cluster is left running. Try:
   ip netns exec {c.client.ns} curl -i http://{c.VIP}/photo.jpg
-  {BIN}/tcphactl --run-dir {c.fe.run_dir} fe status
-  {BIN}/tcphactl --run-dir {c.be[0].run_dir} be conns
+  {program("tcphactl")} --run-dir {c.fe.run_dir} fe status
+  {program("tcphactl")} --run-dir {c.be[0].run_dir} be conns
   tail -f {c.nginx[0].log}
 Stop it:
   make demo            (cleans up first), or

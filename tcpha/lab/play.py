@@ -14,7 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tcpha.admin import console
 from tcpha.admin.server import Refused, ask
-from tcpha.lab.bed import BIN, Cluster, sh
+from tcpha.lab.bed import Cluster, program, sh
 
 PREFIX = "tcphalab"
 NOTE = Path("/run/tcpha-lab.json")  # what 'up' has made
@@ -113,7 +113,7 @@ def _status(as_json: bool) -> int:
     if as_json:
         print(json.dumps(lab | {"servers": servers, "rules": rules}))
         return 0
-    ctl = f"{BIN / 'tcphactl'} --run-dir {fe['run_dir']}"
+    ctl = f"{program('tcphactl')} --run-dir {fe['run_dir']}"
     console.show(servers)
     print()
     console.show(rules)
@@ -127,7 +127,7 @@ Virtual address {lab['vaddr']}, front end {fe['address']}. Try, as root:
   {ctl} fe drain {lab['backends'][0]['address']}
   tail -f {lab['backends'][0]['nginx_log']}
 The configuration is {fe['config']}; after a change: {ctl} fe reload
-Remove it all: {BIN / 'tcphactl'} lab down""")
+Remove it all: {program('tcphactl')} lab down""")
     return 0
 
 
