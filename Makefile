@@ -72,6 +72,9 @@ lint: build
 	$(BIN)/pip install -q --disable-pip-version-check 'ruff>=0.5' 'mypy>=1.8' 'cython-lint>=0.16'
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	@command -v clang-format >/dev/null || { apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends clang-format; }
+	clang-format --dry-run -Werror tcpha/_bpf/*.c tcpha/_bpf/*.h
 	PATH=$(CURDIR)/$(BIN):$$PATH cython-lint --max-line-length 100 tcpha/_fast tests/fuzz --ignore E741
 
 clean:

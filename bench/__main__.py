@@ -1,25 +1,27 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """make bench: workloads against each way to the same nginx, in interleaved rounds.
 
-Prints a table of medians with ratios to nginx reached directly and to HAProxy, and writes JSON.
-Machines are shared and noisy: the ratios of one run count, absolute figures do not.
+Prints a table of medians with ratios to nginx reached directly and to the best proxy, a verdict on
+each target, and writes JSON and charts. Machines are shared and noisy: the ratios of one run count,
+absolute figures do not.
 """
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import re
 import socket
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from tcpha.lab.bed import Cluster, listening, wait_for
+from bench import chart, scale
+from tcpha.lab.bed import Cluster, listening, sh, wait_for
 
 # The answers of three ports pass through queues that give back each packet as it came: the
 # netfilterqueue package, and our own code with and without packets larger than the MTU.
@@ -73,6 +75,34 @@ backend be2
     server be2 192.168.1.38:80
 """
 
+NGINX = """
+user root;
+daemon off;
+pid {dir}/proxy.pid;
+error_log {dir}/proxy-error.log crit;
+worker_processes 2;
+worker_rlimit_nofile 20000;
+events {{ worker_connections 9000; }}
+http {{
+    access_log off;
+    client_max_body_size 1g;
+    client_body_temp_path {dir}/body;
+    proxy_temp_path {dir}/proxy;
+    fastcgi_temp_path {dir}/fastcgi;
+    uwsgi_temp_path {dir}/uwsgi;
+    scgi_temp_path {dir}/scgi;
+    upstream be1 {{ server 192.168.1.33:80; keepalive 64; }}
+    upstream be2 {{ server 192.168.1.38:80; keepalive 64; }}
+    server {{
+        listen 192.168.1.23:8083 backlog=4096;
+        proxy_http_version 1.1;
+        proxy_set_header Connection "";
+        location ~ jpg$ {{ proxy_pass http://be2; }}
+        location / {{ proxy_pass http://be1; }}
+    }}
+}}
+"""
+
 
 class Bench:
     """One cluster with HAProxy on the front end's host."""
@@ -97,20 +127,20 @@ class Bench:
             server.file("big", size=64 << 20)
         (c.fe_host.dir / "haproxy.cfg").write_text(HAPROXY)
         c.fe_host.start("haproxy", "-db", "-f", str(c.fe_host.dir / "haproxy.cfg"))
-        wait_for(lambda: listening(c.fe_host, 8080), "haproxy")
+        conf = c.fe_host.dir / "proxy.conf"
+        conf.write_text(NGINX.format(dir=c.fe_host.dir))
+        c.fe_host.start("nginx", "-p", str(c.fe_host.dir), "-c", str(conf))
+        wait_for(lambda: listening(c.fe_host, 8080) and listening(c.fe_host, 8083), "the proxies")
+        self.upload = c.client.dir / "upload"
+        self.upload.write_bytes(os.urandom(16 << 20))
         passing = c.be_hosts[0].start(sys.executable, "-c", PASS, stdout=-1)
         assert passing.stdout and passing.stdout.readline() == "ready\n"
         c.client.sysctl("net.ipv4.ip_local_port_range", "15000 60000")
 
     def wrk(self, base: str, path: str, connections: int, *options: str) -> float:
         """Requests per second."""
-        out = self.cluster.client.run("wrk", "-t1", f"-c{connections}", f"-d{round(self.seconds)}s",
-                                      *options, base + path).stdout
-        errors = re.search(r"Socket errors.*|Non-2xx.*", out)
-        if errors:
-            print(f"  {base + path}: {errors.group()}", file=sys.stderr)
-        found = re.search(r"Requests/sec:\s+([\d.]+)", out)
-        return float(found.group(1)) if found else 0.0
+        return scale.requests_a_second(self.cluster.client, base + path, connections,
+                                       round(self.seconds), *options)
 
     def big(self, base: str) -> float:
         """64 MB downloads, four at a time, MB/s."""
@@ -119,6 +149,15 @@ class Bench:
         self.cluster.client.run("xargs", "-P4", "-n1", "curl", "-sSf", "-o", "/dev/null",
                                 input="\n".join([f"{base}/big"] * count))
         return count * 64 / (time.monotonic() - start)
+
+    def uploads(self, base: str) -> float:
+        """PUTs of 16 MB, four at a time, MB/s."""
+        start = time.monotonic()
+        count = max(4, int(self.seconds) * 8)
+        self.cluster.client.run("xargs", "-P4", "-n1", "curl", "-sSf", "-o", "/dev/null", "-T",
+                                str(self.upload),
+                                input="\n".join(f"{base}/up/{n}" for n in range(count)))
+        return count * 16 / (time.monotonic() - start)
 
     @contextmanager
     def segmented(self) -> Iterator[None]:
@@ -134,8 +173,18 @@ class Bench:
         with self.segmented():
             return self.big(base)
 
-    def first_byte(self, base: str) -> float:
-        """Median microseconds from sending the request to the first byte of the answer."""
+    def loaded(self, base: str) -> float:
+        """p99 of first_byte() beside 16 other clients."""
+        load = self.cluster.client.start("wrk", "-t1", "-c16", "-d30s", "-H", "Connection: close",
+                                         f"{base}/1k", stdout=subprocess.DEVNULL)
+        try:
+            return self.first_byte(base, 99)
+        finally:
+            load.terminate()
+            load.wait()
+
+    def first_byte(self, base: str, percentile: int = 50) -> float:
+        """Microseconds from sending the request to the first byte of the answer."""
         host, _, port = base.removeprefix("http://").partition(":")
 
         def work() -> float:
@@ -149,29 +198,35 @@ class Bench:
                     times.append(time.perf_counter() - start)
                     while s.recv(65536):
                         pass
-            return statistics.median(times) * 1e6
+            return statistics.quantiles(times, n=100)[percentile - 1] * 1e6
         return self.cluster.client.inside(work)
 
+    def used(self) -> float:
+        """Seconds of CPU time that the front end's processes have used, and its BPF programs."""
+        net = json.loads(self.cluster.fe_host.run("bpftool", "-j", "net", "show").stdout)
+        ours = {p["id"] for p in net[0]["tc"]}
+        bpf = sum(p.get("run_time_ns", 0) for p in json.loads(
+            sh("bpftool", "-j", "prog", "show").stdout) if p["id"] in ours)
+        return scale.cpu_seconds(self.cluster.fe_host) + bpf / 1e9
 
     def cpu(self, base: str) -> float:
-        """Microseconds of CPU time that the front end's processes use for a connection."""
-        def used() -> int:
-            ticks = 0
-            for process in self.cluster.fe_host.processes:
-                for child in Path("/proc").glob("[0-9]*/stat"):
-                    with contextlib.suppress(OSError):
-                        fields = child.read_text().rpartition(")")[2].split()
-                        if str(process.pid) in (child.parent.name, fields[1]):
-                            ticks += int(fields[11]) + int(fields[12])
-            return ticks
-        before, begin = used(), time.monotonic()
+        """Seconds of the front end's CPU time for 10,000 connections."""
+        before, begin = self.used(), time.monotonic()
         rate = self.wrk(base, "/1k", 32, "-H", "Connection: close")
         count = rate * (time.monotonic() - begin)
-        return (used() - before) / os.sysconf("SC_CLK_TCK") * 1e6 / count if count else 0.0
+        return (self.used() - before) * 1e4 / count if count else 0.0
+
+    def cpu_of_a_gigabyte(self, base: str) -> float:
+        """Seconds of the front end's CPU time for each GB that is served."""
+        before, begin = self.used(), time.monotonic()
+        rate = self.big(base)
+        return (self.used() - before) / (rate * (time.monotonic() - begin) / 1000)
 
 
 LARGE = "64 MB downloads, c=4"
-FE_CPU = "CPU of the front end's processes, a connection"
+FE_CPU, FE_CPU_GB = "FE CPU for 10,000 connections", "FE CPU for a GB served"
+SHORT = "1 KB, a connection each, c={}"
+FIRST, P99 = "request to first byte, p50", "the same, p99 under load"
 
 
 def workloads(b: Bench) -> dict[str, tuple[str, bool, Callable[[str], float]]]:
@@ -182,12 +237,14 @@ def workloads(b: Bench) -> dict[str, tuple[str, bool, Callable[[str], float]]]:
         f"{LARGE}, segmented": ("MB/s", True, b.big_segmented),
         "1 MB keep-alive, c=8": ("req/s", True, lambda base: b.wrk(base, "/1m", 8)),
         "10 KB keep-alive, c=32": ("req/s", True, lambda base: b.wrk(base, "/10k", 32)),
-        "1 KB, a connection each, c=32": ("req/s", True,
-                                          lambda base: b.wrk(base, "/1k", 32, *close)),
-        "1 KB, a connection each, c=128": ("req/s", True,
-                                           lambda base: b.wrk(base, "/1k", 128, *close)),
-        "request to first byte, p50": ("us", False, b.first_byte),
-        FE_CPU: ("us", False, b.cpu),
+        SHORT.format(32): ("req/s", True, lambda base: b.wrk(base, "/1k", 32, *close)),
+        SHORT.format(128): ("req/s", True, lambda base: b.wrk(base, "/1k", 128, *close)),
+        SHORT.format(256): ("req/s", True, lambda base: b.wrk(base, "/1k", 256, *close)),
+        "16 MB uploads, c=4": ("MB/s", True, b.uploads),
+        FIRST: ("us", False, b.first_byte),
+        P99: ("us", False, b.loaded),
+        FE_CPU: ("s", False, b.cpu),
+        FE_CPU_GB: ("s", False, b.cpu_of_a_gigabyte),
     }
 
 
@@ -198,6 +255,9 @@ def main() -> int:
     p.add_argument("--output", type=Path, default=Path("bench/results/latest.json"))
     args = p.parse_args()
     beds: dict[str, Bench] = {}
+    stats = Path("/proc/sys/kernel/bpf_stats_enabled")
+    before = stats.read_text()
+    stats.write_text("1\n")
     try:
         for name, datapath, fastpath in (("fast", "ebpf", True), ("ebpf", "ebpf", False),
                                          ("nfqueue", "nfqueue", False)):
@@ -205,9 +265,12 @@ def main() -> int:
                 beds[f"{name} {forward}"] = Bench(datapath, fastpath, forward, args.seconds)
         samples = measure(beds, args.rounds)
     finally:
+        stats.write_text(before)
         for bench in beds.values():
             bench.cluster.close()
-    report(samples, {n: u for n, (u, _, _) in workloads(beds["ebpf direct"]).items()}, args.output)
+    units = {n: u for n, (u, _, _) in workloads(beds["ebpf direct"]).items()}
+    more = {"rules": scale.rules(), "scale-out": scale.out(), "memory": scale.memory()}
+    report(samples, units, more, args.output)
     return 0
 
 
@@ -219,6 +282,7 @@ def measure(beds: dict[str, Bench], rounds: int) -> dict[str, dict[str, list[flo
         **{f"tcpha {name}": (bed, vip) for name, bed in beds.items()},
         "haproxy http": (beds["ebpf direct"], "http://192.168.1.23:8080"),
         "haproxy tcp": (beds["ebpf direct"], "http://192.168.1.23:8081"),
+        "nginx proxy": (beds["ebpf direct"], "http://192.168.1.23:8083"),
     }
     queues = {"pass netfilterqueue": 8082, "pass ours, no GSO": 8083, "pass ours": 8084}
     passed = {w: (beds["ebpf direct"], f"http://192.168.1.33:{p}") for w, p in queues.items()}
@@ -237,28 +301,81 @@ def ratio(ours: float, other: float) -> float | None:
 
 
 def report(samples: dict[str, dict[str, list[float]]], units: dict[str, str],
-           output: Path) -> None:
-    """The table on stdout and everything as JSON."""
-    rows = [["workload", "way", "median", "spread", "to direct", "to haproxy http"]]
+           more: dict[str, Any], output: Path) -> None:
+    """Tables on stdout, everything as JSON, and charts."""
+    rows = [["workload", "way", "median", "spread", "to direct", "to best proxy"]]
     results = []
     for name, by_way in samples.items():
         medians = {w: statistics.median(v) for w, v in by_way.items()}
         for way, values in by_way.items():
             m = medians[way]
-            ratios = ratio(m, medians["nginx direct"]), ratio(m, medians["haproxy http"])
+            best = (min if units[name] in ("us", "s") else max)(medians[p] for p in PROXIES)
+            ratios = ratio(m, medians["nginx direct"]), ratio(m, best)
             rows.append([name if way == "nginx direct" else "", way,
-                         f"{m:.{m < 100:d}f} {units[name]}",
-                         f"{min(values):.0f}-{max(values):.0f}",
+                         f"{m:.{2 if m < 10 else m < 100:d}f} {units[name]}",
+                         f"{min(values):.3g}-{max(values):.3g}",
                          *("-" if r is None else f"{r:.2f}" for r in ratios)])
             results.append({"workload": name, "way": way, "unit": units[name], "median": m,
                             "samples": values, "to_direct": ratios[0],
-                            "to_haproxy_http": ratios[1]})
+                            "to_best_proxy": ratios[1]})
+    show(rows)
+    print()
+    show(scale.rows(more))
+    by = {(r["workload"], r["way"]): r for r in results}
+    verdicts = judge(by, more)
+    print()
+    show([["target", "wanted", "reached", "verdict"], *verdicts])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"results": results, "more": more, "verdicts": verdicts},
+                                 indent=1))
+    charts = chart.write(results, more, output.parent)
+    print("\n" + "\n".join(map(str, (output, *charts))))
+
+
+def show(rows: list[list[str]]) -> None:
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(f.ljust(w) for f, w in zip(row, widths, strict=True)).rstrip())
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"results": results}, indent=1))
-    print(f"\n{output}")
+
+
+PROXIES = ("haproxy http", "haproxy tcp", "nginx proxy")
+# (workload, ratio to: direct or the best proxy, at least or at most)
+TARGETS: list[tuple[str, str, str, float]] = [
+    (LARGE, "to_direct", ">=", 0.97), (LARGE, "to_best_proxy", ">=", 1.5),
+    ("1 MB keep-alive, c=8", "to_direct", ">=", 0.97),
+    ("1 MB keep-alive, c=8", "to_best_proxy", ">=", 1.5),
+    ("10 KB keep-alive, c=32", "to_direct", ">=", 0.95),
+    ("10 KB keep-alive, c=32", "to_best_proxy", ">=", 1.1),
+    (SHORT.format(32), "to_direct", ">=", 0.95), (SHORT.format(32), "to_best_proxy", ">=", 1.2),
+    (SHORT.format(256), "to_direct", ">=", 0.95), (SHORT.format(256), "to_best_proxy", ">=", 1.2),
+    ("16 MB uploads, c=4", "to_direct", ">=", 0.9),
+    ("16 MB uploads, c=4", "to_best_proxy", ">=", 1.1),
+    (FIRST, "to_direct", "<=", 2.0), (FIRST, "to_best_proxy", "<=", 1.0),
+    (P99, "to_best_proxy", "<=", 1.0), (FE_CPU_GB, "to_best_proxy", "<=", 0.1),
+    (FE_CPU, "to_best_proxy", "<=", 0.25)]
+
+
+def judge(by: dict[tuple[str, str], dict[str, Any]], more: dict[str, Any]) -> list[list[str]]:
+    """A row for each target, of the packet path with direct forwarding."""
+    def verdict(value: float | None, how: str, wanted: float) -> str:
+        met = value is not None and (value >= wanted if how == ">=" else value <= wanted)
+        return "reached" if met else "NOT REACHED"
+    rows = []
+    for workload, to, how, wanted in TARGETS:
+        value = by[workload, "tcpha fast direct"][to]
+        rows.append([f"{workload}, {to.replace('_', ' ')}", f"{how} {wanted}",
+                     "-" if value is None else f"{value:.2f}", verdict(value, how, wanted)])
+    memory = more["memory"]
+    per, against = memory["tcphafe"], memory["tcphafe"] / memory["haproxy"]
+    grown = more["rules"]["10000"] / more["rules"]["10"]
+    spread = more["scale-out"]["tcpha"]["8"] / more["scale-out"]["tcpha"]["1"]
+    for what, value, how, wanted in (
+            ("FE memory of an open connection, bytes", per, "<=", 512),
+            ("the same, to HAProxy", against, "<=", 0.02),
+            ("10,000 rules to 10, cost of a request", grown, "<=", 1.5),
+            ("eight back ends to one", spread, ">=", 7.5)):
+        rows.append([what, f"{how} {wanted}", f"{value:.3g}", verdict(value, how, wanted)])
+    return rows
 
 
 if __name__ == "__main__":

@@ -46,7 +46,6 @@ struct {
 	__uint(max_entries, 1 << 22);
 } events SEC(".maps");
 
-
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 65536);
@@ -213,8 +212,7 @@ static __always_inline int behind_first(struct __sk_buff *skb, const struct tcph
 	__u32 mark = is_again(skb) ? skb->mark + 1 : TCPHA_MARK_AGAIN;
 
 	if (!a || mark == (TCPHA_MARK_AGAIN | MAX_AGAIN) ||
-	    (__s64)(bpf_ktime_get_ns() - a->at_ns) > YIELD_NS ||
-	    seq - a->isn < 2 || seq - a->isn > 1 << 24)
+	    (__s64)(bpf_ktime_get_ns() - a->at_ns) > YIELD_NS || seq - a->isn < 2 || seq - a->isn > 1 << 24)
 		return TC_ACT_SHOT;
 	skb->mark = mark;
 	return bpf_redirect(skb->ifindex, BPF_F_INGRESS);

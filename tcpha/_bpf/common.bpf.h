@@ -86,12 +86,12 @@ struct {
 	__type(value, struct tcpha_counters);
 } counters SEC(".maps");
 
-#define COUNT(field, n)                                                                            \
-	do {                                                                                       \
-		__u32 zero_ = 0;                                                                   \
-		struct tcpha_counters *c_ = bpf_map_lookup_elem(&counters, &zero_);                \
-		if (c_)                                                                            \
-			c_->field += (n);                                                          \
+#define COUNT(field, n)                                                                                      \
+	do {                                                                                                 \
+		__u32 zero_ = 0;                                                                             \
+		struct tcpha_counters *c_ = bpf_map_lookup_elem(&counters, &zero_);                          \
+		if (c_)                                                                                      \
+			c_->field += (n);                                                                    \
 	} while (0)
 
 struct headers {
@@ -167,8 +167,7 @@ static __always_inline int parse_icmp_error(struct __sk_buff *skb, __u32 offset,
 	__u8 type;
 
 	if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)) < 0 || ip.version != 4 || ip.ihl < 5 ||
-	    ip.protocol != IPPROTO_ICMP || ip.daddr != addr ||
-	    (ip.frag_off & bpf_htons(IP_MF | IP_OFFSET)))
+	    ip.protocol != IPPROTO_ICMP || ip.daddr != addr || (ip.frag_off & bpf_htons(IP_MF | IP_OFFSET)))
 		return -1;
 	at += ip.ihl * 4;
 	if (bpf_skb_load_bytes(skb, at, &type, 1) < 0 || (type != 3 && type != 11 && type != 12))

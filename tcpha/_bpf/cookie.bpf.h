@@ -18,9 +18,9 @@
 
 #define META_BITS 10
 #define META_MASK ((1U << META_BITS) - 1)
-#define META_KEY 1U	  /* which of the two keys */
-#define META_MSS 1	  /* shift; 3 bits, index of MSS_VALUES */
-#define META_WSCALE 4	  /* shift; 4 bits, NO_WSCALE: the option was absent */
+#define META_KEY 1U   /* which of the two keys */
+#define META_MSS 1    /* shift; 3 bits, index of MSS_VALUES */
+#define META_WSCALE 4 /* shift; 4 bits, NO_WSCALE: the option was absent */
 #define META_SACK (1U << 8)
 #define META_ECN (1U << 9)
 #define NO_WSCALE 15U
@@ -137,8 +137,7 @@ static long read_option(__u32 i, void *ctx)
 }
 
 /* Read the TCP options, 'length' bytes at 'offset' of the packet. 0, or -1: malformed. */
-static __always_inline int read_options(struct __sk_buff *skb, __u32 offset, __u32 length,
-					struct options *o)
+static __always_inline int read_options(struct __sk_buff *skb, __u32 offset, __u32 length, struct options *o)
 {
 	struct options_left *l = in_reading();
 
@@ -202,8 +201,8 @@ struct bpf_tcp_req_attrs { /* include/net/tcp.h of the kernel, since 6.9 */
 	__u8 reserved[3];
 };
 
-extern int bpf_sk_assign_tcp_reqsk(struct __sk_buff *skb, struct sock *sk,
-				   struct bpf_tcp_req_attrs *attrs, int attrs__sz) __ksym __weak;
+extern int bpf_sk_assign_tcp_reqsk(struct __sk_buff *skb, struct sock *sk, struct bpf_tcp_req_attrs *attrs,
+				   int attrs__sz) __ksym __weak;
 
 /*
  * Make the segment the last ACK of a handshake with the listener at an address of this host. 0, a

@@ -325,7 +325,8 @@ static __always_inline int answer_syn(struct __sk_buff *skb, const struct header
 		out.tcp.check = (check & 0xffff) + (check >> 16);
 	}
 	if (bpf_skb_change_tail(skb, ETH_HLEN + sizeof(struct iphdr) + tcp_len, 0) < 0 ||
-	    bpf_skb_store_bytes(skb, 0, &out.eth, sizeof(out.eth) + sizeof(out.ip) + sizeof(out.tcp) + 4, 0) < 0)
+	    bpf_skb_store_bytes(skb, 0, &out.eth, sizeof(out.eth) + sizeof(out.ip) + sizeof(out.tcp) + 4, 0) <
+		    0)
 		return TC_ACT_SHOT;
 	if (n > 1 && bpf_skb_store_bytes(skb, sizeof(out.eth) + sizeof(out.ip) + sizeof(out.tcp) + 4,
 					 &out.opt[1], ((n - 1) & 7) * 4, 0) < 0)
@@ -372,8 +373,7 @@ static __always_inline bool may_be_early(const struct tcpha_flow *flow)
  * A packet to the VIP that belongs to no back end; e: the entry of an older flow of its name, or 0.
  * Whatever is unusual goes to our stack.
  */
-static __always_inline int without_flow(struct __sk_buff *skb, const struct headers *h,
-					struct tcpha_entry *e)
+static __always_inline int without_flow(struct __sk_buff *skb, const struct headers *h, struct tcpha_entry *e)
 {
 	struct bpf_sock_tuple t = {};
 	struct tcpha_shaken *before, now = {};
@@ -411,8 +411,8 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	window = h->tcp->window;
 	doff = h->tcp->doff * 4;
 	offset = ETH_HLEN + h->ip->ihl * 4 + doff;
-	if (read_options(skb, ETH_HLEN + h->ip->ihl * 4 + sizeof(struct tcphdr),
-			 doff - sizeof(struct tcphdr), &c.opt) < 0)
+	if (read_options(skb, ETH_HLEN + h->ip->ihl * 4 + sizeof(struct tcphdr), doff - sizeof(struct tcphdr),
+			 &c.opt) < 0)
 		return TC_ACT_SHOT;
 	before = bpf_map_lookup_elem(&shaken, &flow);
 	if (!cookie_check(&flow, k, seq, ack, &c)) {
@@ -719,7 +719,8 @@ int fe_fast(struct __sk_buff *skb)
 	tuple_of(&flow, &t);
 	socket = owner(skb, &t);
 	ours = socket && socket != BPF_TCP_LISTEN;
-	if (ours && (kind == TCPHA_FAST_SEND || kind == TCPHA_FAST_SOCKET) && length && (!e || e->state == TCPHA_PENDING)) {
+	if (ours && (kind == TCPHA_FAST_SEND || kind == TCPHA_FAST_SOCKET) && length &&
+	    (!e || e->state == TCPHA_PENDING)) {
 		/* it was silent for long, and got a socket when the request was on its way already */
 		if (e) {
 			o->old = e->slot;
@@ -738,14 +739,16 @@ int fe_fast(struct __sk_buff *skb)
 	if (kind == TCPHA_FAST_SOCKET) {
 		own = bpf_map_lookup_elem(&state, &zero);
 		o->result = !length; /* it is no longer silent, unless we find otherwise */
-		if (!own || (length ? !e || e->state != TCPHA_PENDING || seq != e->first_seq : e && is_of(e, &h)))
+		if (!own ||
+		    (length ? !e || e->state != TCPHA_PENDING || seq != e->first_seq : e && is_of(e, &h)))
 			return TC_ACT_SHOT;
 		if (read_options(skb, ETH_HLEN + h.ip->ihl * 4 + sizeof(struct tcphdr),
 				 h.tcp->doff * 4 - sizeof(struct tcphdr), &c.opt) < 0)
 			return TC_ACT_SHOT;
 		if (!cookie_check(&flow, &own->keys, seq, ack, &c) && !length)
 			return TC_ACT_SHOT;
-		if (!length) { /* a client that has been silent since the handshake: user space forged its ACK */
+		if (!length) { /* a client that has been silent since the handshake: user space forged its ACK
+				*/
 			if (socket != BPF_TCP_LISTEN)
 				return TC_ACT_SHOT;
 			if (cookie_accept(skb, &t, &c, conf.wscale, bpf_ntohs(h.ip->id))) {

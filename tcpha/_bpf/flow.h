@@ -26,9 +26,9 @@ enum {
 };
 
 enum {
-	TCPHA_TO_STACK = 0,   /* of a newer connection */
+	TCPHA_TO_STACK = 0, /* of a newer connection */
 	TCPHA_TO_FLOW = 1,
-	TCPHA_TO_LIVE = 2,    /* a SYN on a live flow: to the back end as well */
+	TCPHA_TO_LIVE = 2, /* a SYN on a live flow: to the back end as well */
 };
 
 /* The back end has at most a TIME_WAIT socket left. */
@@ -42,8 +42,7 @@ static inline __attribute__((always_inline)) int tcpha_closed(const struct tcpha
  * most: only what joins the bytes known so far moves it; what lies ahead is kept as one block until the
  * gap before it closes.
  */
-static inline __attribute__((always_inline)) void
-tcpha_follow(struct tcpha_entry *e, __u32 seq, __u32 end)
+static inline __attribute__((always_inline)) void tcpha_follow(struct tcpha_entry *e, __u32 seq, __u32 end)
 {
 	__u32 behind = e->end_seq;
 
@@ -80,8 +79,8 @@ tcpha_follow(struct tcpha_entry *e, __u32 seq, __u32 end)
  * CLOSED; should the old one go on, the SYN is forgotten. So a forged SYN cuts nothing. Any other SYN belongs
  * to the back end, whose kernel answers with a challenge ACK (RFC 5961 section 4).
  */
-static inline __attribute__((always_inline)) int
-tcpha_classify(struct tcpha_entry *e, __u8 flags, __u32 seq, __u32 length, __u64 now)
+static inline __attribute__((always_inline)) int tcpha_classify(struct tcpha_entry *e, __u8 flags, __u32 seq,
+								__u32 length, __u64 now)
 {
 	int behind;
 

@@ -6,30 +6,40 @@
 #include <linux/types.h>
 
 #define ROTL(x, b) (((x) << (b)) | ((x) >> (64 - (b))))
-#define SIPROUND                                                                                   \
-	do {                                                                                       \
-		v0 += v1; v1 = ROTL(v1, 13); v1 ^= v0; v0 = ROTL(v0, 32);                          \
-		v2 += v3; v3 = ROTL(v3, 16); v3 ^= v2;                                             \
-		v0 += v3; v3 = ROTL(v3, 21); v3 ^= v0;                                             \
-		v2 += v1; v1 = ROTL(v1, 17); v1 ^= v2; v2 = ROTL(v2, 32);                          \
+#define SIPROUND                                                                                             \
+	do {                                                                                                 \
+		v0 += v1;                                                                                    \
+		v1 = ROTL(v1, 13);                                                                           \
+		v1 ^= v0;                                                                                    \
+		v0 = ROTL(v0, 32);                                                                           \
+		v2 += v3;                                                                                    \
+		v3 = ROTL(v3, 16);                                                                           \
+		v3 ^= v2;                                                                                    \
+		v0 += v3;                                                                                    \
+		v3 = ROTL(v3, 21);                                                                           \
+		v3 ^= v0;                                                                                    \
+		v2 += v1;                                                                                    \
+		v1 = ROTL(v1, 17);                                                                           \
+		v1 ^= v2;                                                                                    \
+		v2 = ROTL(v2, 32);                                                                           \
 	} while (0)
-#define SIPWORD(m)                                                                                 \
-	do {                                                                                       \
-		v3 ^= (m);                                                                         \
-		SIPROUND;                                                                          \
-		SIPROUND;                                                                          \
-		v0 ^= (m);                                                                         \
+#define SIPWORD(m)                                                                                           \
+	do {                                                                                                 \
+		v3 ^= (m);                                                                                   \
+		SIPROUND;                                                                                    \
+		SIPROUND;                                                                                    \
+		v0 ^= (m);                                                                                   \
 	} while (0)
-#define SIPKEYS(k0, k1)                                                                            \
-	__u64 v0 = (k0) ^ 0x736f6d6570736575ULL, v1 = (k1) ^ 0x646f72616e646f6dULL;                \
+#define SIPKEYS(k0, k1)                                                                                      \
+	__u64 v0 = (k0) ^ 0x736f6d6570736575ULL, v1 = (k1) ^ 0x646f72616e646f6dULL;                          \
 	__u64 v2 = (k0) ^ 0x6c7967656e657261ULL, v3 = (k1) ^ 0x7465646279746573ULL
-#define SIPEND                                                                                     \
-	do {                                                                                       \
-		v2 ^= 0xff;                                                                        \
-		SIPROUND;                                                                          \
-		SIPROUND;                                                                          \
-		SIPROUND;                                                                          \
-		SIPROUND;                                                                          \
+#define SIPEND                                                                                               \
+	do {                                                                                                 \
+		v2 ^= 0xff;                                                                                  \
+		SIPROUND;                                                                                    \
+		SIPROUND;                                                                                    \
+		SIPROUND;                                                                                    \
+		SIPROUND;                                                                                    \
 	} while (0)
 
 #ifndef __bpf__

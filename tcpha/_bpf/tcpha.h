@@ -10,23 +10,24 @@
 
 #include <linux/types.h>
 
-#define TCPHA_MAX_BACKENDS 256	 /* size of the back-end table; indexes are stable for a run */
-#define TCPHA_MAX_RULES 65536	 /* whose use is counted */
-#define TCPHA_LOCAL_NODE 255	 /* index of the front end's own server */
-#define TCPHA_MAX_OPS 1024	 /* operation slots, one for each worker thread that may exist */
-#define TCPHA_TARGET_MAX 96	 /* bytes of the request-target kept for the connection table */
-#define TCPHA_ETH_OP 0x88b5	 /* IEEE 802 local experimental EtherType: operation frames on the TAP */
-#define TCPHA_MAC_MARK 0x0274	 /* first two bytes of the MAC of a frame that BPF put on the TAP */
-#define TCPHA_IPID_PLAIN 0xffff	 /* IP id of forged packets that want no adoption */
+#define TCPHA_MAX_BACKENDS 256	/* size of the back-end table; indexes are stable for a run */
+#define TCPHA_MAX_RULES 65536	/* whose use is counted */
+#define TCPHA_LOCAL_NODE 255	/* index of the front end's own server */
+#define TCPHA_MAX_OPS 1024	/* operation slots, one for each worker thread that may exist */
+#define TCPHA_TARGET_MAX 96	/* bytes of the request-target kept for the connection table */
+#define TCPHA_ETH_OP 0x88b5	/* IEEE 802 local experimental EtherType: operation frames on the TAP */
+#define TCPHA_MAC_MARK 0x0274	/* first two bytes of the MAC of a frame that BPF put on the TAP */
+#define TCPHA_IPID_PLAIN 0xffff /* IP id of forged packets that want no adoption */
 /* First two bytes of the MAC of a frame that waits for room at the back end; then, if there is none: 1. */
 #define TCPHA_MAC_ROOM 0x0278
-#define TCPHA_MAC_FAST 0x0276	 /* first two bytes of the MAC of a frame on the fast TAP; then TCPHA_FAST_* */
-#define TCPHA_MARK_AGAIN 0x7c9a0100 /* of a packet that waits for the end of an old socket; and how often it did */
-#define TCPHA_COOKIE_MS 120000	 /* the oldest SYN-ACK that a request may answer, milliseconds */
-#define TCPHA_HEAD_MAX 2048	 /* bytes of a request head that the verdict cache knows; a power of two */
-#define TCPHA_LINE_MAX 512	 /* of which method and request-target */
-#define TCPHA_CHOICES 8		 /* back ends that a cached verdict may choose from */
-#define TCPHA_MAX_FAST 8	 /* front ends of a back end that may use the packet path */
+#define TCPHA_MAC_FAST 0x0276 /* first two bytes of the MAC of a frame on the fast TAP; then TCPHA_FAST_* */
+#define TCPHA_MARK_AGAIN                                                                                     \
+	0x7c9a0100	       /* of a packet that waits for the end of an old socket; and how often it did */
+#define TCPHA_COOKIE_MS 120000 /* the oldest SYN-ACK that a request may answer, milliseconds */
+#define TCPHA_HEAD_MAX 2048    /* bytes of a request head that the verdict cache knows; a power of two */
+#define TCPHA_LINE_MAX 512     /* of which method and request-target */
+#define TCPHA_CHOICES 8	       /* back ends that a cached verdict may choose from */
+#define TCPHA_MAX_FAST 8       /* front ends of a back end that may use the packet path */
 
 /* A flow, as a hash key. */
 struct tcpha_flow {
@@ -46,10 +47,10 @@ enum {
 
 /* Flags of struct tcpha_entry, set by BPF unless said otherwise. */
 enum {
-	TCPHA_F_FIN = 1,      /* the client has sent a FIN */
-	TCPHA_F_RST = 2,      /* the client has sent a RST */
-	TCPHA_F_NEW_SYN = 4,  /* a SYN of a newer connection went to the listener: see syn_seq */
-	TCPHA_F_FAST = 8,     /* took the packet path: the client's first segment may create the socket */
+	TCPHA_F_FIN = 1,       /* the client has sent a FIN */
+	TCPHA_F_RST = 2,       /* the client has sent a RST */
+	TCPHA_F_NEW_SYN = 4,   /* a SYN of a newer connection went to the listener: see syn_seq */
+	TCPHA_F_FAST = 8,      /* took the packet path: the client's first segment may create the socket */
 	TCPHA_F_ANSWERED = 16, /* of such: the client has acknowledged something of the back end's */
 };
 
@@ -60,20 +61,20 @@ struct tcpha_entry {
 	__u64 last_ns;	/* CLOCK_MONOTONIC of the last packet from the client */
 	__u64 packets;	/* forwarded; a GSO packet counts as its segments */
 	__u64 bytes;	/* forwarded, L3 and up */
-	__u64 live;	/* id, until the connection is known to be over: whoever takes it off has counted that */
+	__u64 live; /* id, until the connection is known to be over: whoever takes it off has counted that */
 	__u32 state;
-	__u32 backend;	/* index into the table of back ends */
-	__u32 slot;	/* connection slot in user space while in TCPHA_HOLD; in TCPHA_PENDING: back end
-			   of an older flow whose place this takes, + 1 */
+	__u32 backend; /* index into the table of back ends */
+	__u32 slot;    /* connection slot in user space while in TCPHA_HOLD; in TCPHA_PENDING: back end
+			  of an older flow whose place this takes, + 1 */
 	__u32 flags;
-	__u32 rule;	/* index of the rule that matched */
-	__u32 end_seq;	/* behind the last byte or FIN that the client has sent; see flow.h */
+	__u32 rule;	 /* index of the rule that matched */
+	__u32 end_seq;	 /* behind the last byte or FIN that the client has sent; see flow.h */
 	__u32 ahead_seq; /* what was seen behind a gap; none if both are equal */
 	__u32 ahead_end;
 	__u32 syn_seq;
 	__u32 first_seq; /* TCPHA_F_FAST: of the request */
 	__u32 first_ack;
-	__u32 rtt_ms;	 /* TCPHA_F_FAST: of the handshake; 0: not known */
+	__u32 rtt_ms; /* TCPHA_F_FAST: of the handshake; 0: not known */
 	__u32 target_len;
 	char target[TCPHA_TARGET_MAX];
 };
@@ -97,18 +98,18 @@ struct tcpha_backend {
 
 /* Operations of struct tcpha_op. */
 enum {
-	TCPHA_OP_QUERY = 1, /* look the flow's socket up, fill the fields below */
-	TCPHA_OP_ADOPT = 2, /* attach the forged packet to a listener as a new socket */
-	TCPHA_OP_END = 3,   /* the connection of handoff 'id' is over */
+	TCPHA_OP_QUERY = 1,	/* look the flow's socket up, fill the fields below */
+	TCPHA_OP_ADOPT = 2,	/* attach the forged packet to a listener as a new socket */
+	TCPHA_OP_END = 3,	/* the connection of handoff 'id' is over */
 	TCPHA_OP_TAKE_BACK = 4, /* the back end did not take the request of handoff 'id' */
 };
 
 /* Results of struct tcpha_op. */
 enum {
-	TCPHA_R_NONE = 0,     /* the program did not run */
+	TCPHA_R_NONE = 0, /* the program did not run */
 	TCPHA_R_OK = 1,
 	TCPHA_R_NO_LISTENER = 2,
-	TCPHA_R_ASSIGN = 3,   /* the kernel refused: see error */
+	TCPHA_R_ASSIGN = 3, /* the kernel refused: see error */
 	TCPHA_R_NO_SOCKET = 4,
 	TCPHA_R_TIME_WAIT = 5, /* a TIME_WAIT socket owns the tuple: see rcv_nxt */
 	TCPHA_R_LIVE = 6,      /* another socket owns the tuple: see state, rcv_nxt */
@@ -140,7 +141,7 @@ struct tcpha_op {
 	__u8 usec_ts_ok;
 	__u8 ecn_ok;
 	__u8 pad;
-	__u32 tsval;	/* our timestamp clock, now */
+	__u32 tsval;	 /* our timestamp clock, now */
 	__u32 ts_recent; /* the peer's latest TSval */
 	/* QUERY out */
 	__u32 state; /* enum tcp_state, BPF_TCP_* */
@@ -151,7 +152,7 @@ struct tcpha_op {
 	__u32 rcv_nxt;
 	__u32 rcv_wnd;
 	__u32 copied_seq;
-	__u32 srtt_us; /* smoothed RTT, microseconds, already divided by 8 */
+	__u32 srtt_us;	       /* smoothed RTT, microseconds, already divided by 8 */
 } __attribute__((aligned(8))); /* as an array map places its elements */
 
 /* Counters, per CPU. */
@@ -164,13 +165,13 @@ struct tcpha_counters {
 	__u64 guarded;	   /* back end: no socket for it, dropped */
 	__u64 foreign;	   /* back end: tunnelled by a host that is no front end of ours, dropped */
 	__u64 decapsulated;
-	__u64 cookies;	   /* front end: SYNs answered */
-	__u64 requests;	   /* front end: requests that went to user space */
-	__u64 cached;	   /* front end: requests that the verdict cache decided */
-	__u64 forged;	   /* segments of no known flow that had no valid cookie */
-	__u64 adopted;	   /* back end: by a client's own segment */
-	__u64 yielded;	   /* back end: older sockets on the tuple that were ended for that */
-	__u64 icmp;	   /* front end: ICMP errors sent on to the back end that they concern */
+	__u64 cookies;	/* front end: SYNs answered */
+	__u64 requests; /* front end: requests that went to user space */
+	__u64 cached;	/* front end: requests that the verdict cache decided */
+	__u64 forged;	/* segments of no known flow that had no valid cookie */
+	__u64 adopted;	/* back end: by a client's own segment */
+	__u64 yielded;	/* back end: older sockets on the tuple that were ended for that */
+	__u64 icmp;	/* front end: ICMP errors sent on to the back end that they concern */
 };
 
 /* The cookie keys of one front end. */
@@ -234,7 +235,8 @@ struct tcpha_verdict {
 /* What a back end has, in memory shared with user space. */
 struct tcpha_load {
 	__u64 handed; /* by cached verdicts */
-	__u64 closed; /* known to be so by a connection that a cached verdict put in the place of an older one */
+	__u64 closed; /* known to be so by a connection that a cached verdict put in the place of an older one
+		       */
 	__u32 live;   /* connections handed to it, offers included */
 	__u32 pad;
 };
@@ -245,7 +247,8 @@ enum {
 	TCPHA_FAST_LATER = 2,  /* read, written: another segment of its flow; it goes where its entry says */
 	TCPHA_FAST_SEND = 3,   /* written: to the back end of offer n; n is in the next two bytes */
 	TCPHA_FAST_SOCKET = 4, /* written: to a socket of our own */
-	TCPHA_FAST_EARLY = 5,  /* read, written: a later segment that has come before the request's first one */
+	TCPHA_FAST_EARLY =
+		5, /* read, written: a later segment that has come before the request's first one */
 };
 
 /* A handshake that has ended, without a request yet. */
@@ -299,7 +302,7 @@ struct tcpha_event {
 struct tcpha_fe_conf {
 	__u8 vaddr[16];
 	__be16 vport;
-	__u16 mss;    /* packet path: that we offer; 0: no packet path */
+	__u16 mss; /* packet path: that we offer; 0: no packet path */
 	__u32 tap;
 	__u32 fast_tap;
 	__u16 window; /* of the SYN-ACK */

@@ -160,10 +160,11 @@ static __always_inline int choose(struct tcpha_verdict *v, struct tcpha_entry *f
 }
 
 /*
- * Decide a request, 'length' bytes at 'offset' of the packet, by what is known of others: 1, and backend, rule
- * and target are set; or 0: it must go to user space.
+ * Decide a request, 'length' bytes at 'offset' of the packet, by what is known of others: 1, and backend,
+ * rule and target are set; or 0: it must go to user space.
  */
-static __always_inline int decide(struct __sk_buff *skb, __u32 offset, __u32 length, struct tcpha_entry *fresh)
+static __always_inline int decide(struct __sk_buff *skb, __u32 offset, __u32 length,
+				  struct tcpha_entry *fresh)
 {
 	struct tcpha_verdict *v;
 	struct tcpha_cache *c;

@@ -40,7 +40,7 @@ cdef struct adopted:
     bint over              # closed, but the front end could not be told
     bint fast              # by the packet path: nobody waited for its socket
     bint reused            # and a report may be of an earlier one
-    bint found             # among the kernel's sockets: the id is ours, until a front end knows better
+    bint found             # in the kernel: the id is ours, until a front end knows better
     bint is_open           # nobody has seen the application close it
 
 

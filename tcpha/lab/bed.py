@@ -101,7 +101,9 @@ class Host:
         return sh(*self.command(*args), check=check, **kw)
 
     def start(self, *args: str, **kw: Any) -> subprocess.Popen[str]:
-        """Start a command on this host; it is killed with the bed."""
+        """Start a command on this host; it is killed with the bed. It may outlive us, and must not
+        keep open what we were started with."""
+        kw = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL} | kw
         process = subprocess.Popen(self.command(*args), text=True, **kw)
         self.processes.append(process)
         return process

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How cost grows: with rules, with back ends, with open connections."""
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import resource
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tcpha.lab.bed import Cluster, Host, listening, sh, wait_for
+
+RULES = (10, 100, 1000, 10_000)
+BACKENDS = (1, 2, 4, 8)
+OPEN = 8000  # connections: HAProxy needs two descriptors for each
+ROUNDS = 3
+RATE = "100mbit"
+
+
+def cpu_seconds(host: Host) -> float:
+    """CPU time that a host's processes and their children have used."""
+    ticks = 0
+    parents = {str(p.pid) for p in host.processes}
+    for child in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = child.read_text().rpartition(")")[2].split()
+            if child.parent.name in parents or fields[1] in parents:
+                ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def requests_a_second(host: Host, url: str, connections: int, seconds: int, *more: str) -> float:
+    """By wrk. What it says of errors goes to stderr."""
+    text = host.run("wrk", "-t1", f"-c{connections}", f"-d{seconds}s", *more, url).stdout
+    if errors := re.search(r"Socket errors.*|Non-2xx.*", text):
+        print(f"  {url}: {errors.group()}", file=sys.stderr)
+    found = re.search(r"Requests/sec:\s+([\d.]+)", text)
+    return float(found.group(1)) if found else 0.0
+
+
+def rules() -> dict[str, float]:
+    """{how many rules: microseconds of tcphafe's CPU time for a request that a worker reads},
+    medians of interleaved rounds. The last rule is the one that matches."""
+    samples: dict[int, list[float]] = {n: [] for n in RULES}
+    beds: dict[int, Cluster] = {}
+    try:
+        for n in RULES:
+            beds[n] = c = Cluster(1, rules=[*((0, f"^/site{i}/.*[.]jpg$") for i in range(n - 1)),
+                                            (0, ".*")], nginx={"log": False},
+                                  fe_conf="verdictcache = off", be_conf="maxclients = 20000")
+            c.nginx[0].file("1k", size=1024)
+        for _ in range(ROUNDS):
+            for n, c in beds.items():
+                before = cpu_seconds(c.fe_host)
+                begin = time.monotonic()
+                rate = requests_a_second(c.client, f"http://{c.VIP}/1k", 32, 2, "-H",
+                                         "Connection: close")
+                count = rate * (time.monotonic() - begin)
+                samples[n].append((cpu_seconds(c.fe_host) - before) / count * 1e6)
+    finally:
+        for c in beds.values():
+            c.close()
+    return {str(n): sorted(s)[ROUNDS // 2] for n, s in samples.items()}
+
+
+def _proxy(c: Cluster) -> None:
+    n = len(c.be_hosts)
+    text = "global\n    maxconn 9900\ndefaults\n    mode http\n    timeout connect 5s\n" \
+           "    timeout client 600s\n    timeout server 600s\n    maxconn 9900\n" \
+           "frontend f\n    bind 192.168.1.23:8080\n"
+    text += "".join(f"    use_backend b{i} if {{ path_beg /be{i + 1}/ }}\n" for i in range(n))
+    text += "    default_backend b0\n"
+    text += "".join(f"backend b{i}\n    http-reuse always\n    server s {h.address}:80\n"
+                    for i, h in enumerate(c.be_hosts))
+    (c.fe_host.dir / "haproxy.cfg").write_text(text)
+    c.fe_host.start("haproxy", "-db", "-f", str(c.fe_host.dir / "haproxy.cfg"))
+    wait_for(lambda: listening(c.fe_host, 8080), "haproxy")
+
+
+def out() -> dict[str, dict[str, float]]:
+    """{way: {how many back ends: MB/s}}, where each host's link but the client's carries RATE."""
+    most = BACKENDS[-1]
+    c = Cluster(most, rules=[(i, f"^/be{i + 1}/") for i in range(most)], nginx={"log": False})
+    result: dict[str, dict[str, float]] = {"tcpha": {}, "haproxy": {}}
+    try:
+        _proxy(c)
+        for i, server in enumerate(c.nginx):
+            server.file(f"be{i + 1}/big", size=12 << 20)
+        for host in (c.fe_host, *c.be_hosts):
+            host.run("tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", RATE,
+                     "burst", "128kb", "latency", "100ms")
+        for n in BACKENDS:
+            for way, base in (("tcpha", f"http://{c.VIP}"), ("haproxy", "http://192.168.1.23:8080")):
+                urls = "\n".join(f"{base}/be{i + 1}/big" for i in range(n))
+                begin = time.monotonic()
+                c.client.run("xargs", f"-P{n}", "-n1", "curl", "-sSf", "-o", "/dev/null",
+                             input=urls)
+                result[way][str(n)] = n * 12 * 1.048576 / (time.monotonic() - begin)
+    finally:
+        c.close()
+    return result
+
+
+def _hold(c: Cluster, base: tuple[str, int], ready: Any, done: Any) -> None:
+    """In a process of its own: open connections, one request each, and keep them."""
+    def work() -> None:
+        held = []
+        for _ in range(OPEN):
+            s = socket.create_connection(base, timeout=60)
+            s.sendall(b"GET /index.html HTTP/1.1\r\nHost: a\r\n\r\n")
+            s.recv(4096)
+            held.append(s)
+        ready.set()
+        done.wait()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    c.client.inside(work)
+
+
+def _growth(c: Cluster, base: tuple[str, int], used: Callable[[], int]) -> float:
+    ready, done = multiprocessing.Event(), multiprocessing.Event()
+    before = used()
+    process = multiprocessing.Process(target=_hold, args=(c, base, ready, done))
+    process.start()
+    try:
+        if not ready.wait(300):
+            raise TimeoutError("the connections did not come about")
+        return (used() - before) / OPEN
+    finally:
+        done.set()
+        process.join()
+
+
+def memory() -> dict[str, float]:
+    """Bytes of the front end's memory for each of OPEN open connections: of tcphafe and its map of
+    flows; of HAProxy's process (without the kernel's two sockets, which it needs besides)."""
+    c = Cluster(1, rules=[(0, ".*")], fe_conf="maxclients = 4096", be_conf="maxclients = 20000",
+                nginx={"log": False, "extra": "keepalive_timeout 600s;"})
+    try:
+        assert c.fe
+        c.nginx[0].file("index.html", b"x\n")
+        _proxy(c)
+        haproxy = c.fe_host.processes[-1].pid
+
+        def rss(pid: int) -> int:
+            text = Path(f"/proc/{pid}/status").read_text()
+            return int(text.split("VmRSS:")[1].split()[0]) * 1024
+
+        def ours() -> int:
+            assert c.fe
+            held = {int(i) for p in Path(f"/proc/{c.fe.process.pid}/fdinfo").iterdir()
+                    for line in p.read_text().splitlines() if line.startswith("map_id:")
+                    for i in line.split()[1:]}
+            maps = [m for m in json.loads(sh("bpftool", "-j", "map", "show").stdout)
+                    if m["id"] in held and m.get("name") == "flows"]
+            return rss(c.fe.process.pid) + sum(m["bytes_memlock"] for m in maps)
+        return {"tcphafe": _growth(c, (c.VIP, 80), ours),
+                "haproxy": _growth(c, ("192.168.1.23", 8080), lambda: rss(haproxy))}
+    finally:
+        c.close()
+
+
+def rows(more: dict[str, Any]) -> list[list[str]]:
+    out_rows = [["what grows", "with", "cost"]]
+    out_rows += [["rules", n, f"{v:.1f} us of CPU time a request"]
+                 for n, v in more["rules"].items()]
+    out_rows += [[f"back ends, {way}", n, f"{v:.1f} MB/s"]
+                 for way, by in more["scale-out"].items() for n, v in by.items()]
+    out_rows += [["open connections", name, f"{v:.0f} bytes each on the front end"]
+                 for name, v in more["memory"].items()]
+    return out_rows
