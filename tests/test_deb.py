@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,15 +52,17 @@ def package() -> Path:
 
 
 @pytest.fixture(scope="session")
-def bare(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def bare(package: Path) -> Iterator[Path]:
     """Debian 12 with nothing but what a web server's host has."""
     if not Path("/usr/sbin/debootstrap").exists():
         sh("apt-get", "update", "-qq")
         sh("apt-get", "install", "-y", "-qq", "--no-install-recommends", "debootstrap")
     mirror = sh("apt-get", "indextargets", "--format", "$(REPO_URI)").stdout.split()[0]
-    root = tmp_path_factory.mktemp("debian")
+    # not where pytest would one day remove it with all that is mounted there
+    root = Path(tempfile.mkdtemp(prefix="tcpha-debian-"))
     sh("debootstrap", "--variant=minbase", "bookworm", str(root), mirror)
     mount("--bind", str(root), str(root))  # 'ip netns' wants a root that is a mount
+    mount("--make-private", str(root))
     mount_kernel(root)
     try:
         chroot(root, "apt-get", "install", "-y", "-qq", "--no-install-recommends", "nginx-light",
@@ -69,7 +72,8 @@ def bare(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
         chroot(root, "apt-get", "install", "-y", "-qq", "--download-only", f"/root/{package.name}")
         yield root
     finally:
-        sh("umount", "-Rl", str(root), check=False)
+        sh("umount", "-Rl", str(root))
+        sh("rm", "-rf", "--one-file-system", str(root))
 
 
 class Machine(Host):
@@ -95,7 +99,8 @@ class Machine(Host):
         for process in self.services.values():
             process.terminate()
             process.wait(20)
-        sh("umount", "-Rl", str(self.root), check=False)
+        if self.root != Path("/"):
+            sh("umount", "-Rl", str(self.root))
 
     def systemctl(self, verb: str, name: str) -> None:
         """What systemd would do by the unit."""
