@@ -250,8 +250,8 @@ def workloads(b: Bench) -> dict[str, tuple[str, bool, Callable[[str], float]]]:
 
 def main() -> int:
     p = argparse.ArgumentParser(prog="bench", description=__doc__)
-    p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
     p.add_argument("--output", type=Path, default=Path("bench/results/latest.json"))
     args = p.parse_args()
     beds: dict[str, Bench] = {}

@@ -16,6 +16,9 @@ from tcpha.control.secret import read_secret
 __all__ = ["ANY", "Config", "ConfigError", "Fault", "Rule", "Server", "load", "to_toml"]
 
 
+EVERYTHING = {".*", "", "^", ".", ".+", "^.*", "^.*$"}
+
+
 def load(role: str, file: str, directory: str | None = None) -> Config:
     """Read and check a file for a role ('fe' or 'be'). Paths in it are taken as relative to
     'directory', or else to the current one. Raises ConfigError with all faults."""
@@ -158,6 +161,8 @@ def _check_patterns(file: str, rules: list[Rule], places: list[int], faults: lis
 
 def _check_cover(file: str, rules: list[Rule], places: list[int], warnings: list[Fault]) -> None:
     """The seed: 'The rules must contain all the cases'. Odd targets stand for all of them."""
+    if any(rule.pattern in EVERYTHING for rule in rules):
+        return  # many rules take seconds to compile
     samples = [b"/", b"/~qz.7_/Zx-0?y=%41&k", b"*", b"http://q.invalid:1/w"]
     matcher = Matcher([rule.pattern for rule in rules])
     if not all(matcher.matches(sample) for sample in samples):

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from tcpha.admin.server import ask
 
 T = TypeVar("T")
+START = 60.0  # seconds for a daemon to serve: ten thousand rules take a while to compile
 CLONE_NEWNET = 0x40000000
 BIN = Path(sys.executable).parent
 SERIAL = (f"{x:x}" for x in itertools.count())
@@ -299,7 +300,7 @@ class Daemon:
             self.process = self.host.start(
                 "env", *self.environment, program(f"tcpha{self.role}"), "-f", "-c",
                 str(self.config), "--run-dir", str(self.run_dir), *self.options, stderr=log)
-        wait_for(self._ready, f"tcpha{self.role} on {self.host.name}", 20)
+        wait_for(self._ready, f"tcpha{self.role} on {self.host.name}", START)
 
     def _ready(self) -> bool:
         if self.process.poll() is not None:
