@@ -10,6 +10,7 @@ APT := gcc clang llvm pkg-config libbpf-dev libelf-dev zlib1g-dev libhyperscan-d
 DEB_APT := build-essential clang debhelper dh-python fakeroot libbpf-dev libelf-dev libhyperscan-dev \
 	libnetfilter-queue-dev libssl-dev linux-libc-dev llvm pkg-config python3-dev python3-venv zlib1g-dev
 BENCH_APT := haproxy wrk
+TEST_APT := debootstrap lintian chromium fonts-dejavu-core
 SOURCES := $(wildcard tcpha/_fast/*.pyx tcpha/_fast/*.pxd tcpha/_bpf/*.c tcpha/_bpf/*.h) setup.py \
 	pyproject.toml
 
@@ -18,16 +19,17 @@ SOURCES := $(wildcard tcpha/_fast/*.pyx tcpha/_fast/*.pxd tcpha/_bpf/*.c tcpha/_
 build: $(VENV)/.built
 
 # What is missing is installed, and nothing else is touched.
-$(VENV)/.apt: Makefile
-	@mkdir -p $(VENV)
-	@missing=$$(for p in $(APT); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | \
+install = missing=$$(for p in $(1); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | \
 	  grep -q 'ok installed' || echo $$p; done); \
-	case "$$($(PYTHON) -c 'import sys; print(sys.base_prefix)')" in /usr) \
-	  for p in python3-dev python3-venv; do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | \
-	    grep -q 'ok installed' || missing="$$missing $$p"; done;; esac; \
 	if [ -n "$$missing" ]; then \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
 	    --no-install-recommends $$missing; fi
+
+$(VENV)/.apt: Makefile
+	@mkdir -p $(VENV)
+	@case "$$($(PYTHON) -c 'import sys; print(sys.base_prefix)')" in \
+	/usr) $(call install,$(APT) python3-dev python3-venv);; \
+	*) $(call install,$(APT));; esac
 	@touch $@
 
 $(VENV)/.pip: pyproject.toml $(VENV)/.apt
@@ -51,19 +53,16 @@ $(VENV)/.fuzz: $(VENV)/.pip
 	@touch $@
 
 test: build $(VENV)/.fuzz
+	@$(call install,$(DEB_APT) $(TEST_APT))
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 bench: build
-	@for p in $(BENCH_APT); do command -v $$p >/dev/null || { apt-get update -qq && \
-	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-	  $(BENCH_APT); break; }; done
+	@$(call install,$(BENCH_APT))
 	$(BIN)/python -m bench $(ARGS)
 
 deb:
-	@for p in $(DEB_APT); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || \
-	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
-	  --no-install-recommends $(DEB_APT); break; }; done
-	@mkdir -p dist && rm -rf dist/build && mkdir dist/build
+	@$(call install,$(DEB_APT))
+	@mkdir -p dist && rm -rf dist/build dist/*.deb && mkdir dist/build
 	@git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t dist/build
 	cd dist/build && fakeroot debian/rules binary
 	@rm -rf dist/build && ls dist/*.deb
@@ -72,8 +71,7 @@ lint: build
 	$(BIN)/pip install -q --disable-pip-version-check 'ruff>=0.5' 'mypy>=1.8' 'cython-lint>=0.16'
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	@command -v clang-format >/dev/null || { apt-get update -qq && \
-	  apt-get install -y -qq --no-install-recommends clang-format; }
+	@$(call install,clang-format)
 	clang-format --dry-run -Werror tcpha/_bpf/*.c tcpha/_bpf/*.h
 	PATH=$(CURDIR)/$(BIN):$$PATH cython-lint --max-line-length 100 tcpha/_fast tests/fuzz --ignore E741
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tcpha.lab.bed import BIN, Cluster, Host, sh, wait_for
+from tcpha.lab.bed import BIN, Cluster, Host, wait_for
 
 CTL = str(BIN / "tcphactl")
 pytestmark = pytest.mark.xdist_group("tools")
@@ -144,10 +144,6 @@ def test_doctor(shown: Cluster) -> None:
 
 def test_status_page_in_a_browser(shown: Cluster, tmp_path: Path) -> None:
     """Nothing is fetched from elsewhere; what it shows is what there is."""
-    if not Path("/usr/bin/chromium").exists():
-        sh("apt-get", "update", "-qq")
-        sh("apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium",
-           "fonts-dejavu-core")
     for n in range(10):
         shown.get(f"/a.jpg?{n}")
     picture = Path(os.environ.get("TCPHA_SCREENSHOT", tmp_path / "page.png"))
