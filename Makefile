@@ -62,10 +62,11 @@ bench: build
 
 deb:
 	@$(call install,$(DEB_APT))
-	@mkdir -p dist && rm -rf dist/build dist/*.deb && mkdir dist/build
-	@git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t dist/build
-	cd dist/build && fakeroot debian/rules binary
-	@rm -rf dist/build && ls dist/*.deb
+	@mkdir -p dist; top=$$PWD; into=$$(mktemp -d); set -e; \
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t $$into; \
+	cd $$into; env -u MAKEFLAGS -u MAKELEVEL fakeroot debian/rules binary DESTINATION=$$top/dist; \
+	rm -rf $$into
+	@ls dist/*.deb
 
 lint: build
 	$(BIN)/pip install -q --disable-pip-version-check 'ruff>=0.5' 'mypy>=1.8' 'cython-lint>=0.16'
