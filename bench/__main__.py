@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import chart, scale
-from tcpha.lab.bed import Cluster, listening, sh, wait_for
+from tcpha.lab.bed import Cluster, Nginx, listening, sh, wait_for
 
 # The answers of three ports pass through queues that give back each packet as it came: the
 # netfilterqueue package, and our own code with and without packets larger than the MTU.
@@ -75,33 +75,12 @@ backend be2
     server be2 192.168.1.38:80
 """
 
-NGINX = """
-user root;
-daemon off;
-pid {dir}/proxy.pid;
-error_log {dir}/proxy-error.log crit;
-worker_processes 2;
-worker_rlimit_nofile 20000;
-events {{ worker_connections 9000; }}
-http {{
-    access_log off;
-    client_max_body_size 1g;
-    client_body_temp_path {dir}/body;
-    proxy_temp_path {dir}/proxy;
-    fastcgi_temp_path {dir}/fastcgi;
-    uwsgi_temp_path {dir}/uwsgi;
-    scgi_temp_path {dir}/scgi;
-    upstream be1 {{ server 192.168.1.33:80; keepalive 64; }}
-    upstream be2 {{ server 192.168.1.38:80; keepalive 64; }}
-    server {{
-        listen 192.168.1.23:8083 backlog=4096;
-        proxy_http_version 1.1;
+PROXY_UPSTREAMS = """upstream be1 { server 192.168.1.33:80; keepalive 64; }
+    upstream be2 { server 192.168.1.38:80; keepalive 64; }"""
+PROXY_LOCATIONS = """proxy_http_version 1.1;
         proxy_set_header Connection "";
-        location ~ jpg$ {{ proxy_pass http://be2; }}
-        location / {{ proxy_pass http://be1; }}
-    }}
-}}
-"""
+        location ~ jpg$ { proxy_pass http://be2; }
+        location / { proxy_pass http://be1; }"""
 
 
 class Bench:
@@ -127,10 +106,9 @@ class Bench:
             server.file("big", size=64 << 20)
         (c.fe_host.dir / "haproxy.cfg").write_text(HAPROXY)
         c.fe_host.start("haproxy", "-db", "-f", str(c.fe_host.dir / "haproxy.cfg"))
-        conf = c.fe_host.dir / "proxy.conf"
-        conf.write_text(NGINX.format(dir=c.fe_host.dir))
-        c.fe_host.start("nginx", "-p", str(c.fe_host.dir), "-c", str(conf))
-        wait_for(lambda: listening(c.fe_host, 8080) and listening(c.fe_host, 8083), "the proxies")
+        wait_for(lambda: listening(c.fe_host, 8080), "haproxy")
+        Nginx(c.fe_host, ("192.168.1.23:8083",), log=False, workers=2, http=PROXY_UPSTREAMS,
+              extra=PROXY_LOCATIONS)
         self.upload = c.client.dir / "upload"
         self.upload.write_bytes(os.urandom(16 << 20))
         passing = c.be_hosts[0].start(sys.executable, "-c", PASS, stdout=-1)
@@ -254,6 +232,7 @@ def main() -> int:
     p.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
     p.add_argument("--output", type=Path, default=Path("bench/results/latest.json"))
     args = p.parse_args()
+    more = {"rules": scale.rules(), "scale-out": scale.out(), "memory": scale.memory()}
     beds: dict[str, Bench] = {}
     stats = Path("/proc/sys/kernel/bpf_stats_enabled")
     before = stats.read_text()
@@ -269,7 +248,6 @@ def main() -> int:
         for bench in beds.values():
             bench.cluster.close()
     units = {n: u for n, (u, _, _) in workloads(beds["ebpf direct"]).items()}
-    more = {"rules": scale.rules(), "scale-out": scale.out(), "memory": scale.memory()}
     report(samples, units, more, args.output)
     return 0
 

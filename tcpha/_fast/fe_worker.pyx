@@ -517,7 +517,8 @@ cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
     at = now_ns()
     histogram_add(&f.stages[STAGE_OFFER], at - k.offered_ns)
     histogram_add(&f.stages[STAGE_TOTAL], at - k.accept_ns)
-    slow_note(&f.slow, at - k.accept_ns, &k.snap.flow, &k.entry)
+    slow_note(&f.slow, at - k.accept_ns, &k.snap.flow, k.entry.backend, k.entry.rule,
+              k.entry.target, k.entry.target_len)
     say_more(f.c, 2, &k.snap.flow, b"handed over to %s by rule %ld",
              f.backends[k.entry.backend].name, <int>k.entry.rule)
     if f.access_fd >= 0:
@@ -740,9 +741,7 @@ cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint
     _count_handed(f, o.backend, o.rule)
     took = now_ns() - o.start_ns
     histogram_add(&f.stages[STAGE_FAST], took)
-    k.entry.target_len = o.target_len
-    memcpy(k.entry.target, o.target, TCPHA_TARGET_MAX)
-    slow_note(&f.slow, took, &k.snap.flow, &k.entry)
+    slow_note(&f.slow, took, &k.snap.flow, o.backend, o.rule, o.target, o.target_len)
     say_more(f.c, 2, &k.snap.flow, b"handed over to %s by rule %ld", be.name, <int>k.entry.rule)
     if f.access_fd >= 0:
         k.accept_ns = o.start_ns
@@ -1259,7 +1258,7 @@ cdef class FrontEnd(Core):
 
     def consider(self, bytes head):
         """What would become of a request with this head: (what is wrong with it, target, indexes of
-        the rules that match). Raises MemoryError."""
+        the rules that match, in the order in which they are tried). Raises MemoryError."""
         cdef http_head h
         cdef ruleset *rules
         cdef hs_scratch_t *scratch = NULL

@@ -2,7 +2,7 @@
 """What workers measure: how long things take, and which took longest."""
 from libc.stdint cimport uint32_t, uint64_t
 
-from tcpha._fast.defs cimport TCPHA_TARGET_MAX, tcpha_entry, tcpha_flow
+from tcpha._fast.defs cimport TCPHA_TARGET_MAX, tcpha_flow
 from tcpha._fast.sys cimport pthread_mutex_t
 
 cdef enum:
@@ -37,6 +37,6 @@ cdef void histogram_add(histogram *h, uint64_t ns) noexcept nogil
 cdef dict histogram_read(histogram *h)
 cdef void slow_open(slow_ones *s) noexcept
 cdef void slow_close(slow_ones *s) noexcept
-cdef void slow_note(slow_ones *s, uint64_t took_ns, const tcpha_flow *flow,
-                    const tcpha_entry *e) noexcept nogil
+cdef void slow_note(slow_ones *s, uint64_t took_ns, const tcpha_flow *flow, uint32_t backend,
+                    uint32_t rule, const char *target, uint32_t target_len) noexcept nogil
 cdef list slow_read(slow_ones *s, double seconds)

@@ -3,7 +3,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from tcpha._fast.defs cimport TCPHA_TARGET_MAX, tcpha_entry, tcpha_flow
+from tcpha._fast.defs cimport TCPHA_TARGET_MAX, tcpha_flow
 from tcpha._fast.packet cimport address_text
 from tcpha._fast.sys cimport (
     add64, load64, now_ns, ntohs, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
@@ -48,9 +48,10 @@ cdef void _set_floor(slow_ones *s) noexcept nogil:
     store64(&s.floor_ns, least)
 
 
-cdef void slow_note(slow_ones *s, uint64_t took_ns, const tcpha_flow *flow,
-                    const tcpha_entry *e) noexcept nogil:
-    """Remember a handoff, if it is one of the slowest. Where two come at once, one is left out."""
+cdef void slow_note(slow_ones *s, uint64_t took_ns, const tcpha_flow *flow, uint32_t backend,
+                    uint32_t rule, const char *target, uint32_t target_len) noexcept nogil:
+    """Remember a handoff, if it is one of the slowest. Where two come at once, one is left out.
+    target: TCPHA_TARGET_MAX bytes, of which target_len count if it is no longer than that."""
     cdef slow_one *fastest = &s.row[0]
     cdef int i
     if took_ns <= load64(&s.floor_ns) or pthread_mutex_trylock(&s.lock) != 0:
@@ -65,10 +66,10 @@ cdef void slow_note(slow_ones *s, uint64_t took_ns, const tcpha_flow *flow,
         fastest.at_ns = now_ns()
         fastest.took_ns = took_ns
         fastest.flow = flow[0]
-        fastest.backend = e.backend
-        fastest.rule = e.rule
-        fastest.target_len = e.target_len
-        memcpy(fastest.target, e.target, TCPHA_TARGET_MAX)
+        fastest.backend = backend
+        fastest.rule = rule
+        fastest.target_len = target_len
+        memcpy(fastest.target, target, TCPHA_TARGET_MAX)
         _set_floor(s)
     pthread_mutex_unlock(&s.lock)
 

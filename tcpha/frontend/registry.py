@@ -400,7 +400,7 @@ class Registry:
             return {"outcome": str(status), "reason": f"request head: {error}", "rules": []}
         rows: list[dict[str, Any]] = []
         chosen: dict[str, Any] | None = None
-        for n in sorted(matched, key=lambda n: (self._first_of(n), n)):
+        for n in matched:
             rule = self.rules[n]
             why = self._unusable(rule.server)
             rows.append({"rule": n, "pattern": rule.pattern, "server": rule.server,
@@ -421,10 +421,6 @@ class Registry:
             else:
                 out = {"outcome": "503", "reason": f"{why}, and no Local Node listens"}
         return out | {"target": target, "rules": rows}
-
-    def _first_of(self, n: int) -> int:
-        """Rules with one pattern stand where the first of them does."""
-        return [r.pattern for r in self.rules].index(self.rules[n].pattern)
 
     def _index(self, server: str) -> int:
         entry = self.entries.get(server)

@@ -210,6 +210,7 @@ http {{
     scgi_temp_path {dir}/scgi;
     dav_methods PUT;
     default_type text/plain;
+    {http}
     server {{
         {listen}
         root {root};
@@ -221,10 +222,11 @@ http {{
 
 
 class Nginx:
-    """An unmodified nginx on a host. Files are served from 'root'; PUT stores below /up/."""
+    """An unmodified nginx on a host. Files are served from 'root'; PUT stores below /up/. extra and
+    http: more for its configuration, in the server and in front of that."""
 
     def __init__(self, host: Host, ports: tuple[int | str, ...] = (80,), log: bool = True,
-                 extra: str = "", workers: int = 1, backlog: int = 4096):
+                 extra: str = "", workers: int = 1, backlog: int = 4096, http: str = ""):
         self.host = host
         self.root = host.dir / "www"
         (self.root / "up").mkdir(parents=True)
@@ -233,7 +235,7 @@ class Nginx:
         self.ports = ports
         self.conf.write_text(NGINX.format(
             dir=host.dir, root=self.root, name=host.name, workers=workers,
-            log=f"{self.log} seen" if log else "off", extra=extra,
+            log=f"{self.log} seen" if log else "off", extra=extra, http=http,
             listen=" ".join(f"listen {p} backlog={backlog};" for p in ports)))
         self.start()
 
