@@ -228,7 +228,7 @@ cdef bint _pick(frontend *f, conn *k, const ruleset *rules, const uint64_t *matc
             live = 0
             # Equal loads take turns, also where every other request is for another group: multiples
             # of the golden ratio are even among any of them.
-            at = <uint32_t>(((load64(&f.next_id) * 0x9e3779b97f4a7c15u) >> 32) % n)
+            at = <uint32_t>((((load64(&f.next_id) * 0x9e3779b97f4a7c15u) >> 32) * n) >> 32)
             for i in range(n):
                 ch = &rules.choices[rules.first[g] + (at + i) % n]
                 if _usable(f, k, ch.backend, now, desperate) and \
