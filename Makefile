@@ -36,7 +36,7 @@ $(VENV)/.pip: pyproject.toml $(VENV)/.apt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check setuptools wheel 'cython>=3.0' \
 	  'pyroute2>=0.9.2' 'toml>=0.10' 'netfilterqueue>=1.1' 'rich>=13' 'prometheus-client>=0.16' \
-	  'pytest>=8' 'hypothesis>=6' 'httptools>=0.6' \
+	  'pytest>=8,<9.2' 'hypothesis>=6' 'httptools>=0.6' \
 	  'pytest-benchmark>=4' 'pytest-xdist>=3.5'
 	@touch $@
 
@@ -64,7 +64,9 @@ deb:
 	@$(call install,$(DEB_APT))
 	@mkdir -p dist; top=$$PWD; into=$$(mktemp -d); set -e; \
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t $$into; \
-	cd $$into; env -u MAKEFLAGS -u MAKELEVEL fakeroot debian/rules binary DESTINATION=$$top/dist; \
+	cd $$into; mkdir made; \
+	env -u MAKEFLAGS -u MAKELEVEL fakeroot debian/rules binary DESTINATION=$$into/made; \
+	cp made/*.deb $$top/dist/.$$$$; mv $$top/dist/.$$$$ $$top/dist/$$(cd made; echo *.deb); \
 	rm -rf $$into
 	@ls dist/*.deb
 

@@ -34,6 +34,7 @@ ONLY_IN = {  # modes that not every file has, unless a test names them
     "ebpf-nfqueue": {"test_serve.py"}, "nfqueue-ebpf": {"test_serve.py"}}
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test of what one datapath alone has exists in the modes that have it, and in no other. So
     does one that names its modes."""
