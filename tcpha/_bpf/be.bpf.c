@@ -204,15 +204,18 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 
 /*
  * A segment that came right behind one whose socket is in the making, on another CPU perhaps, or which has
- * to wait for the end of an older socket: it waits in the same way, or it would be lost.
+ * to wait for the end of an older socket: it waits in the same way, or it would be lost. A TIME_WAIT that
+ * nothing waits for is what became of the socket, and the segment is its own.
  */
-static __always_inline int behind_first(struct __sk_buff *skb, const struct tcpha_flow *flow, __u32 seq)
+static __always_inline int behind_first(struct __sk_buff *skb, const struct tcpha_flow *flow, __u32 seq,
+					__u32 state)
 {
 	struct tcpha_adoption *a = bpf_map_lookup_elem(&adoptions, flow);
 	__u32 mark = is_again(skb) ? skb->mark + 1 : TCPHA_MARK_AGAIN;
 
-	if (!a || mark == (TCPHA_MARK_AGAIN | MAX_AGAIN) ||
-	    (__s64)(bpf_ktime_get_ns() - a->at_ns) > YIELD_NS || seq - a->isn < 2 || seq - a->isn > 1 << 24)
+	if (!a || (state == BPF_TCP_TIME_WAIT && a->state != TCPHA_YIELDING) ||
+	    mark == (TCPHA_MARK_AGAIN | MAX_AGAIN) || (__s64)(bpf_ktime_get_ns() - a->at_ns) > YIELD_NS ||
+	    seq - a->isn < 2 || seq - a->isn > 1 << 24)
 		return TC_ACT_SHOT;
 	skb->mark = mark;
 	return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
@@ -279,7 +282,7 @@ static __always_inline int guard(struct __sk_buff *skb, const struct headers *h,
 	flow.vport = h->tcp->dest;
 	verdict = adopt_by_cookie(skb, h, &flow, &o, other ? &old : 0, last);
 	if (verdict == TC_ACT_SHOT && conf.fast && !control)
-		verdict = behind_first(skb, &flow, seq);
+		verdict = behind_first(skb, &flow, seq, state);
 	/* what the socket cannot expect would be answered with a RST, should it end before this gets there */
 	if (verdict == TC_ACT_SHOT && pass &&
 	    (!conf.fast || control || (state == BPF_TCP_TIME_WAIT && (__s32)(seq - old) <= 0)))
