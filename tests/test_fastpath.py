@@ -61,6 +61,25 @@ def test_no_socket_on_the_front_end(cluster: Cluster) -> None:
     assert late < 5 and before + 20 - late <= fast(cluster) <= before + 20
 
 
+def test_the_end_of_a_connection_waits_for_nothing(cluster: Cluster) -> None:
+    """The client's FIN, its timestamp later than the server's FIN, is for the TIME_WAIT: it once went
+    round in the back end's program as if its socket were in the making."""
+    settle(cluster)
+    before = [be.ctl("status")["packets"] for be in cluster.be]
+    for _ in range(50):
+        s = cluster.client.connect(cluster.VIP)
+        s.sendall(REQUEST)
+        assert len(body(read_all(s))) == 1024
+        clock = time.monotonic_ns() // 1_000_000
+        while time.monotonic_ns() // 1_000_000 - clock < 2:  # the timestamps' unit is 1 ms
+            pass
+        s.close()
+    settle(cluster)
+    after = [be.ctl("status")["packets"] for be in cluster.be]
+    assert sum(now["adopted"] - old["adopted"] for now, old in zip(after, before, strict=True)) >= 40
+    assert [now["again"] for now in after] == [old["again"] for old in before]
+
+
 # what is lost, once: where at the client, and which packets are meant
 LOST = {
     "SYN": ("output", "tcp dport 80 tcp flags & (syn | ack) == syn"),

@@ -218,6 +218,7 @@ static __always_inline int behind_first(struct __sk_buff *skb, const struct tcph
 	    seq - a->isn < 2 || seq - a->isn > 1 << 24)
 		return TC_ACT_SHOT;
 	skb->mark = mark;
+	COUNT(again, 1);
 	return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
 }
 

@@ -171,6 +171,7 @@ struct tcpha_counters {
 	__u64 forged;	/* segments of no known flow that had no valid cookie */
 	__u64 adopted;	/* back end: by a client's own segment */
 	__u64 yielded;	/* back end: older sockets on the tuple that were ended for that */
+	__u64 again;	/* back end: rounds of segments that waited for their socket */
 	__u64 icmp;	/* front end: ICMP errors sent on to the back end that they concern */
 };
 

@@ -131,6 +131,7 @@ cdef extern from "tcpha.h" nogil:
         uint64_t forged
         uint64_t adopted
         uint64_t yielded
+        uint64_t again
         uint64_t icmp
 
     struct tcpha_keys:

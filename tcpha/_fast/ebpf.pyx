@@ -413,7 +413,7 @@ cdef dict _counters(Object obj):
     cdef int i, cpus = min(possible_cpus(), 1024)
     total = dict.fromkeys(("forwarded", "forwarded_bytes", "held", "live_syn", "unreachable",
                            "guarded", "foreign", "decapsulated", "cookies", "requests", "cached",
-                           "forged", "adopted", "yielded", "icmp"), 0)
+                           "forged", "adopted", "yielded", "again", "icmp"), 0)
     if bpf_map_lookup_elem(obj.map_fd("counters"), &zero, c) == 0:
         for i in range(cpus):
             total["forwarded"] += c[i].forwarded
@@ -430,6 +430,7 @@ cdef dict _counters(Object obj):
             total["forged"] += c[i].forged
             total["adopted"] += c[i].adopted
             total["yielded"] += c[i].yielded
+            total["again"] += c[i].again
             total["icmp"] += c[i].icmp
     return total
 
