@@ -62,8 +62,8 @@ def test_no_socket_on_the_front_end(cluster: Cluster) -> None:
 
 
 def test_the_end_of_a_connection_waits_for_nothing(cluster: Cluster) -> None:
-    """The client's FIN, its timestamp later than the server's FIN, is for the TIME_WAIT: it once went
-    round in the back end's program as if its socket were in the making."""
+    """The client's FIN, its timestamp later than the server's FIN, is for the TIME_WAIT: it once
+    went round in the back end's program as if its socket were in the making."""
     settle(cluster)
     before = [be.ctl("status")["packets"] for be in cluster.be]
     for _ in range(50):
@@ -76,7 +76,7 @@ def test_the_end_of_a_connection_waits_for_nothing(cluster: Cluster) -> None:
         s.close()
     settle(cluster)
     after = [be.ctl("status")["packets"] for be in cluster.be]
-    assert sum(now["adopted"] - old["adopted"] for now, old in zip(after, before, strict=True)) >= 40
+    assert sum(p["adopted"] for p in after) - sum(p["adopted"] for p in before) >= 40
     assert [now["again"] for now in after] == [old["again"] for old in before]
 
 
