@@ -20,6 +20,7 @@ def behind_a_router(c: Cluster) -> Host:
     far = c.bed.host("far", FAR)
     router.ip("addr", "add", "10.9.0.1/24", "dev", "eth0")
     router.ip("route", "replace", "10.9.0.0/24", "dev", "eth0", "mtu", "lock", str(NARROW))
+    router.ip("route", "add", c.VIP, "dev", "eth0", "mtu", "lock", str(NARROW))
     router.sysctl("net.ipv4.conf.all.send_redirects", "0")
     router.sysctl("net.ipv4.conf.eth0.send_redirects", "0")
     router.sysctl("net.ipv4.ip_forward", "1")

@@ -555,6 +555,24 @@ static __always_inline int forward_icmp(struct __sk_buff *skb)
 	return to_backend(skb, be);
 }
 
+/*
+ * The first fragment of a segment for the VIP. Our stack puts the fragments together, and the mark, which
+ * the whole keeps, sends that to user space, from where it comes back in one piece.
+ */
+static __always_inline void mark_fragment(struct __sk_buff *skb)
+{
+	struct iphdr ip;
+	__be16 dport;
+
+	if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)) < 0 || ip.version != 4 || ip.ihl < 5 ||
+	    ip.protocol != IPPROTO_TCP || ip.daddr != unmap_v4(conf.vaddr) ||
+	    (ip.frag_off & bpf_htons(IP_MF | IP_OFFSET)) != bpf_htons(IP_MF))
+		return;
+	if (bpf_skb_load_bytes(skb, ETH_HLEN + ip.ihl * 4 + 2, &dport, sizeof(dport)) == 0 &&
+	    dport == conf.vport)
+		skb->mark = TCPHA_MARK_FRAGMENT;
+}
+
 /* Whether our stack would answer a packet with a RST, and that would be too early: see drop_strangers. */
 static __always_inline bool drop_stranger(struct __sk_buff *skb, const struct headers *h)
 {
@@ -583,8 +601,10 @@ int fe_ingress(struct __sk_buff *skb)
 
 	if (skb->pkt_type != PACKET_HOST || skb->protocol != bpf_htons(ETH_P_IP))
 		return TC_ACT_UNSPEC;
-	if (parse_tcp(skb, 0, &h) < 0)
+	if (parse_tcp(skb, 0, &h) < 0) {
+		mark_fragment(skb);
 		return forward_icmp(skb);
+	}
 	if (h.ip->daddr != unmap_v4(conf.vaddr) || h.tcp->dest != conf.vport)
 		return TC_ACT_UNSPEC;
 	flow_of(&h, &flow);

@@ -22,12 +22,13 @@
 #define TCPHA_MAC_ROOM 0x0278
 #define TCPHA_MAC_FAST 0x0276 /* first two bytes of the MAC of a frame on the fast TAP; then TCPHA_FAST_* */
 #define TCPHA_MARK_AGAIN                                                                                     \
-	0x7c9a0100	       /* of a packet that waits for the end of an old socket; and how often it did */
-#define TCPHA_COOKIE_MS 120000 /* the oldest SYN-ACK that a request may answer, milliseconds */
-#define TCPHA_HEAD_MAX 2048    /* bytes of a request head that the verdict cache knows; a power of two */
-#define TCPHA_LINE_MAX 512     /* of which method and request-target */
-#define TCPHA_CHOICES 8	       /* back ends that a cached verdict may choose from */
-#define TCPHA_MAX_FAST 8       /* front ends of a back end that may use the packet path */
+	0x7c9a0100 /* of a packet that waits for the end of an old socket; and how often it did */
+#define TCPHA_MARK_FRAGMENT 0x7c9a0002 /* of a first fragment, so of the packet that becomes of it */
+#define TCPHA_COOKIE_MS 120000	       /* the oldest SYN-ACK that a request may answer, milliseconds */
+#define TCPHA_HEAD_MAX 2048 /* bytes of a request head that the verdict cache knows; a power of two */
+#define TCPHA_LINE_MAX 512  /* of which method and request-target */
+#define TCPHA_CHOICES 8	    /* back ends that a cached verdict may choose from */
+#define TCPHA_MAX_FAST 8    /* front ends of a back end that may use the packet path */
 
 /* A flow, as a hash key. */
 struct tcpha_flow {

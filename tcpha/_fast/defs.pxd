@@ -13,6 +13,7 @@ cdef extern from "tcpha.h" nogil:
         TCPHA_ETH_OP
         TCPHA_MAC_MARK
         TCPHA_MAC_FAST
+        TCPHA_MARK_FRAGMENT
         TCPHA_MAX_FAST
         TCPHA_HEAD_MAX
         TCPHA_LINE_MAX

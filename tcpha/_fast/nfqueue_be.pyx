@@ -24,8 +24,8 @@ from tcpha._fast.nfqueue cimport (
     HOOK_PREROUTING, SKB_CSUM_NOT_READY, SKB_GSO, V_ACCEPT, V_CHANGED, V_DROP, V_NUMBERS, V_WHOLE,
     Queue, packet, queue)
 from tcpha._fast.packet cimport (
-    ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_FIN, TCP_PSH, TCP_RST, TCP_SIZE, TCP_SYN,
-    VNET_SIZE, address_bytes, forge, ip_checksum, segment, segment_from)
+    ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_CWR, TCP_ECE, TCP_FIN, TCP_PSH, TCP_RST, TCP_SIZE,
+    TCP_SYN, VNET_SIZE, address_bytes, forge, ip_checksum, segment, segment_from)
 from tcpha._fast.rewrite cimport (
     SUM_FULL, SUM_LEAVE, SUM_UPDATE, checksum_full, get32, icmp_parse, icmp_translate, icmp_view,
     tcp_parse, tcp_parse_head, tcp_view, translate, translation)
@@ -42,8 +42,6 @@ from tcpha._fast.table cimport (
 
 cdef enum:
     CHUNK = 60000          # payload of a forged segment; one skb, so that overhead is small
-    TCP_ECE = 0x40
-    TCP_CWR = 0x80
     LEAP = 1 << 24         # how far 'high' may be behind, if the queue was full
     SWEEP = 512            # entries looked at by one call of sweep()
     LAYOUT = 2             # version of struct be_flow

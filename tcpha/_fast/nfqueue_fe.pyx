@@ -15,21 +15,22 @@ from libc.string cimport memcmp, memcpy, memset
 
 from tcpha._fast.datapath cimport FeDatapath, flow_row
 from tcpha._fast.defs cimport (
-    TCPHA_FORWARD, TCPHA_LOCAL_NODE, TCPHA_MAX_BACKENDS, TCPHA_TO_LIVE, TCPHA_TO_STACK,
-    tcpha_classify, tcpha_counters, tcpha_entry, tcpha_flow)
+    TCPHA_FORWARD, TCPHA_LOCAL_NODE, TCPHA_MARK_FRAGMENT, TCPHA_MAX_BACKENDS, TCPHA_TO_LIVE,
+    TCPHA_TO_STACK, tcpha_classify, tcpha_counters, tcpha_entry, tcpha_flow)
 from tcpha._fast.diag cimport SockDiag, diag, diag_answer, diag_query
 from tcpha._fast.ledger cimport (
     PUT_NEW, ledger, ledger_close, ledger_divert, ledger_forget, ledger_open, ledger_remove,
     ledger_restore, ledger_sweep)
 from tcpha._fast.nfqueue cimport (
-    SKB_CSUM_NOT_READY, SKB_GSO, V_ACCEPT, V_DROP, V_KEEP, Queue, packet, queue, queue_verdict)
+    SKB_CSUM_NOT_READY, SKB_GSO, V_ACCEPT, V_DROP, V_KEEP, V_NUMBERS, Queue, packet, queue,
+    queue_verdict)
 from tcpha._fast.nfqueue_be cimport BeNfqueue, be_nfqueue, local_icmp, local_inject, local_inward
 from tcpha._fast.packet cimport (
-    ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_FIN, TCP_PSH, TCP_SIZE, TCP_SYN,
-    VNET_SIZE, address_bytes, forge, ip_checksum, segment, segment_from)
+    ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_CWR, TCP_FIN, TCP_PSH, TCP_SIZE,
+    TCP_SYN, VNET_SIZE, address_bytes, forge, ip_checksum, segment, segment_from)
 from tcpha._fast.repair cimport repair_freeze, saved_syn_mss
 from tcpha._fast.rewrite cimport (
-    get32, icmp_parse, icmp_view, pseudo_sum, sum_bytes, tcp_parse, tcp_view)
+    ask_offload, get16, get32, icmp_parse, icmp_view, pseudo_sum, sum_bytes, tcp_parse, tcp_view)
 from tcpha._fast.snapshot cimport SNAP_FIN, snapshot
 from tcpha._fast.sys cimport (
     AF_PACKET, EINTR, MSG_DONTWAIT, add64, errno, htonl, htons, iovec, load32, load64, msghdr,
@@ -49,7 +50,6 @@ cdef enum:
     RECENT = 1 << 16       # sets in the cache of TSvals
     WAYS = 4               # places in each
     REACH = 1 << 18        # how far a client may be ahead of what was noted: beyond its window
-    TCP_CWR = 0x80
     TCP_MSS_LOW = 536
     ROWS = 4096            # entries copied under one lock
     MAX_QUEUES = 16
@@ -190,23 +190,10 @@ cdef bint _send_direct(fe_nfqueue *d, const path *way, tcp_view *v, uint32_t skb
     """As it is, in an Ethernet frame. What the device or the kernel must still do to it, the
     virtio-net header says."""
     cdef uint8_t head[VNET_SIZE + ETH_SIZE]
-    cdef uint16_t word
     memset(head, 0, VNET_SIZE)
     memcpy(head + VNET_SIZE, way.ether, ETH_SIZE)
     if v.len > way.mtu or skb_info & (SKB_CSUM_NOT_READY | SKB_GSO):
-        head[0] = 1        # VIRTIO_NET_HDR_F_NEEDS_CSUM
-        word = <uint16_t>(ETH_SIZE + (v.tcp - v.ip))
-        memcpy(head + 6, &word, 2)   # csum_start
-        word = 16
-        memcpy(head + 8, &word, 2)   # csum_offset
-        word = pseudo_sum(v.ip, v.len - <uint32_t>(v.tcp - v.ip))
-        memcpy(v.tcp + 16, &word, 2)
-    if v.len > way.mtu:
-        head[1] = 1 | (0x80 if v.flags & TCP_CWR else 0)  # VIRTIO_NET_HDR_GSO_TCPV4, _ECN
-        word = <uint16_t>(ETH_SIZE + (v.data - v.ip))
-        memcpy(head + 2, &word, 2)   # hdr_len
-        word = <uint16_t>mss
-        memcpy(head + 4, &word, 2)   # gso_size
+        ask_offload(head, v, mss if v.len > way.mtu else 0)
     return _emit(d, way, head, sizeof(head), v.ip, v.len)
 
 
@@ -480,6 +467,9 @@ cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
     if icmp_parse(p.data, p.len, &error) == 0:
         return _on_error(d, p, &error)
     if tcp_parse(p.data, p.len, &v) < 0:
+        if p.len >= IP_SIZE and get16(p.data + 6) & 0x3fff == 0x2000:  # a first fragment
+            p.mark = TCPHA_MARK_FRAGMENT
+            return V_NUMBERS
         return V_ACCEPT    # our stack knows what to do with it
     memset(&flow, 0, sizeof(flow))
     flow.caddr[10] = flow.caddr[11] = flow.vaddr[10] = flow.vaddr[11] = 0xff

@@ -15,6 +15,8 @@ cdef enum:
     TCP_RST = 4
     TCP_PSH = 8
     TCP_ACK = 16
+    TCP_ECE = 64
+    TCP_CWR = 128
 
 
 # A TCP segment to be forged. Host byte order but for the flow.

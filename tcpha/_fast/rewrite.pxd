@@ -55,6 +55,7 @@ cdef int tcp_parse(uint8_t *p, uint32_t length, tcp_view *v) noexcept nogil
 cdef int tcp_parse_head(uint8_t *p, uint32_t have, uint32_t length, tcp_view *v) noexcept nogil
 cdef void translate(tcp_view *v, const translation *t, int mode) noexcept nogil
 cdef void checksum_full(tcp_view *v) noexcept nogil
+cdef void ask_offload(uint8_t *vnet, tcp_view *v, uint32_t mss) noexcept nogil
 cdef uint16_t pseudo_sum(const uint8_t *ip, uint32_t tcp_len) noexcept nogil
 cdef uint32_t sum_bytes(const uint8_t *p, uint32_t n) noexcept nogil
 

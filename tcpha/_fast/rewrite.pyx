@@ -6,7 +6,7 @@ All options are parsed here and nowhere else, with every length checked against 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from tcpha._fast.packet cimport TCP_ACK, TCP_SIZE, TCP_SYN
+from tcpha._fast.packet cimport TCP_ACK, TCP_CWR, TCP_SIZE, TCP_SYN
 from tcpha._fast.sys cimport htonl, htons, ntohl, ntohs
 
 cdef enum:
@@ -137,6 +137,26 @@ cdef void checksum_full(tcp_view *v) noexcept nogil:
     memset(v.tcp + 16, 0, 2)
     sum_ = ~_fold(<uint64_t>pseudo_sum(v.ip, n) + sum_bytes(v.tcp, n))
     memcpy(v.tcp + 16, &sum_, 2)
+
+
+cdef void ask_offload(uint8_t *vnet, tcp_view *v, uint32_t mss) noexcept nogil:
+    """Have the device or the kernel complete the checksum, and cut the packet into segments that
+    carry 'mss' bytes each, if that is not 0. vnet: struct virtio_net_hdr, all zero, before an
+    Ethernet header; the fields are little-endian on these machines."""
+    cdef uint16_t word
+    vnet[0] = 1            # VIRTIO_NET_HDR_F_NEEDS_CSUM
+    word = <uint16_t>(14 + (v.tcp - v.ip))
+    memcpy(vnet + 6, &word, 2)   # csum_start
+    word = 16
+    memcpy(vnet + 8, &word, 2)   # csum_offset
+    word = pseudo_sum(v.ip, v.len - <uint32_t>(v.tcp - v.ip))
+    memcpy(v.tcp + 16, &word, 2)
+    if mss:
+        vnet[1] = 1 | (0x80 if v.flags & TCP_CWR else 0)  # VIRTIO_NET_HDR_GSO_TCPV4, _ECN
+        word = <uint16_t>(14 + (v.data - v.ip))
+        memcpy(vnet + 2, &word, 2)   # hdr_len
+        word = <uint16_t>mss
+        memcpy(vnet + 4, &word, 2)   # gso_size
 
 
 cdef void _replace_address(tcp_view *v, const translation *t, uint64_t *diff) noexcept nogil:

@@ -12,7 +12,9 @@ from tcpha._fast.diag import SockDiag
 from tcpha._fast.ebpf import BeEbpf, FeEbpf
 from tcpha.config import ANY, Config
 from tcpha.datapath import ADOPT_KFUNC, DatapathError, Path, allow_adoption
-from tcpha.net.host import Host
+from tcpha.datapath.fragments import Fragments
+from tcpha.net import rules
+from tcpha.net.host import Host, HostError
 from tcpha.net.tap import accept_any_source, open_queues, open_tap
 
 log = logging.getLogger("tcpha")
@@ -73,7 +75,32 @@ class EbpfFrontend(_Ebpf):
                         "ends are asked for its connections")
         if self.fastpath:
             host.attach(self.fast_index, self.table.obj.program_fd("fe_fast"), FE_PRIORITY)
+        self.rules = f"tcphafr_{host.handle:04x}_{os.getpid()}"
+        self.fragments = self._open_fragments()
         self._attach(config, host, FE_PRIORITY, "fe_tap", "fe_ingress")
+
+    def _open_fragments(self) -> Fragments | None:
+        config, host = self.config, self.host
+        try:
+            fragments = Fragments(config, host)
+        except OSError as error:
+            log.warning("segments in IP fragments are refused, as the kernel has no netfilter "
+                        "queues: %s", error.strerror)
+            return None
+        try:
+            rules.install(host, self.rules, [fragments.rule])
+        except HostError as error:
+            log.warning("segments in IP fragments are refused: %s", error)
+            fragments.close()
+            return None
+        finally:
+            host.forget_rules()
+        host.attach(fragments.index, self.table.obj.program_fd("fe_ingress"), FE_PRIORITY)
+        fragments.start()
+        return fragments
+
+    def counters(self) -> dict[str, int]:
+        return super().counters() | (self.fragments.counters() if self.fragments else {})
 
     def _open_fast(self) -> tuple[list[int], int, int, int, int] | None:
         """The packet path's TAP device, and what its SYN-ACKs offer: what our kernel would."""
@@ -99,6 +126,9 @@ class EbpfFrontend(_Ebpf):
         self.table.set_down(index, down)
 
     def close(self) -> None:
+        if self.fragments:
+            rules.remove(self.rules)
+            self.fragments.close()
         super().close()
         for fd in self.queues:
             os.close(fd)

@@ -35,7 +35,7 @@ TCP_ESTABLISHED, TCP_SYN_RECV, TCP_FIN_WAIT1, TCP_FIN_WAIT2 = 1, 3, 4, 5
 TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_CLOSING = 8, 9, 11
 MAPPED = "::ffff:"
 PROBES, PROBE_WAIT = 2, 0.15  # seconds; neighbours answer within one
-TAP_PREFIXES = ("tcphafe", "tcphabe", "tcphaln", "tcphafp")
+TAP_PREFIXES = ("tcphafe", "tcphabe", "tcphaln", "tcphafp", "tcphafr")
 
 
 class HostError(Exception):

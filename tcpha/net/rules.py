@@ -34,8 +34,8 @@ NF_DROP, NF_ACCEPT = 0, 1
 LOOPBACK = "127.0.0.0/8"
 # netfilter's name of each hook, and the priority: raw, before conntrack; mangle, after it
 HOOKS = {"prerouting": ("prerouting", -300), "postrouting": ("postrouting", -150),
-         "numbers": ("postrouting", -149)}
-IPTABLES_CHAIN = {"prerouting": ("raw", "PREROUTING", "-i"),
+         "numbers": ("postrouting", -149), "input": ("input", -150)}
+IPTABLES_CHAIN = {"prerouting": ("raw", "PREROUTING", "-i"), "input": ("mangle", "INPUT", "-i"),
                   "postrouting": ("mangle", "POSTROUTING", "-o")}
 SYN, SYN_ACK = 0x02, 0x12
 META_PRIORITY, META_MARK, META_IIFNAME, META_OIFNAME = 2, 3, 6, 7
@@ -174,7 +174,7 @@ def _meta(key: int) -> dict[str, Any]:
 
 def _expressions(rule: Rule, native: bool) -> list[list[list[dict[str, Any]]]]:
     """The rule as nft knows it; or several, if queues share the load."""
-    device = META_IIFNAME if rule.hook == "prerouting" else META_OIFNAME
+    device = META_IIFNAME if rule.hook in ("prerouting", "input") else META_OIFNAME
     steps = [_compare(_meta(device), b"lo".ljust(16, b"\0"), equal=rule.lo)]
     if rule.protocol is not None:
         steps.append(_compare(_payload(NETWORK, 9, 1), bytes([rule.protocol])))
@@ -265,10 +265,10 @@ def _iptables(name: str, rules: list[Rule]) -> None:
 
 
 def _arguments(rule: Rule, device: str) -> list[str]:
-    if rule.mark is not None:
-        return ["-m", "mark", "--mark", str(rule.mark), "-j", "ACCEPT"]
     args = ["!", device, "lo"]
-    if rule.protocol is not None:
+    if rule.mark is not None:
+        args = ["-m", "mark", "--mark", str(rule.mark)]
+    elif rule.protocol is not None:
         args += ["-p", str(rule.protocol)]
     for option, value in (("-s", rule.source), ("-d", rule.destination), ("--sport", rule.sport),
                           ("--dport", rule.dport)):
