@@ -226,6 +226,9 @@ FLOWS: dict[str, tuple[bytes, Packet, int, dict[str, int]]] = {
     "more, after a forged RST and SYN": (
         entry(FORWARD, flags=F_RST | F_NEW_SYN, syn_seq=5000), Packet(seq=1000, data=b"x"),
         REDIRECT, {"flags": 0, "end_seq": 1001}),
+    "a FIN that a SYN has overtaken": (
+        entry(FORWARD, live=0, flags=F_NEW_SYN, syn_seq=5000), Packet(FIN | ACK),
+        REDIRECT, {"flags": F_FIN | F_NEW_SYN, "end_seq": 1001}),
     "no more, after a FIN and a SYN": (
         entry(FORWARD, flags=F_FIN | F_NEW_SYN, syn_seq=5000), Packet(seq=900, data=b"x" * 100),
         REDIRECT, {"flags": F_FIN | F_NEW_SYN, "end_seq": 1000}),

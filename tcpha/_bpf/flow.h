@@ -65,8 +65,13 @@ static inline __attribute__((always_inline)) void tcpha_follow(struct tcpha_entr
 		e->ahead_seq = e->ahead_end = 0;
 	}
 	e->end_seq = end;
-	/* nobody sends more after a FIN or a RST: it was forged, and so was a SYN behind it */
-	e->flags &= ~(TCPHA_F_FIN | TCPHA_F_RST | TCPHA_F_NEW_SYN);
+	/*
+	 * Nobody sends more after a FIN or a RST: it was forged, and so was a SYN behind it. But where the
+	 * back end has closed, what comes now is the client's FIN, which the SYN has overtaken.
+	 */
+	e->flags &= ~(TCPHA_F_FIN | TCPHA_F_RST);
+	if (!tcpha_closed(e))
+		e->flags &= ~TCPHA_F_NEW_SYN;
 }
 
 /*
