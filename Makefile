@@ -58,6 +58,7 @@ test: build $(VENV)/.fuzz
 
 bench: build
 	@$(call install,$(BENCH_APT))
+	$(BIN)/pip install -q --disable-pip-version-check google-re2 scapy
 	$(BIN)/python -m bench $(ARGS)
 
 deb:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench import chart, scale
+from bench import chart, locality, scale, wan
 from tcpha.lab.bed import Cluster, Nginx, listening, sh, wait_for
 
 # The answers of three ports pass through queues that give back each packet as it came: the
@@ -232,7 +232,8 @@ def main() -> int:
     p.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
     p.add_argument("--output", type=Path, default=Path("bench/results/latest.json"))
     args = p.parse_args()
-    more = {"rules": scale.rules(), "scale-out": scale.out(), "memory": scale.memory()}
+    more: dict[str, Any] = {"rules": scale.rules(), "scale-out": scale.out(),
+                            "memory": scale.memory(), "locality": locality.measure()}
     beds: dict[str, Bench] = {}
     stats = Path("/proc/sys/kernel/bpf_stats_enabled")
     before = stats.read_text()
@@ -243,6 +244,7 @@ def main() -> int:
             for forward in ("direct", "tunnel"):
                 beds[f"{name} {forward}"] = Bench(datapath, fastpath, forward, args.seconds)
         samples = measure(beds, args.rounds)
+        more["wan"] = wan.measure({w: way for w, way in ways_of(beds).items() if w in FAR})
     finally:
         stats.write_text(before)
         for bench in beds.values():
@@ -252,16 +254,20 @@ def main() -> int:
     return 0
 
 
-def measure(beds: dict[str, Bench], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """{workload: {way: values}}; each round measures every way, so that noise hits all alike."""
+def ways_of(beds: dict[str, Bench]) -> dict[str, tuple[Bench, str]]:
     vip = f"http://{Cluster.VIP}"
-    ways: dict[str, tuple[Bench, str]] = {
+    return {
         "nginx direct": (beds["ebpf direct"], "http://192.168.1.33"),
         **{f"tcpha {name}": (bed, vip) for name, bed in beds.items()},
         "haproxy http": (beds["ebpf direct"], "http://192.168.1.23:8080"),
         "haproxy tcp": (beds["ebpf direct"], "http://192.168.1.23:8081"),
         "nginx proxy": (beds["ebpf direct"], "http://192.168.1.23:8083"),
     }
+
+
+def measure(beds: dict[str, Bench], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """{workload: {way: values}}; each round measures every way, so that noise hits all alike."""
+    ways = ways_of(beds)
     queues = {"pass netfilterqueue": 8082, "pass ours, no GSO": 8083, "pass ours": 8084}
     passed = {w: (beds["ebpf direct"], f"http://192.168.1.33:{p}") for w, p in queues.items()}
     samples: dict[str, dict[str, list[float]]] = {}
@@ -297,8 +303,9 @@ def report(samples: dict[str, dict[str, list[float]]], units: dict[str, str],
                             "samples": values, "to_direct": ratios[0],
                             "to_best_proxy": ratios[1]})
     show(rows)
-    print()
-    show(scale.rows(more))
+    for table in (scale.rows(more), locality.rows(more["locality"]), wan.rows(more["wan"])):
+        print()
+        show(table)
     by = {(r["workload"], r["way"]): r for r in results}
     verdicts = judge(by, more)
     print()
@@ -316,6 +323,8 @@ def show(rows: list[list[str]]) -> None:
         print("  ".join(f.ljust(w) for f, w in zip(row, widths, strict=True)).rstrip())
 
 
+FAR = ("nginx direct", "tcpha fast direct", "tcpha ebpf direct", "tcpha nfqueue direct",
+       "haproxy http")
 PROXIES = ("haproxy http", "haproxy tcp", "nginx proxy")
 # (workload, ratio to: direct or the best proxy, at least or at most)
 TARGETS: list[tuple[str, str, str, float]] = [
@@ -345,11 +354,19 @@ def judge(by: dict[tuple[str, str], dict[str, Any]], more: dict[str, Any]) -> li
                      "-" if value is None else f"{value:.2f}", verdict(value, how, wanted)])
     memory = more["memory"]
     per, against = memory["tcphafe"], memory["tcphafe"] / memory["haproxy"]
+    stalled = memory["tcphafe, in a download"] / memory["haproxy, in a download"]
+    near, away = more["wan"]["nginx direct"], more["wan"]["tcpha fast direct"]
+    cached = more["locality"]
     grown = more["rules"]["10000"] / more["rules"]["10"]
     spread = more["scale-out"]["tcpha"]["8"] / more["scale-out"]["tcpha"]["1"]
     for what, value, how, wanted in (
             ("FE memory of an open connection, bytes", per, "<=", 512),
-            ("the same, to HAProxy", against, "<=", 0.02),
+            ("the same, to HAProxy, idle", against, "<=", 0.02),
+            ("the same, to HAProxy, in a download", stalled, "<=", 0.02),
+            *((f"first request, RTT {r} ms, 100 KB, to direct", away[r][1] / near[r][1], "<=", 1.05)
+              for r in near),
+            ("locality: requests by target, to in turns", cached["tcpha, by request-target"][
+                "requests"] / cached["tcpha, in turns"]["requests"], ">=", 1.5),
             ("10,000 rules to 10, cost of a request", grown, "<=", 1.5),
             ("eight back ends to one", spread, ">=", 7.5)):
         rows.append([what, f"{how} {wanted}", f"{value:.3g}", verdict(value, how, wanted)])

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
+import socket
+import struct
+from collections.abc import Iterator
 from typing import Any
 
 import httptools
 import pytest
+import re2
+import scapy.layers.inet as inet
 
 from tcpha._fast import message
 from tcpha._fast.http import parse_head
 from tcpha._fast.match import Matcher
-from tcpha._fast.rewrite import translate_many
+from tcpha._fast.repair import freeze
+from tcpha._fast.rewrite import checksum_many, translate_many
 
 HEAD = (b"GET /images/2026/11/photo-1234.jpg?size=large HTTP/1.1\r\nHost: www.example.org\r\n"
         b"User-Agent: Mozilla/5.0 (X11; Linux x86_64) Gecko/20100101 Firefox/140.0\r\n"
@@ -50,6 +56,19 @@ def test_match_re_one_by_one(benchmark: Any, count: int) -> None:
     rules = [re.compile(rb"^/site%d/.*[.]jpg$" % n) for n in range(count - 1)]
     target = b"/site%d/2026/11/photo-1234.jpg" % (count - 2)  # the last: the first would be unfair
     assert benchmark(lambda: next(n for n, r in enumerate(rules) if r.search(target)))
+
+
+@pytest.mark.benchmark(group="match")
+@pytest.mark.parametrize("count", [10, 1000, 10000])
+def test_match_re2_set(benchmark: Any, count: int) -> None:
+    options = re2.Options()
+    options.max_mem = 1 << 30
+    options.never_capture = True
+    patterns = re2.Set.SearchSet(options)
+    for pattern in (*(f"^/site{n}/.*[.]jpg$" for n in range(count - 1)), ".*"):
+        patterns.Add(pattern)
+    patterns.Compile()
+    assert benchmark(patterns.Match, b"/site7/2026/11/photo-1234.jpg")
 
 
 FIELDS = {"flow": b"x" * 36, "snd_nxt": 1, "rcv_nxt": 2, "snd_wnd": 3, "rcv_wnd": 4, "tsval": 5,
@@ -98,3 +117,82 @@ def test_rewrite_python(benchmark: Any) -> None:
                 check = (check & 0xFFFF) + (check >> 16)
             packet[36:38] = (~check & 0xFFFF).to_bytes(2, "big")
     benchmark(rewrite)
+
+
+@pytest.mark.benchmark(group="rewrite, 100 packets")
+def test_rewrite_scapy(benchmark: Any) -> None:
+    def rewrite() -> None:
+        for _ in range(TIMES):
+            packet = inet.IP(PACKET)
+            tcp = packet[inet.TCP]
+            tcp.seq = (tcp.seq + 12345) % 2**32
+            tcp.ack = (tcp.ack + 12345) % 2**32
+            tcp.options = [(k, (v[0] + 77, v[1])) if k == "Timestamp" else (k, v)
+                           for k, v in tcp.options]
+            del tcp.chksum
+            bytes(packet)
+    benchmark(rewrite)
+
+
+# The TCP checksum of that segment, from nothing.
+
+@pytest.mark.benchmark(group="checksum, 100 packets")
+def test_checksum_ours(benchmark: Any) -> None:
+    benchmark(checksum_many, PACKET, TIMES)
+
+
+@pytest.mark.benchmark(group="checksum, 100 packets")
+def test_checksum_scapy(benchmark: Any) -> None:
+    from scapy.utils import checksum
+    segment = PACKET[20:]
+    benchmark(lambda: [checksum(segment) for _ in range(TIMES)])
+
+
+@pytest.mark.benchmark(group="checksum, 100 packets")
+def test_checksum_python(benchmark: Any) -> None:
+    words = struct.Struct(f"!{len(PACKET[20:]) // 2}H")
+
+    def checksum() -> int:
+        total = 0
+        for _ in range(TIMES):
+            total = sum(words.unpack(PACKET[20:]))
+            while total >> 16:
+                total = (total & 0xFFFF) + (total >> 16)
+        return total
+    benchmark(checksum)
+
+
+# What the socket path needs of a connection that it hands over: ten socket options, read from a
+# frozen socket. The alternative reads the same ones from Python.
+
+@pytest.fixture
+def connection() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server, \
+            socket.create_connection(server.getsockname()):
+        accepted, _ = server.accept()
+        with accepted:
+            yield accepted
+
+
+@pytest.mark.benchmark(group="snapshot")
+def test_snapshot_ours(benchmark: Any, connection: socket.socket) -> None:
+    assert benchmark(freeze, connection.fileno())["mss"]
+
+
+@pytest.mark.benchmark(group="snapshot")
+def test_snapshot_python(benchmark: Any, connection: socket.socket) -> None:
+    repair, queue, queue_seq, window, info, timestamp = 19, 20, 21, 29, 11, 24
+
+    def read() -> int:
+        def get(option: int, size: int = 4) -> bytes:
+            return connection.getsockopt(socket.IPPROTO_TCP, option, size)
+        connection.setsockopt(socket.IPPROTO_TCP, repair, 1)
+        for which in (1, 2):
+            connection.setsockopt(socket.IPPROTO_TCP, queue, which)
+            get(queue_seq)
+        get(window, 20)
+        get(timestamp)
+        length = len(get(info, 256))
+        connection.setsockopt(socket.IPPROTO_TCP, repair, -1)
+        return length
+    assert benchmark(read)

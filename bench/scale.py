@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import re
@@ -15,11 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tcpha.lab.bed import Cluster, Host, listening, sh, wait_for
+from tcpha.lab.bed import Cluster, Host, listening, wait_for
 
 RULES = (10, 100, 1000, 10_000)
 BACKENDS = (1, 2, 4, 8)
-OPEN = 8000  # connections: HAProxy needs two descriptors for each
+OPEN = {"tcphafe": 20_000, "haproxy": 9_500}  # connections: HAProxy needs two descriptors for each
+STALLED = 1000  # in the middle of a download
 ROUNDS = 3
 RATE = "100mbit"
 
@@ -108,13 +108,57 @@ def out() -> dict[str, dict[str, float]]:
     return result
 
 
-def _hold(c: Cluster, base: tuple[str, int], ready: Any, done: Any) -> None:
-    """In a process of its own: open connections, one request each, and keep them."""
+class MemoryGroup:
+    """A memory cgroup: what is started inside the 'with' is charged to it, kernel memory too."""
+
+    def __init__(self, name: str):
+        self.old = Path("/sys/fs/cgroup/memory")
+        self.two = not (self.old / "cgroup.procs").exists()
+        self.top = Path("/sys/fs/cgroup") if self.two else self.old
+        self.path = self.top / f"tcpha-{os.getpid()}-{name}"
+        self.path.mkdir()
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        own = next(x for x in lines if x.startswith("0::" if self.two else "")
+                   and (self.two or "memory" in x.split(":")[1].split(",")))
+        self.home = self.top / own.split(":", 2)[2].lstrip("/")
+
+    def __enter__(self) -> MemoryGroup:
+        (self.path / "cgroup.procs").write_text("0")
+        return self
+
+    def __exit__(self, *what: object) -> None:
+        (self.home / "cgroup.procs").write_text("0")
+
+    def used(self) -> int:
+        """Bytes, without the page cache."""
+        stat = dict(x.split() for x in (self.path / "memory.stat").read_text().splitlines())
+        if self.two:
+            return int((self.path / "memory.current").read_text()) - int(stat["file"])
+        return (int((self.path / "memory.usage_in_bytes").read_text()) - int(stat["cache"])
+                + int((self.path / "memory.kmem.tcp.usage_in_bytes").read_text()))
+
+    def remove(self) -> None:
+        with contextlib.suppress(OSError):  # somebody is in it: the machine's next boot removes it
+            self.path.rmdir()
+
+
+def _socket_bytes(host: Host) -> int:
+    """Of TCP sockets themselves, which the kernel charges to nobody."""
+    size = next(int(x.split()[3]) for x in Path("/proc/slabinfo").read_text().splitlines()
+                if x.startswith("TCP "))
+    line = next(x for x in host.run("cat", "/proc/net/sockstat").stdout.splitlines()
+                if x.startswith("TCP:"))
+    return size * int(line.split()[2])
+
+
+def _hold(c: Cluster, base: tuple[str, int], count: int, path: str, ready: Any, done: Any) -> None:
+    """In a process of its own: open connections, one request each, and keep them; of the answer
+    nothing is read but its beginning."""
     def work() -> None:
         held = []
-        for _ in range(OPEN):
+        for _ in range(count):
             s = socket.create_connection(base, timeout=60)
-            s.sendall(b"GET /index.html HTTP/1.1\r\nHost: a\r\n\r\n")
+            s.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
             s.recv(4096)
             held.append(s)
         ready.set()
@@ -123,47 +167,55 @@ def _hold(c: Cluster, base: tuple[str, int], ready: Any, done: Any) -> None:
     c.client.inside(work)
 
 
-def _growth(c: Cluster, base: tuple[str, int], used: Callable[[], int]) -> float:
-    ready, done = multiprocessing.Event(), multiprocessing.Event()
+def _growth(c: Cluster, base: tuple[str, int], count: int, path: str,
+            used: Callable[[], int]) -> float:
+    """Bytes for each of 'count' connections, which two clients hold."""
     before = used()
-    process = multiprocessing.Process(target=_hold, args=(c, base, ready, done))
-    process.start()
+    done = multiprocessing.Event()
+    events, processes = [], []
+    for n in (count // 2, count - count // 2):
+        events.append(multiprocessing.Event())
+        processes.append(multiprocessing.Process(
+            target=_hold, args=(c, base, n, path, events[-1], done)))
+        processes[-1].start()
     try:
-        if not ready.wait(300):
+        if not all(ready.wait(300) for ready in events):
             raise TimeoutError("the connections did not come about")
-        return (used() - before) / OPEN
+        return (used() - before) / count
     finally:
         done.set()
-        process.join()
+        for process in processes:
+            process.join()
 
 
 def memory() -> dict[str, float]:
-    """Bytes of the front end's memory for each of OPEN open connections: of tcphafe and its map of
-    flows; of HAProxy's process (without the kernel's two sockets, which it needs besides)."""
-    c = Cluster(1, rules=[(0, ".*")], fe_conf="maxclients = 4096", be_conf="maxclients = 20000",
-                nginx={"log": False, "extra": "keepalive_timeout 600s;"})
+    """Bytes of the front end's memory, the kernel's included, for each open connection: idle ones,
+    and ones in the middle of a download that the client does not read."""
+    c = Cluster(1, rules=[(0, ".*")], fe_conf="maxclients = 4096", be_conf="maxclients = 40000",
+                nginx={"log": False, "extra": "keepalive_timeout 600s;", "workers": 2})
+    groups = {name: MemoryGroup(name) for name in OPEN}
+    result = {}
     try:
         assert c.fe
+        c.client.sysctl("net.ipv4.ip_local_port_range", "15000 60000")
         c.nginx[0].file("index.html", b"x\n")
-        _proxy(c)
-        haproxy = c.fe_host.processes[-1].pid
-
-        def rss(pid: int) -> int:
-            text = Path(f"/proc/{pid}/status").read_text()
-            return int(text.split("VmRSS:")[1].split()[0]) * 1024
-
-        def ours() -> int:
-            assert c.fe
-            held = {int(i) for p in Path(f"/proc/{c.fe.process.pid}/fdinfo").iterdir()
-                    for line in p.read_text().splitlines() if line.startswith("map_id:")
-                    for i in line.split()[1:]}
-            maps = [m for m in json.loads(sh("bpftool", "-j", "map", "show").stdout)
-                    if m["id"] in held and m.get("name") == "flows"]
-            return rss(c.fe.process.pid) + sum(m["bytes_memlock"] for m in maps)
-        return {"tcphafe": _growth(c, (c.VIP, 80), ours),
-                "haproxy": _growth(c, ("192.168.1.23", 8080), lambda: rss(haproxy))}
+        c.nginx[0].file("big", size=64 << 20)
+        c.fe.stop()
+        with groups["tcphafe"]:
+            c.fe.start()
+        c.connected()
+        with groups["haproxy"]:
+            _proxy(c)
+        for name, base in (("tcphafe", (c.VIP, 80)), ("haproxy", ("192.168.1.23", 8080))):
+            def used(group: MemoryGroup = groups[name]) -> int:
+                return group.used() + _socket_bytes(c.fe_host)
+            result[name] = _growth(c, base, OPEN[name], "/index.html", used)
+            result[f"{name}, in a download"] = _growth(c, base, STALLED, "/big", used)
+        return result
     finally:
         c.close()
+        for group in groups.values():
+            group.remove()
 
 
 def rows(more: dict[str, Any]) -> list[list[str]]:

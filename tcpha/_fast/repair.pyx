@@ -7,7 +7,7 @@ from tcpha._fast.datapath cimport DP_GONE
 from tcpha._fast.rewrite cimport get32, tcp_parse, tcp_view
 from tcpha._fast.snapshot cimport (
     SNAP_ECN, SNAP_FIN, SNAP_SACK, SNAP_TIMESTAMP, SNAP_USEC_TS, SNAP_WSCALE, snapshot)
-from tcpha._fast.sys cimport IPPROTO_TCP, getsockopt, ioctl, setsockopt, socklen_t
+from tcpha._fast.sys cimport IPPROTO_TCP, errno, getsockopt, ioctl, setsockopt, socklen_t
 
 cdef extern from "<linux/tcp.h>" nogil:
     struct tcp_repair_window:
@@ -109,3 +109,14 @@ cdef int repair_freeze(int fd, snapshot *s) noexcept nogil:
                (SNAP_FIN if info.tcpi_state == TCP_CLOSE_WAIT else 0))
     s.len = <uint32_t>queued
     return 0
+
+
+def freeze(int fd):
+    """What repair_freeze() finds of a connection, which goes on afterwards; for benchmarks. Raises
+    OSError."""
+    cdef snapshot s
+    cdef int off = -1      # TCP_REPAIR_OFF_NO_WP
+    if repair_freeze(fd, &s) != 0 or \
+            setsockopt(fd, IPPROTO_TCP, TCP_REPAIR, &off, sizeof(off)) < 0:
+        raise OSError(errno, "cannot freeze the connection")
+    return {"snd_nxt": s.snd_nxt, "rcv_nxt": s.rcv_nxt, "mss": s.mss}
