@@ -35,7 +35,7 @@ LOOPBACK = "127.0.0.0/8"
 # netfilter's name of each hook, and the priority: raw, before conntrack; mangle, after it
 HOOKS = {"prerouting": ("prerouting", -300), "postrouting": ("postrouting", -150),
          "numbers": ("postrouting", -149), "input": ("input", -150)}
-IPTABLES_CHAIN = {"prerouting": ("raw", "PREROUTING", "-i"), "input": ("mangle", "INPUT", "-i"),
+IPTABLES_CHAIN = {"prerouting": ("raw", "PREROUTING", "-i"), "input": ("filter", "INPUT", "-i"),
                   "postrouting": ("mangle", "POSTROUTING", "-o")}
 SYN, SYN_ACK = 0x02, 0x12
 META_PRIORITY, META_MARK, META_IIFNAME, META_OIFNAME = 2, 3, 6, 7
