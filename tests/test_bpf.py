@@ -2,7 +2,10 @@
 """The BPF programs, packet by packet (BPF_PROG_TEST_RUN): of running daemons, in their maps."""
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
+import os
 import socket
 import struct
 import time
@@ -131,6 +134,16 @@ class Bpf:
             value = value[:16] + struct.pack("=Q", time.monotonic_ns()) + value[24:]
         self.host.run("bpftool", "map", "update", "id", self.maps[name],
                       "key", *map(str, key), "value", *map(str, value))
+
+    def memory(self, name: str) -> mmap.mmap:
+        """A mapped array, in which single bytes can be changed."""
+        fd = ctypes.CDLL("libbpf.so.1").bpf_map_get_fd_by_id(int(self.maps[name]))
+        if fd < 0:
+            raise OSError(-fd, f"map {name}")
+        try:
+            return mmap.mmap(fd, mmap.PAGESIZE)
+        finally:
+            os.close(fd)
 
     def get(self, name: str, key: bytes) -> bytes:
         found = json.loads(self.host.run("bpftool", "-j", "map", "lookup", "id", self.maps[name],

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from netfilterqueue import NetfilterQueue
 from test_between import nft_on_switch
-from test_bpf import ACK, DROP, FIN, PSH, REDIRECT, RST, STACK, SYN, Bpf, Packet, flow, number
+from test_bpf import ACK, DROP, FIN, PSH, REDIRECT, RST, STACK, SYN, Bpf, Packet, flow
 from test_edges import Forger
 from test_nfqueue import OFF_NO_PROBE, TCP_REPAIR
 
@@ -274,13 +274,14 @@ def test_key_changes_during_a_handshake(cluster: Cluster) -> None:
     """Cookies of both keys are good, at the front end and at the back end."""
     bpf = Bpf(cluster.fe_host, ("fe_ingress",))
     before = fast(cluster)
-    with cluster.client.connect(cluster.VIP) as old:
-        keys = bytearray(bpf.get("state", number(0)))
-        keys[32] ^= 1  # current
-        bpf.put("state", number(0), bytes(keys))
-        with cluster.client.connect(cluster.VIP) as new:
-            for s in (old, new):
-                ask(s)
+    with cluster.client.connect(cluster.VIP) as old, bpf.memory("state") as state:
+        state[32] ^= 1  # current
+        try:
+            with cluster.client.connect(cluster.VIP) as new:
+                for s in (old, new):
+                    ask(s)
+        finally:
+            state[32] ^= 1  # or the daemon's next key would take the place of the one in use
     settle(cluster)
     assert fast(cluster) == before + 2
 

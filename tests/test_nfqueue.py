@@ -325,7 +325,8 @@ print(rules.install(Journal(), "tcphafe_test", [
     Rule("prerouting", mark=7), Rule(**vip, queue=(7, 2), flags=rules.SYN, bypass=True),
     Rule(**vip, queue=(7, 2)), Rule("prerouting", drop=True, protocol=None,
                                     destination=rules.LOOPBACK),
-    Rule("postrouting", source="192.168.1.36", sport=80, queue=(9, 1), flags=rules.SYN_ACK)],
+    Rule("postrouting", source="192.168.1.36", sport=80, queue=(9, 1), flags=rules.SYN_ACK),
+    Rule("input", mark=8, destination="192.168.1.36", queue=(11, 1))],
     (rules.%s,)))
 """
 
@@ -334,13 +335,14 @@ print(rules.install(Journal(), "tcphafe_test", [
 def test_rules_by_every_way(idle_host: Host, way: str) -> None:
     def seen() -> list[str]:
         return [idle_host.run("nft", "list", "ruleset").stdout,
-                *(idle_host.run("iptables", "-t", t, "-S").stdout for t in ("raw", "mangle"))]
+                *(idle_host.run("iptables", "-t", t, "-S").stdout for t in ("raw", "mangle", "filter"))]
     before = seen()
     idle_host.run(sys.executable, "-c", RULES % way)
     inside = "".join(seen())
     assert inside.count("tcphafe_test") >= 1 and "192.168.1.36" in inside
     if way == "IPTABLES":
         assert "--queue-balance 7:8 --queue-bypass" in inside and "--queue-num 9" in inside
+        assert "-d 192.168.1.36/32 -m mark --mark 0x8 -j NFQUEUE --queue-num 11" in inside
     idle_host.run(sys.executable, "-c",
                   "from tcpha.net import rules; rules.remove('tcphafe_test')")
     assert [x for text in seen() for x in text.splitlines() if "tcpha" in x] == []
