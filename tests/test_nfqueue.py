@@ -335,7 +335,8 @@ print(rules.install(Journal(), "tcphafe_test", [
 def test_rules_by_every_way(idle_host: Host, way: str) -> None:
     def seen() -> list[str]:
         return [idle_host.run("nft", "list", "ruleset").stdout,
-                *(idle_host.run("iptables", "-t", t, "-S").stdout for t in ("raw", "mangle", "filter"))]
+                *(idle_host.run("iptables", "-t", t, "-S").stdout
+                  for t in ("raw", "mangle", "filter"))]
     before = seen()
     idle_host.run(sys.executable, "-c", RULES % way)
     inside = "".join(seen())
