@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from test_between import nft_on_switch
 
 from tcpha._fast import message
 from tcpha.lab.bed import Cluster, sh, wait_for
@@ -260,6 +261,35 @@ def test_control_connections_that_only_the_back_end_takes_for_alive(pair: Cluste
             victim.process.send_signal(signal.SIGCONT)
             pair.be_hosts[n].nft("")
     settle(pair)
+
+
+@pytest.mark.modes("direct", "nfqueue-direct")
+def test_control_connections_that_crawl(mode: dict[str, Any]) -> None:
+    """Most of what a back end and the front end say to each other is lost, over and over, while
+    packets of clients pass: every request is answered, by the other back end if need be."""
+    c = Cluster(2, **mode, rules=PAIR, fe_conf="dtcinterval = 1")
+    try:
+        for n in c.nginx:
+            n.file("index.html", f"index of {n.host.name}\n".encode())
+            n.file("1k", size=1024)
+        port = c.be_hosts[0].port
+        nft_on_switch(c, f"""table bridge lab {{
+            chain lose {{
+                type filter hook forward priority 0
+                iifname {port} tcp sport 666 ip length > 60 numgen random mod 100 < 85 drop
+                oifname {port} tcp dport 666 ip length > 60 numgen random mod 100 < 85 drop
+            }}
+        }}""")
+        for _ in range(3):
+            done = c.client.run("ab", "-q", "-n", "200", "-c", "8", f"http://{c.VIP}/1k")
+            assert "Complete requests:      200" in done.stdout
+            assert "Failed requests:        0" in done.stdout
+            assert "Non-2xx" not in done.stdout
+        nft_on_switch(c, "")
+        wait_for(lambda: [s["state"] for s in servers(c)] == ["up"] * 2, "both in use again", 60)
+        wait_for(lambda: names(c, 10) == {"be1", "be2"}, "requests to both")
+    finally:
+        c.close()
 
 
 def test_back_end_unreachable(pair: Cluster) -> None:
