@@ -11,7 +11,7 @@ BACKENDS = 4
 OBJECTS, SIZE = 400, 64 << 10
 ORIGIN = "192.168.1.90"
 RATE = "100mbit"
-ZONE = "32k"  # so many keys that about a third of the objects have room
+ZONE = "32k"  # so many keys that about half of the objects have room
 SECONDS = 4
 
 CACHE = f"""proxy_cache_path {{dir}}/cache keys_zone=small:{ZONE} inactive=1h max_size=1g;

@@ -19,7 +19,7 @@ from tcpha.lab.bed import Cluster, Host, listening, wait_for
 RULES = (10, 100, 1000, 10_000)
 BACKENDS = (1, 2, 4, 8)
 OPEN = {"tcphafe": 20_000, "haproxy": 9_500}  # connections: HAProxy needs two descriptors for each
-STALLED = 1000  # in the middle of a download
+STALLED = 4000  # in the middle of a download
 ROUNDS = 3
 RATE = "100mbit"
 
@@ -188,34 +188,39 @@ def _growth(c: Cluster, base: tuple[str, int], count: int, path: str,
             process.join()
 
 
-def memory() -> dict[str, float]:
-    """Bytes of the front end's memory, the kernel's included, for each open connection: idle ones,
-    and ones in the middle of a download that the client does not read."""
+def _memory_of(name: str, count: int, path: str) -> float:
     c = Cluster(1, rules=[(0, ".*")], fe_conf="maxclients = 4096", be_conf="maxclients = 40000",
                 nginx={"log": False, "extra": "keepalive_timeout 600s;", "workers": 2})
-    groups = {name: MemoryGroup(name) for name in OPEN}
-    result = {}
+    group = MemoryGroup(name)
     try:
         assert c.fe
         c.client.sysctl("net.ipv4.ip_local_port_range", "15000 60000")
         c.nginx[0].file("index.html", b"x\n")
         c.nginx[0].file("big", size=64 << 20)
+        base = (c.VIP, 80)
         c.fe.stop()
-        with groups["tcphafe"]:
-            c.fe.start()
-        c.connected()
-        with groups["haproxy"]:
-            _proxy(c)
-        for name, base in (("tcphafe", (c.VIP, 80)), ("haproxy", ("192.168.1.23", 8080))):
-            def used(group: MemoryGroup = groups[name]) -> int:
-                return group.used() + _socket_bytes(c.fe_host)
-            result[name] = _growth(c, base, OPEN[name], "/index.html", used)
-            result[f"{name}, in a download"] = _growth(c, base, STALLED, "/big", used)
-        return result
+        with group:
+            if name == "haproxy":
+                base = ("192.168.1.23", 8080)
+                _proxy(c)
+            else:
+                c.fe.start()
+        if name == "tcphafe":
+            c.connected()
+        return _growth(c, base, count, path, lambda: group.used() + _socket_bytes(c.fe_host))
     finally:
         c.close()
-        for group in groups.values():
-            group.remove()
+        group.remove()
+
+
+def memory() -> dict[str, float]:
+    """Bytes of the front end's memory, the kernel's included, for each open connection: idle ones,
+    and ones in the middle of a download that the client does not read."""
+    result = {}
+    for name, idle in OPEN.items():
+        result[name] = _memory_of(name, idle, "/index.html")
+        result[f"{name}, in a download"] = _memory_of(name, STALLED, "/big")
+    return result
 
 
 def rows(more: dict[str, Any]) -> list[list[str]]:
