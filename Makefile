@@ -77,6 +77,11 @@ lint: build
 	$(BIN)/mypy
 	@$(call install,clang-format)
 	clang-format --dry-run -Werror tcpha/_bpf/*.c tcpha/_bpf/*.h
+	@# what Cython makes of loops compares int with unsigned
+	include=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))'); set -e; \
+	for c in tcpha/_fast/*.c; do \
+	  $(CC) -fsyntax-only -Wall -Wextra -Werror -Wno-sign-compare -I$$include -Itcpha/_bpf \
+	    $$(pkg-config --cflags libhs libbpf openssl) $$c; done
 	PATH=$(CURDIR)/$(BIN):$$PATH cython-lint --max-line-length 100 tcpha/_fast tests/fuzz --ignore E741
 
 clean:
