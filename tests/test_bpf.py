@@ -98,7 +98,7 @@ def flow(port: int = 4000) -> bytes:
 
 def entry(state: int, backend: int = 0, slot: int = 0, flags: int = 0, end_seq: int = 1000,
           syn_seq: int = 0, ahead: tuple[int, int] = (0, 0), live: int = 1) -> bytes:
-    return struct.pack("=6Q13I100x", 1, 0, 0, 0, 0, live, state, backend, slot, flags, 0, end_seq,
+    return struct.pack("=6Q13I60x", 1, 0, 0, 0, 0, live, state, backend, slot, flags, 0, end_seq,
                        *ahead, syn_seq, 0, 0, 0, 0)
 
 

@@ -167,6 +167,16 @@ def test_what_a_request_would_meet(watched: Cluster) -> None:
         assert drained["rules"][0]["reason"] == "draining"
     finally:
         fe.ctl("undrain", be2)
+    c.nginx[0].stop()
+    c.nginx[1].stop()
+    last = "is asked all the same, and refuses unless its server is back"
+    wait_for(lambda: last in ask("GET", "/a.jpg")["reason"], "both servers to be missed")
+    assert ask("GET", "/a.jpg")["outcome"] == "503" == c.curl(
+        "-o", "/dev/null", "-w", "%{http_code}", f"http://{c.VIP}/a.jpg").stdout
+    handed = fe.ctl("status")["counters"]["accepted"]
+    for server in c.nginx:
+        server.start()
+    wait_for(lambda: all(s["state"] == "up" for s in fe.ctl("servers")), "both servers again")
     c.be[1].process.terminate()
     c.be[1].process.wait()
     wait_for(lambda: not ask("GET", "/a.jpg")["rules"][0]["usable"], "the end to be known")

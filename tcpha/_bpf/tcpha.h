@@ -10,11 +10,15 @@
 
 #include <linux/types.h>
 
-#define TCPHA_MAX_BACKENDS 256	/* size of the back-end table; indexes are stable for a run */
-#define TCPHA_MAX_RULES 65536	/* whose use is counted */
-#define TCPHA_LOCAL_NODE 255	/* index of the front end's own server */
-#define TCPHA_MAX_OPS 1024	/* operation slots, one for each worker thread that may exist */
-#define TCPHA_TARGET_MAX 96	/* bytes of the request-target kept for the connection table */
+#define TCPHA_MAX_BACKENDS 256 /* size of the back-end table; indexes are stable for a run */
+#define TCPHA_MAX_RULES 65536  /* whose use is counted */
+#define TCPHA_LOCAL_NODE 255   /* index of the front end's own server */
+#define TCPHA_MAX_OPS 1024     /* operation slots, one for each worker thread that may exist */
+/*
+ * Bytes of the request-target kept for the connection table. An entry, its key and what the kernel's hash
+ * table adds to them just fit into 256 bytes, of which its allocator has blocks.
+ */
+#define TCPHA_TARGET_MAX 56
 #define TCPHA_ETH_OP 0x88b5	/* IEEE 802 local experimental EtherType: operation frames on the TAP */
 #define TCPHA_MAC_MARK 0x0274	/* first two bytes of the MAC of a frame that BPF put on the TAP */
 #define TCPHA_IPID_PLAIN 0xffff /* IP id of forged packets that want no adoption */

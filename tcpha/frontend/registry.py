@@ -30,6 +30,7 @@ FIRST_LOOK = 1.0  # seconds that clients wait in the backlog at the start for si
 REBUILD = 20.0  # seconds after which a back end that does not say what it has is not waited for
 REJOIN = 5.0  # seconds that back ends have to register anew
 MISSED = 2  # detection intervals without a sign of life
+NOBODY_LISTENS = "nothing listens on its redirectport"
 HOST, PROCESS, UNUSABLE = "host dead", "process dead", "unusable"
 # errors that a host's network stack, not its daemon, is to blame for
 SILENT = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT, errno.EHOSTDOWN}
@@ -326,7 +327,7 @@ class Registry:
         if not stats["links"]:
             health, why = entry.cause, entry.detail
         elif app_down:
-            health, why = "application dead", "nothing listens on its redirectport"
+            health, why = "application dead", NOBODY_LISTENS
         else:
             health = why = "up"
         changed = health != entry.health
@@ -415,6 +416,9 @@ class Registry:
                    "reason": f"first rule that matches and can be served: '{chosen['pattern']}'"}
         else:
             why = "no back end of a rule that matches can take it" if rows else "no rule matches"
+            last = next((r["server"] for r in rows if r["reason"] == NOBODY_LISTENS), "")
+            if last:
+                why += f"; {last} is asked all the same, and refuses unless its server is back"
             if not self._unusable(NAME):
                 out = {"outcome": "handed over", "server": NAME,
                        "reason": f"{why}; the Local Node listens"}
@@ -438,7 +442,7 @@ class Registry:
         if stats["draining"]:
             return "draining"
         if stats["app_down"]:
-            return "nothing listens on its redirectport"
+            return NOBODY_LISTENS
         if stats["full"]:
             return "full: it has maxclients connections"
         return ""
