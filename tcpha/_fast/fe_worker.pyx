@@ -1140,7 +1140,8 @@ cdef class FrontEnd(Core):
         cdef uint8_t buf[MSG_KEYS_SIZE]
         with nogil:
             link_put(self.c, w, &self.c.links[link_index], buf, message_keys(
-                buf, number << 8 | self.f.dp.keys.wscale, self.f.dp.keys.key[number & 1]), NULL, 0)
+                buf, number << 8 | self.f.dp.keys.wscale,
+                <const uint64_t *>self.f.dp.keys.key[number & 1]), NULL, 0)
             self.flush_outsider()
 
     def fast_backends(self):
