@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from test_mtu import behind_a_router
 
-from tcpha.lab.bed import Cluster, Host, Nginx
+from tcpha.lab.bed import Cluster, Host, Nginx, wait_for
 
 pytestmark = pytest.mark.modes("direct", "tunnel", "fast-direct", "fast-tunnel", "nfqueue-direct",
                                "nfqueue-tunnel", "ebpf-nfqueue", "nfqueue-ebpf")
@@ -64,7 +64,7 @@ def test_requests_in_fragments(cluster: Cluster) -> None:
                 answers.append(got.partition(b"\r\n\r\n")[2])
         return answers
     assert far.inside(work) == [content] * 5
-    assert defragmented(c) >= 5
+    wait_for(lambda: defragmented(c) >= 5, "five segments, put together")
     assert c.fe_host.nft_counter("resets") == 0
     if c.fe and c.fe.ctl("status")["packet_path"]:
         assert c.fe.ctl("status")["counters"]["fast"] == 1
@@ -106,6 +106,6 @@ def test_a_request_in_fragments_for_the_local_node(datapath: str) -> None:
         far = fragmenting(c)
         far.run("curl", "-sSf", "--max-time", "60", "-H", LONG.decode().strip(),
                 *["-o", "/dev/null", f"http://{c.VIP}/1k"] * 3)
-        assert defragmented(c) >= 3
+        wait_for(lambda: defragmented(c) >= 3, "three segments, put together")
     finally:
         c.close()
