@@ -162,8 +162,8 @@ def test_checksum_python(benchmark: Any) -> None:
     benchmark(checksum)
 
 
-# What the socket path needs of a connection that it hands over: ten socket options, read from a
-# frozen socket. The alternative reads the same ones from Python.
+# What the socket path needs of a connection that it hands over: socket options, read from a frozen
+# socket. The alternative reads most of them from Python.
 
 @pytest.fixture
 def connection() -> Iterator[socket.socket]:

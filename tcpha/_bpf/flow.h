@@ -67,7 +67,7 @@ static inline __attribute__((always_inline)) void tcpha_follow(struct tcpha_entr
 	e->end_seq = end;
 	/*
 	 * Nobody sends more after a FIN or a RST: it was forged, and so was a SYN behind it. But where the
-	 * back end has closed, what comes now is the client's FIN, which the SYN has overtaken.
+	 * back end has closed, there is nothing to cut, and what comes now was overtaken by the SYN.
 	 */
 	e->flags &= ~(TCPHA_F_FIN | TCPHA_F_RST);
 	if (!tcpha_closed(e))
