@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import signal
 import socket
@@ -157,8 +158,10 @@ def test_full_disk_for_logs(mode: dict[str, Any], tmp_path: Path) -> None:
         wait_for(lambda: "lines were lost" in (disk / "log").read_text(), "the log again")
         now = (disk / "access").stat().st_size, (disk / "log").stat().st_size
         assert now > size
-        for line in (disk / "access").read_text().splitlines():  # whole lines only
-            assert "/1k " in line and line[:2] == "20", line
+        for name, whole in (("access", r"20\d\d-\S+Z \S+ /1k \d+ \S+ \d+"),
+                            ("log", r"20\d\d-[^:]+:\d\d:\d\d,\d+ tcphafe\[\d+\]: .+")):
+            for line in (disk / name).read_text().splitlines():
+                assert re.fullmatch(whole, line) and line.count(" tcphafe[") < 2, line
         assert fe.stop() == 0
 
 

@@ -126,6 +126,7 @@ cdef struct frontend:
     uint32_t accept_failed  # out of descriptors
     uint32_t unloading
     int access_fd          # of the access log; -1: none
+    pthread_mutex_t access_lock
     uint64_t next_id
     ruleset *rules
     uint64_t key           # number of the cookie key in use

@@ -38,12 +38,12 @@ from tcpha._fast.rewrite cimport get32, tcp_view
 from tcpha._fast.snapshot cimport SNAP_FIN, snapshot
 from tcpha._fast.sys cimport (
     EAGAIN, EINTR, EMFILE, ENFILE, EPOLLET, EPOLLIN, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
-    EPOLL_CTL_MOD, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, MSG_TRUNC, SHUT_WR,
-    SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, add32, add64, close, errno, getsockopt, htons, iovec,
-    load32, load64, loadp, now_ns, pthread_mutex_destroy, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, raise64, read_counters,
-    realtime_ns, recv, send, set32, set64, setsockopt, shutdown, sockaddr, sockaddr_in, socklen_t,
-    store32, store64, storep, writev, xchg32)
+    EPOLL_CTL_MOD, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, MSG_TRUNC, SEEK_CUR,
+    SHUT_WR, SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, add32, add64, close, errno, ftruncate,
+    getsockopt, htons, iovec, load32, load64, loadp, lseek, now_ns, pthread_mutex_destroy,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, raise64,
+    read_counters, realtime_ns, recv, send, set32, set64, setsockopt, shutdown, sockaddr,
+    sockaddr_in, socklen_t, store32, store64, storep, writev, xchg32)
 
 cdef extern from "<linux/filter.h>" nogil:
     struct sock_filter:
@@ -433,11 +433,13 @@ cdef void _offer_again(frontend *f, worker *w, conn *k, uint32_t reason) noexcep
 
 cdef void _log_access(frontend *f, conn *k, const uint8_t *head_bytes) noexcept nogil:
     """One line: time, client, request-target, number of the rule (or -), back end, microseconds in
-    the front end. Lines of workers do not mix, since each is one write (O_APPEND)."""
+    the front end. What a full disk had room for of one is taken back: only whole lines stay."""
     cdef char head[96]
     cdef char tail[96]
     cdef char rule[12]
     cdef iovec iov[3]
+    cdef size_t size
+    cdef ssize_t written
     cdef uint64_t now = realtime_ns()
     cdef time_t seconds = <time_t>(now // 1000000000)
     cdef tm at
@@ -459,7 +461,13 @@ cdef void _log_access(frontend *f, conn *k, const uint8_t *head_bytes) noexcept 
     iov[2].iov_len = snprintf(tail, sizeof(tail), b" %s %s %lu\n", rule,
                               f.backends[k.entry.backend].name,
                               <unsigned long>((now_ns() - k.accept_ns) // 1000))
-    if writev(f.access_fd, iov, 3) < 0:
+    size = iov[0].iov_len + iov[1].iov_len + iov[2].iov_len
+    pthread_mutex_lock(&f.access_lock)  # for the position, which is then the end of our line
+    written = writev(f.access_fd, iov, 3)
+    if 0 <= written < <ssize_t>size:
+        written = ftruncate(f.access_fd, lseek(f.access_fd, 0, SEEK_CUR) - written)
+    pthread_mutex_unlock(&f.access_lock)
+    if written != <ssize_t>size:
         add64(&f.n.access_lost, 1)
 
 
@@ -1047,6 +1055,7 @@ cdef class FrontEnd(Core):
         slow_open(&self.f.slow)
         pthread_mutex_init(&self.f.pool_lock, NULL)
         pthread_mutex_init(&self.f.return_lock, NULL)
+        pthread_mutex_init(&self.f.access_lock, NULL)
         for i in range(self.f.nconns):
             self.f.conns[i].index = i
             self.f.conns[i].fd = -1
@@ -1077,6 +1086,7 @@ cdef class FrontEnd(Core):
                 pthread_mutex_destroy(&self.f.conns[i].lock)
         pthread_mutex_destroy(&self.f.pool_lock)
         pthread_mutex_destroy(&self.f.return_lock)
+        pthread_mutex_destroy(&self.f.access_lock)
         ruleset_free(self.f.rules)
         free(self.f.conns)
         free(self.f.pool)

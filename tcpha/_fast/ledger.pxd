@@ -31,15 +31,20 @@ cdef struct lingering:
     uint64_t id
     uint64_t since_ns
     uint64_t check_ns
+    uint32_t next          # an index + 1, 0: none
 
 
 cdef struct ledger:
     flow_store store
     pthread_mutex_t lock
-    lingering *linger      # a ring
+    # A queue of cells linked by index + 1. One that was given back is used before one that never
+    # was, so that no more memory is touched than so many need at one time.
+    lingering *linger
     uint32_t capacity
+    uint32_t fresh         # how many cells were ever used
+    uint32_t free
     uint32_t first
-    uint32_t len
+    uint32_t last
     pthread_mutex_t stripes[STRIPES]   # a flow's entry is replaced or removed under one of them
 
 

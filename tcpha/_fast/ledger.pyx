@@ -66,30 +66,47 @@ cdef void ledger_remove(ledger *l, const tcpha_flow *flow) noexcept nogil:
 
 cdef bint _linger(ledger *l, const tcpha_flow *flow, uint64_t id, uint64_t since) noexcept nogil:
     """Put a flow at the end of the queue of those that linger."""
-    cdef bint ok = False
+    cdef uint32_t at
     cdef lingering *p
     pthread_mutex_lock(&l.lock)
-    if l.len < l.capacity:
-        p = &l.linger[(l.first + l.len) % l.capacity]
+    at = l.free
+    if at:
+        l.free = l.linger[at - 1].next
+    elif l.fresh < l.capacity:
+        l.fresh += 1
+        at = l.fresh
+    if at:
+        p = &l.linger[at - 1]
         p.flow = flow[0]
         p.id = id
         p.since_ns = since
         p.check_ns = now_ns() + LINGER_NS
-        l.len += 1
-        ok = True
+        p.next = 0
+        if l.last:
+            l.linger[l.last - 1].next = at
+        else:
+            l.first = at
+        l.last = at
     pthread_mutex_unlock(&l.lock)
-    return ok
+    return at != 0
 
 
 cdef bint _next(ledger *l, uint64_t due, lingering *item) noexcept nogil:
     """Take the one that has lingered longest, if its time has come."""
     cdef bint found
+    cdef uint32_t at
+    cdef lingering *p
     pthread_mutex_lock(&l.lock)
-    found = l.len != 0 and l.linger[l.first].check_ns <= due
+    at = l.first
+    found = at != 0 and l.linger[at - 1].check_ns <= due
     if found:
-        item[0] = l.linger[l.first]
-        l.first = (l.first + 1) % l.capacity
-        l.len -= 1
+        p = &l.linger[at - 1]
+        item[0] = p[0]
+        l.first = p.next
+        if l.first == 0:
+            l.last = 0
+        p.next = l.free
+        l.free = at
     pthread_mutex_unlock(&l.lock)
     return found
 

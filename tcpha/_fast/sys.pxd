@@ -82,6 +82,10 @@ cdef extern from "<unistd.h>" nogil:
     ssize_t read(int fd, void *buf, size_t n)
     ssize_t write(int fd, const void *buf, size_t n)
     int close(int fd)
+    long lseek(int fd, long offset, int whence)
+    int ftruncate(int fd, long size)
+    enum:
+        SEEK_CUR
 
 
 cdef extern from "<sys/uio.h>" nogil:

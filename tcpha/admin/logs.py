@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import logging.handlers
 import os
 import sys
+import time
 from collections import deque
 from typing import Any
 
+from tcpha.admin.troubles import QUIET
+
 KEPT = 50  # messages
 log = logging.getLogger("tcpha")
+
+
+class WholeLines(io.FileIO):
+    """A file of which a full disk keeps no part of a line."""
+
+    def write(self, data: Any) -> int:
+        written = super().write(data)
+        if written < len(data):
+            with contextlib.suppress(OSError):  # no regular file
+                self.truncate(self.tell() - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return written
 
 
 class LogFile(logging.handlers.WatchedFileHandler):
@@ -21,12 +37,12 @@ class LogFile(logging.handlers.WatchedFileHandler):
 
     def __init__(self, path: str):
         self.lost = 0
+        self.lost_at = 0.0
         super().__init__(path)
 
     def _open(self) -> io.TextIOWrapper:
         # unbuffered: a line that could not be written is lost, and not a part of it written later
-        raw = open(self.baseFilename, "ab", buffering=0)  # noqa: SIM115
-        return io.TextIOWrapper(raw, "utf-8", "backslashreplace",
+        return io.TextIOWrapper(WholeLines(self.baseFilename, "ab"), "utf-8", "backslashreplace",
                                 write_through=True)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -35,12 +51,14 @@ class LogFile(logging.handlers.WatchedFileHandler):
             super().emit(record)
         except OSError:  # it could not be opened anew
             self.handleError(record)
-        if lost and self.lost == lost:
+        # not at once: a short line may fit where a longer one did not
+        if lost and self.lost == lost and time.monotonic() - self.lost_at >= QUIET:
             self.lost = 0
             log.warning("logfile %s: written again, %d lines were lost", self.baseFilename, lost)
 
     def handleError(self, record: logging.LogRecord) -> None:
         self.lost += 1
+        self.lost_at = time.monotonic()
         if self.lost == 1:
             why = getattr(sys.exc_info()[1], "strerror", "cannot be written")
             log.error("logfile %s: %s; lines are lost, make room or mend the path",
