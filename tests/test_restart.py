@@ -115,18 +115,31 @@ def test_killed_again_and_again(busy: Cluster) -> None:
 
 
 @pytest.mark.modes("fast-direct", "fast-tunnel")
-def test_a_handshake_outlives_the_front_end(busy: Cluster) -> None:
+@pytest.mark.parametrize("when", ["while nobody listens", "afterwards"])
+def test_a_handshake_outlives_the_front_end(busy: Cluster, when: str) -> None:
     """On the packet path nobody remembers it; but the key of its cookie is kept. On the socket path
     it would have been in the killed front end's hands."""
     wait_for(lambda: busy.get("/1k", "-o", "/dev/null") == "" and
              front(busy).ctl("status")["counters"]["fast"], "the packet path")
-    with busy.client.connect(busy.VIP) as s:
-        kill(busy)
+    # the last of them in two segments, and with its FIN
+    held = [busy.client.connect(busy.VIP) for _ in range(8)]
+    kill(busy)
+    if when == "afterwards":
         front(busy).start()
         busy.connected()
-        s.sendall(REQUEST)
+    for s in held:
+        s.sendall(REQUEST[:20] if s is held[-1] else REQUEST)
+    held[-1].sendall(REQUEST[20:])
+    held[-1].shutdown(socket.SHUT_WR)
+    if when != "afterwards":
+        with pytest.raises(ConnectionRefusedError):
+            busy.client.connect(busy.VIP)
+        front(busy).start()
+        busy.connected()
+    for s in held:
         s.settimeout(30)
         assert s.recv(65536).startswith(b"HTTP/1.1 200 ")
+        s.close()
     settle(busy)
 
 

@@ -382,7 +382,7 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	struct tcpha_keys *k;
 	struct tcpha_flow flow;
 	struct cookie c = {};
-	__u32 zero = 0, length, seq, ack, doff, offset, replaced = 0;
+	__u32 zero = 0, length, seq, ack, doff, offset, socket, replaced = 0;
 	__u8 flags = ((__u8 *)h->tcp)[13];
 	__be16 window;
 	__u64 old;
@@ -395,9 +395,12 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	k = &own->keys;
 	flow_of(h, &flow);
 	tuple_of(&flow, &t);
-	if (owner(skb, &t) != BPF_TCP_LISTEN)
+	socket = owner(skb, &t);
+	if (socket && socket != BPF_TCP_LISTEN)
 		return TC_ACT_UNSPEC;
 	if (flags & TCPHA_T_SYN) {
+		if (!socket)
+			return TC_ACT_UNSPEC; /* which refuses it */
 		if ((flags & (TCPHA_T_ACK | TCPHA_T_RST | TCPHA_T_FIN)) || h->ip->ihl != 5 ||
 		    h->tcp->doff < 5 || !k->used)
 			return TC_ACT_UNSPEC;
@@ -436,6 +439,12 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 		bpf_map_delete_elem(&shaken, &flow);
 		return TC_ACT_SHOT;
 	}
+	/*
+	 * Our daemon was killed, and this client had our SYN-ACK by then. The next run serves it, when it
+	 * repeats this.
+	 */
+	if (!socket && (length || flags & TCPHA_T_FIN))
+		return TC_ACT_SHOT;
 	/* of urgent data, the server reads other bytes than there are in the segment: ours must, too */
 	if (flags & (TCPHA_T_FIN | TCPHA_T_URG))
 		goto accept;

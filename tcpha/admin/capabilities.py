@@ -12,7 +12,8 @@ KEPT = {  # name: number
     "NET_RAW": 13,           # ARP, and forged segments
     "PERFMON": 38,           # BPF programs that read the kernel's structs
     "BPF": 39}
-PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 24, 38, 47, 4
+PR_CAPBSET_READ, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 23, 24, 38
+PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 VERSION_3 = 0x20080522     # _LINUX_CAPABILITY_VERSION_3
 
 
@@ -36,7 +37,8 @@ def restrict() -> None:
             raise OSError(number, f"cannot give up capabilities: {os.strerror(number)}")
     last = int(Path("/proc/sys/kernel/cap_last_cap").read_text())
     for number in set(range(last + 1)) - set(KEPT.values()):
-        check(libc.prctl(PR_CAPBSET_DROP, number, 0, 0, 0))
+        if libc.prctl(PR_CAPBSET_READ, number, 0, 0, 0) > 0:  # not gone already, as by a unit
+            check(libc.prctl(PR_CAPBSET_DROP, number, 0, 0, 0))
     check(libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     header, sets = _Header(VERSION_3, 0), (_Sets * 2)()
