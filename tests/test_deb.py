@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The Debian package, installed on a bare Debian 12; and every command of the docs, run there.
 
-Hosts are network namespaces, each with a root of its own over one that Debian was installed in.
-There is no systemd in them: 'systemctl' is done by hand, with what the units say.
+Hosts are namespaces, each with a root of its own over one that Debian was installed in, and with
+systemd as its first process.
 """
 from __future__ import annotations
 
@@ -31,6 +31,35 @@ def chroot(root: Path, *args: str, **kw: Any) -> subprocess.CompletedProcess[str
     return sh("chroot", str(root), *args, env={
         "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive",
         **{k: v for k, v in os.environ.items() if k.lower().endswith("_proxy")}}, **kw)
+
+
+# The first process of a host: all that it is to have mounted, then systemd. $1: its root.
+BOOT = """
+set -e
+mount --bind "$1" "$1"
+cd "$1"
+mount -t proc proc proc
+mount -t sysfs sysfs sys
+mount -t cgroup2 cgroup2 sys/fs/cgroup
+mount -t tmpfs -o mode=755 tmpfs run
+mount -t tmpfs -o mode=755 tmpfs dev
+mkdir dev/pts dev/shm dev/net old
+mount -t devpts -o newinstance,ptmxmode=0666,mode=620 devpts dev/pts
+ln -s pts/ptmx dev/ptmx
+ln -s /proc/self/fd dev/fd
+while read name numbers; do mknod -m 666 dev/$name c $numbers; done <<END
+null 1 3
+zero 1 5
+full 1 7
+random 1 8
+urandom 1 9
+tty 5 0
+net/tun 10 200
+END
+pivot_root . old
+exec chroot . sh -c 'umount -l /old; exec env -i container=other \\
+    PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/systemd --show-status=0' < /dev/null
+"""
 
 
 def mount(*args: str) -> None:
@@ -62,8 +91,9 @@ def bare(package: Path) -> Iterator[Path]:
     mount("--make-private", str(root))
     mount_kernel(root)
     try:
-        chroot(root, "apt-get", "install", "-y", "-qq", "--no-install-recommends", "nginx-light",
-               "curl", "iproute2", "procps")
+        chroot(root, "apt-get", "install", "-y", "-qq", "--no-install-recommends", "systemd-sysv",
+               "nginx-light", "curl", "iproute2", "procps")
+        (root / "etc/systemd/system/multi-user.target.wants/nginx.service").unlink()
         (root / "root" / package.name).write_bytes(package.read_bytes())
         # the hosts have no way to a mirror
         chroot(root, "apt-get", "install", "-y", "-qq", "--download-only", f"/root/{package.name}")
@@ -74,60 +104,54 @@ def bare(package: Path) -> Iterator[Path]:
 
 
 class Machine(Host):
-    """A host whose commands run in a root of its own."""
+    """A host whose commands run in a root of its own, beside its systemd."""
 
-    root = Path("/")
+    init = 0
 
     def __init__(self, bed: Bed, name: str, address: str, bare: Path):
         super().__init__(bed, name, address)
         self.root = self.dir / "root"
-        upper, work = self.dir / "upper", self.dir / "work"
-        for path in (self.root, upper, work):
+        upper, work, groups = (self.dir / d for d in ("upper", "work", "groups"))
+        for path in (self.root, upper, work, groups):
             path.mkdir()
         mount("-t", "overlay", "overlay", "-o",
               f"lowerdir={bare},upperdir={upper},workdir={work}", str(self.root))
-        mount_kernel(self.root)
-        self.services: dict[str, subprocess.Popen[str]] = {}
+        mount("-t", "cgroup2", "cgroup2", str(groups))
+        self.group = groups / self.ns
+        self.group.mkdir()
+        with open(self.dir / "console", "w") as console:
+            self.boot = self.start(
+                "sh", "-ec", f"echo $$ > {self.group}/cgroup.procs; exec unshare --mount --pid "
+                "--fork --kill-child --uts --ipc --cgroup sh -c \"$1\" boot \"$2\"", "boot", BOOT,
+                str(self.root), stdout=console, stderr=subprocess.STDOUT)
+        children = Path(f"/proc/{self.boot.pid}/task/{self.boot.pid}/children")
+
+        def first() -> int:
+            pid = int((children.read_text().split() or ["0"])[0])
+            return pid if pid and Path(f"/proc/{pid}/comm").read_text() == "systemd\n" else 0
+        self.init = wait_for(first, f"systemd of {name}")
+        wait_for(lambda: self.run("systemctl", "is-system-running", check=False).stdout in
+                 ("running\n", "degraded\n"), f"{name} to boot")
 
     def command(self, *args: str) -> list[str]:
-        return ["nsenter", f"--net=/run/netns/{self.ns}", "chroot", str(self.root), *args]
+        if not self.init:
+            return super().command(*args)
+        return ["nsenter", "--target", str(self.init), "--all", "--root", "--wdns=/", *args]
 
     def close(self) -> None:
-        for process in self.services.values():
-            process.terminate()
-            process.wait(20)
-        if self.root != Path("/"):
-            sh("umount", "-Rl", str(self.root))
-
-    def systemctl(self, verb: str, name: str) -> None:
-        """What systemd would do by the unit."""
-        unit = (self.root / f"lib/systemd/system/{name}.service").read_text()
-        run = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line)
-        if verb == "reload":
-            assert run["ExecReload"] == "/bin/kill -HUP $MAINPID"
-            self.services[name].send_signal(signal.SIGHUP)
-            return
-        if name in self.services:
-            self.services[name].terminate()
-            assert self.services.pop(name).wait(20) == 0
-        self.run(*run["ExecStartPre"].split())
-        (self.root / "run" / run["RuntimeDirectory"]).mkdir(exist_ok=True)
-        log = open(self.dir / f"{name}.log", "a")  # noqa: SIM115
-        self.services[name] = self.start(*run["ExecStart"].split(), stderr=log)
-        pid = self.root / f"run/tcpha/{name}.pid"
-        wait_for(lambda: pid.exists() and pid.read_text().strip(), f"{name} to serve")
+        if self.init:
+            os.kill(self.init, signal.SIGKILL)  # and with it whatever runs there
+            self.boot.wait(20)
+            # those that were killed may take a moment to leave their groups
+            wait_for(lambda: not sh("find", str(self.group), "-depth", "-type", "d", "-exec",
+                                    "rmdir", "{}", "+", check=False).returncode, "its end")
+        for path in (self.dir / "groups", self.dir / "root"):
+            sh("umount", "-l", str(path), check=False)
 
     def do(self, block: str) -> str:
         """Run the commands of a document. Each must succeed."""
-        out = ""
-        for match in re.finditer(r".*<<'(\w+)'\n(?:.*\n)*?\1\n|.+\n", block):
-            text = match.group(0)
-            if service := re.match(r"systemctl (?:enable --now|(restart|reload)) (\w+)$", text):
-                self.systemctl(service[1] or "start", service[2])
-            else:
-                out += self.run("sh", "-ec", f"cd /root\n{text}", env={
-                    "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "TERM": "xterm"}).stdout
-        return out
+        return self.run("sh", "-ec", f"cd /root\n{block}", env={
+            "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "TERM": "xterm"}).stdout
 
 
 class Three:
@@ -144,8 +168,7 @@ class Three:
                 m = self.machines[name]
                 (m.root / "var/www/html/index.html").write_text(f"page of {name}\n")
                 (m.root / "var/www/html/a.jpg").write_text(f"picture of {name}\n")
-                m.start("nginx", "-g", "daemon off;", stderr=subprocess.DEVNULL)
-                wait_for(lambda m=m: ":80 " in m.run("ss", "-Hltn").stdout, "nginx")
+                m.run("systemctl", "start", "nginx")
         except BaseException:
             self.close()
             raise
@@ -159,6 +182,13 @@ class Three:
             for host in hosts.split():
                 out[host] = out.get(host, "") + self.machines[host].do(block)
         return out
+
+    def connected(self) -> None:
+        def up() -> bool:
+            servers = json.loads(self.machines["fe"].run(
+                "tcphactl", "--json", "fe", "servers").stdout)
+            return bool(servers) and all(s["state"] == "up" for s in servers)
+        wait_for(up, "both back ends")
 
     def close(self) -> None:
         for machine in self.machines.values():
@@ -198,10 +228,8 @@ def test_the_quick_start_can_be_followed(serving: Three) -> None:
 def test_commands_of_the_docs(serving: Three, document: str) -> None:
     said = serving.follow(document)
     assert all(said.values()) or document == "networks"
-    m = serving.machines
-    wait_for(lambda: "2" in json.dumps([s["connperbe"] for s in json.loads(m["fe"].run(
-        "tcphactl", "--json", "fe", "servers").stdout)]), "control connections")
-    assert m["client"].run("curl", "-sf", "http://192.168.1.36/").stdout == "page of be1\n"
+    serving.connected()
+    pages(serving)
 
 
 def test_all_blocks_of_the_docs_are_followed() -> None:
@@ -214,19 +242,82 @@ def test_all_blocks_of_the_docs_are_followed() -> None:
             assert "```sh" not in text, path
 
 
+class Download:
+    """A large file, of which all but the first bytes are read at the end."""
+
+    def __init__(self, hosts: Three):
+        path = hosts.machines["be1"].root / "var/www/html/big"
+        if not path.exists():
+            path.write_bytes(os.urandom(1 << 20) * 32)
+        self.want = path.read_bytes()
+        self.s = hosts.machines["client"].connect("192.168.1.36")
+        self.s.sendall(b"GET /big HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        self.got = bytearray(self.s.recv(1000))
+
+    def finish(self) -> None:
+        with self.s:
+            while more := self.s.recv(1 << 20):
+                self.got += more
+        assert self.got.partition(b"\r\n\r\n")[2] == self.want
+
+
+def pages(hosts: Three) -> None:
+    client = hosts.machines["client"]
+    assert client.run("curl", "-sf", "http://192.168.1.36/").stdout == "page of be1\n"
+    assert client.run("curl", "-sf", "http://192.168.1.36/a.jpg").stdout == "picture of be2\n"
+
+
+@pytest.mark.parametrize("datapath", ["nfqueue", "ebpf"])
+def test_what_the_units_leave_is_enough(serving: Three, datapath: str) -> None:
+    """The daemons serve, are restarted when they are killed, and keep what they have."""
+    m = serving.machines
+    daemons = (("be1", "tcphabe"), ("be2", "tcphabe"), ("fe", "tcphafe"))
+    for name, daemon in daemons:
+        m[name].run("sh", "-ec", f"sed -i '/^datapath/d' /etc/tcpha/{daemon}.conf; "
+                    f"echo 'datapath = {datapath}' >> /etc/tcpha/{daemon}.conf; "
+                    f"systemctl restart {daemon}")
+    serving.connected()
+    pages(serving)
+    download = Download(serving)
+    for name, daemon in daemons:
+        def unit(key: str, m: Machine = m[name], daemon: str = daemon) -> str:
+            return m.run("systemctl", "show", "-P", key, daemon).stdout.strip()
+        before = int(unit("NRestarts"))
+        status = m[name].run("cat", f"/proc/{unit('MainPID')}/status").stdout
+        for kept in ("CapPrm", "CapBnd"):  # the five of docs/security.md
+            assert f"{kept}:\t000000c000003400\n" in status
+        m[name].run("systemctl", "kill", "-s", "KILL", daemon)
+        wait_for(lambda before=before, unit=unit: int(unit("NRestarts")) == before + 1 and
+                 unit("ActiveState") == "active", f"{daemon} to be restarted")
+    serving.connected()
+    download.finish()
+    pages(serving)
+    for name, daemon in daemons:
+        status = json.loads(m[name].run("tcphactl", "--json", daemon[-2:], "status").stdout)
+        assert status["datapath"] == datapath
+        log = m[name].run("journalctl", "-u", daemon).stdout
+        assert "serving" in log and "Traceback" not in log
+
+
 def test_connections_live_through_an_upgrade(serving: Three) -> None:
     """The package is installed once more, as an upgrade is, and its daemons start anew."""
     m = serving.machines
-    (m["be1"].root / "var/www/html/big").write_bytes(os.urandom(1 << 20) * 32)
-    s = m["client"].connect("192.168.1.36")
-    s.sendall(b"GET /big HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
-    got = bytearray(s.recv(1000))
+    download = Download(serving)
+    before = m["fe"].run("cat", "/run/tcpha/tcphafe.pid").stdout
     m["fe"].run("dpkg", "-i", *(f"/root/{p.name}" for p in (m["fe"].root / "root").glob("*.deb")))
-    m["fe"].systemctl("restart", "tcphafe")
-    while more := s.recv(1 << 20):
-        got += more
-    s.close()
-    assert got.partition(b"\r\n\r\n")[2] == (m["be1"].root / "var/www/html/big").read_bytes()
+    assert m["fe"].run("systemctl", "is-active", "tcphafe").stdout == "active\n"
+    assert m["fe"].run("cat", "/run/tcpha/tcphafe.pid").stdout != before
+    download.finish()
+    serving.connected()
+    pages(serving)
+
+
+def test_removal_stops_what_runs(serving: Three) -> None:
+    be2 = serving.machines["be2"]
+    assert "192.168.1.36" in be2.run("ip", "addr").stdout
+    be2.run("dpkg", "--remove", "tcpha")
+    assert "192.168.1.36" not in be2.run("ip", "addr").stdout
+    assert be2.run("systemctl", "is-active", "tcphabe", check=False).stdout == "inactive\n"
 
 
 def test_the_lab_of_the_package(bare: Path, package: Path) -> None:
