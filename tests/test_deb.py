@@ -92,8 +92,9 @@ def bare(package: Path) -> Iterator[Path]:
     mount_kernel(root)
     try:
         chroot(root, "apt-get", "install", "-y", "-qq", "--no-install-recommends", "systemd-sysv",
-               "nginx-light", "curl", "iproute2", "procps")
-        (root / "etc/systemd/system/multi-user.target.wants/nginx.service").unlink()
+               "nginx-light", "curl", "iproute2", "procps", "prometheus")
+        for service in ("nginx", "prometheus"):
+            (root / f"etc/systemd/system/multi-user.target.wants/{service}.service").unlink()
         (root / "root" / package.name).write_bytes(package.read_bytes())
         # the hosts have no way to a mirror
         chroot(root, "apt-get", "install", "-y", "-qq", "--download-only", f"/root/{package.name}")
@@ -240,6 +241,54 @@ def test_all_blocks_of_the_docs_are_followed() -> None:
             assert text.count("```sh") == len(BLOCK.findall(text)), path
         else:
             assert "```sh" not in text, path
+
+
+def test_prometheus_reads_metrics_alerts_and_dashboard(serving: Three) -> None:
+    fe, be2 = serving.machines["fe"], serving.machines["be2"]
+    (fe.root / "root/alerts.yml").write_bytes((TOP / "docs/alerts.yml").read_bytes())
+    (fe.root / "root/prometheus.yml").write_text("""
+global: {scrape_interval: 250ms, scrape_timeout: 250ms, evaluation_interval: 250ms}
+rule_files: [alerts.yml]
+scrape_configs: [{job_name: tcpha, static_configs: [{targets: ["127.0.0.1:9110"]}]}]
+""")
+    fe.run("sh", "-ec", "cd /etc/tcpha; sed -i /^admin/d tcphafe.conf; "
+           "echo 'admin = 127.0.0.1:9110' >> tcphafe.conf; systemctl restart tcphafe")
+    serving.connected()
+    fe.run("sh", "-ec", "cd /root; promtool check config prometheus.yml; "
+           "curl -sf http://127.0.0.1:9110/metrics | promtool check metrics")
+    fe.run("systemd-run", "--unit=watcher", "prometheus", "--config.file=/root/prometheus.yml",
+           "--storage.tsdb.path=/root/watched", "--web.listen-address=127.0.0.1:9090")
+
+    def ask(what: str, *args: str) -> Any:
+        return json.loads(fe.run("curl", "-sS", "--get", *args,
+                                 f"http://127.0.0.1:9090/api/v1/{what}").stdout)["data"]
+
+    def query(text: str) -> Any:
+        return ask("query", "--data-urlencode", f"query={text}")["result"]
+    try:
+        wait_for(lambda: not fe.run("curl", "-sf", "http://127.0.0.1:9090/-/ready",
+                                    check=False).returncode, "Prometheus")
+        wait_for(lambda: query("rate(tcpha_paths_total[1m])"), "two samples")
+        pages(serving)
+        be2.run("systemctl", "stop", "tcphabe")
+        wait_for(lambda: [a["labels"]["server"] for a in ask("alerts")["alerts"]
+                          if a["labels"]["alertname"] == "TcphaBackEndDown"] == ["192.168.1.38"],
+                 "the alert")
+        be2.run("systemctl", "start", "tcphabe")
+        serving.connected()
+        wait_for(lambda: not ask("alerts")["alerts"], "the end of it")
+        known = set(ask("label/__name__/values"))
+        groups = ask("rules")["groups"]
+        assert all(r["health"] == "ok" for g in groups for r in g["rules"])
+        texts = [r["query"] for g in groups for r in g["rules"]]
+        panels = json.loads((TOP / "docs/grafana.json").read_text())["panels"]
+        shown = [t["expr"].replace("$instance", ".*") for p in panels for t in p["targets"]]
+        for text in shown:
+            assert query(text), text
+        for text in texts + shown:
+            assert set(re.findall(r"tcpha_\w+", text)) <= known, text
+    finally:
+        fe.run("systemctl", "stop", "watcher")
 
 
 class Download:
