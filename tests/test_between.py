@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tcpha.lab.bed import Cluster, Host, inside, sh, wait_for
+from tcpha.lab.bed import Cluster, Host, freeze, inside, sh, wait_for
 from test_clients import connect_from
 from test_serve import REQUEST, body, read_all, settle, upload_many
 
@@ -279,8 +279,7 @@ def test_server_that_stops_for_a_while(cluster: Cluster) -> None:
                            .stdout.split(), "nginx's workers")
         wait_for(lambda: cluster.get("/1k", "-o", "/dev/null", "-w", "%{http_code}") == "200",
                  "the back end in use")
-        for pid in workers:
-            os.kill(int(pid), signal.SIGSTOP)
+        freeze(*map(int, workers))
         clients: list[Any] = []
         for _ in range(200):
             s = cluster.client.connect(cluster.VIP)

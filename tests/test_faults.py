@@ -17,7 +17,7 @@ import pytest
 from test_between import nft_on_switch
 
 from tcpha._fast import message
-from tcpha.lab.bed import Cluster, sh, wait_for
+from tcpha.lab.bed import Cluster, freeze, sh, wait_for
 from test_clients import connect_from
 from test_serve import REQUEST, body, read_all, settle, upload_many
 
@@ -113,8 +113,7 @@ def test_full_accept_queue(pair: Cluster) -> None:
         server.start()
         workers = wait_for(lambda: sh("pgrep", "-P", str(server.process.pid), check=False)
                            .stdout.split(), "nginx's workers")
-        for pid in workers:
-            os.kill(int(pid), signal.SIGSTOP)
+        freeze(*map(int, workers))
         clients = []
         for _ in range(12):
             s = pair.client.connect(pair.VIP)
@@ -155,7 +154,7 @@ def test_maxclients_of_a_back_end(pair: Cluster) -> None:
 
 @pytest.mark.socket_path  # no process of the back end is in the way of the other
 def test_back_end_stalls_between_send_and_adopted(pair: Cluster) -> None:
-    pair.be[0].process.send_signal(signal.SIGSTOP)
+    freeze(pair.be[0].process.pid)
     try:
         assert names(pair, 6) == {"be2"}
         upload_many_small(pair)
@@ -250,7 +249,7 @@ def test_control_connections_that_only_the_back_end_takes_for_alive(pair: Cluste
                        tcp dport 666 tcp flags & (fin|rst) != 0 drop; }
         }""")
         try:
-            victim.process.send_signal(signal.SIGSTOP)
+            freeze(victim.process.pid)
             wait_for(lambda: servers(pair)[n]["state"] == "down", "detection")
             victim.process.send_signal(signal.SIGCONT)
             wait_for(lambda: servers(pair)[n]["state"] == "up", "new control connections", 15)
@@ -304,7 +303,7 @@ def test_back_end_unreachable(pair: Cluster) -> None:
 
 
 def test_silence_is_detected_without_traffic(pair: Cluster) -> None:
-    pair.be[0].process.send_signal(signal.SIGSTOP)
+    freeze(pair.be[0].process.pid)
     try:
         wait_for(lambda: servers(pair)[0]["state"] == "down", "detection")
         assert names(pair, 4) == {"be2"}
@@ -320,7 +319,7 @@ def test_an_offer_that_was_given_up_is_not_adopted_late(pair: Cluster) -> None:
     def adopted() -> int:
         return sum(b.ctl("status")["counters"]["adopted"] for b in pair.be)
     before = adopted()
-    pair.be[0].process.send_signal(signal.SIGSTOP)
+    freeze(pair.be[0].process.pid)
     try:
         clients = []
         for _ in range(4):
@@ -496,7 +495,7 @@ def test_slow_back_ends_are_waited_for_at_the_start(pair: Cluster) -> None:
     settle(pair)
     pair.fe.stop()
     for be in pair.be:
-        be.process.send_signal(signal.SIGSTOP)
+        freeze(be.process.pid)
     with ThreadPoolExecutor(1) as pool:
         try:
             started = pool.submit(pair.fe.start)
@@ -595,7 +594,7 @@ def test_socket_that_ends_unseen_by_its_daemon(pair: Cluster) -> None:
         assert s.recv(65536).startswith(b"HTTP/1.1 200 ")
         before = fe.ctl("status")["packets"]["live_syn"]
         pair.client.nft(silence)
-        pair.be[0].process.send_signal(signal.SIGSTOP)
+        freeze(pair.be[0].process.pid)
         try:
             pair.be_hosts[0].run("ss", "-KHtn", f"dport = :{port}")
             s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")

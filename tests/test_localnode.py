@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tcpha.lab.bed import Cluster, Daemon, Nginx, sh, wait_for
+from tcpha.lab.bed import Cluster, Daemon, Nginx, freeze, sh, wait_for
 from test_clients import connect_from
 from test_serve import REQUEST, body, digest, links, read_all, settle, upload_many
 
@@ -206,8 +206,7 @@ def test_full_accept_queue(cluster: Cluster) -> None:
         workers = wait_for(lambda: sh("pgrep", "-P", str(server.process.pid), check=False)
                            .stdout.split(), "nginx's workers")
         wait_for(lambda: status(cluster)["listening"], "the Local Node's server")
-        for pid in workers:
-            os.kill(int(pid), signal.SIGSTOP)
+        freeze(*map(int, workers))
         told = front(cluster).ctl("status")["counters"]["answered_503"]
         clients = []
         for _ in range(12):

@@ -44,9 +44,10 @@ def test_metrics_count_exactly(watched: Cluster) -> None:
     c = watched
     settle(c)
     before = metrics(c.fe_host, FE), [metrics(h, BE) for h in c.be_hosts]
-    for _ in range(20):
-        c.get("/a.jpg")
-        c.get("/page")
+    for path in ("/a.jpg", "/page"):
+        for _ in range(20):
+            c.get(path)
+        settle(c)
     c.curl(f"http://{c.VIP}/1")  # no rule
     c.curl("-H", "Host:", f"http://{c.VIP}/page")
     c.curl("-H", f"X: {'x' * 2000}", f"http://{c.VIP}/page")

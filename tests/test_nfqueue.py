@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tcpha.lab.bed import Bed, Cluster, Host, wait_for
+from tcpha.lab.bed import Bed, Cluster, Host, freeze, wait_for
 from test_serve import LOSS, REQUEST, body, digest, left, read_all, settle, upload_many
 
 TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_TIMESTAMP = 19, 20, 21, 24
@@ -187,7 +187,7 @@ def test_a_full_queue_loses_nothing_silently(one: Cluster) -> None:
         for _ in range(10):  # if they were too fast for us, once more
             downloads = pool.submit(down, one, 6)
             wait_for(lambda d=downloads: be.ctl("status")["live"] >= 3 or d.done(), "downloads")
-            be.process.send_signal(signal.SIGSTOP)
+            freeze(be.process.pid)
             try:
                 with contextlib.suppress(TimeoutError):
                     wait_for(overrun, "a full queue", 2)
@@ -248,7 +248,7 @@ def thinned_by_a_pause(c: Cluster) -> bool:
     with ThreadPoolExecutor(1) as pool:
         downloads = pool.submit(down, c, 2)
         wait_for(lambda: fe.ctl("status")["live"] == 2 or downloads.done(), "downloads")
-        fe.process.send_signal(signal.SIGSTOP)
+        freeze(fe.process.pid)
         try:
             wait_for(lambda: any(q[2] > 4 for q in kernel_queues(fe.host)) or downloads.done(),
                      "ACKs that wait")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tcpha.lab.bed import Cluster, Daemon, wait_for
+from tcpha.lab.bed import Cluster, Daemon, freeze, wait_for
 from test_serve import REQUEST, body, read_all, settle
 
 # whether packets travel in a tunnel is not the point
@@ -56,7 +56,7 @@ def process(c: Cluster) -> Callable[[], None]:
 
 
 def hung_process(c: Cluster) -> Callable[[], None]:
-    c.be[0].process.send_signal(signal.SIGSTOP)
+    freeze(c.be[0].process.pid)
     return lambda: c.be[0].process.send_signal(signal.SIGCONT)
 
 

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -53,6 +54,15 @@ def wait_for(what: Callable[[], Any], why: str, seconds: float = 30.0) -> Any:
         if time.monotonic() > end:
             raise TimeoutError(f"waited {seconds} s for: {why}")
         time.sleep(0.02)
+
+
+def freeze(*pids: int) -> None:
+    """Stop processes, and wait until none of their threads runs: those of a busy machine may go on
+    for a while after the signal."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: all(stat.read_text().rpartition(")")[2].split()[0] == "T" for pid in pids
+                         for stat in Path(f"/proc/{pid}/task").glob("*/stat")), "a standstill")
 
 
 def inside(ns: str, work: Callable[[], T]) -> T:
