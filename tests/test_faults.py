@@ -135,6 +135,32 @@ def test_full_accept_queue(pair: Cluster) -> None:
     settle(pair)
 
 
+def test_server_that_ends_with_connections_in_its_accept_queue(pair: Cluster) -> None:
+    """Of these the kernel says that they are over, but not which they are."""
+    assert pair.fe
+    fe, server = pair.fe, pair.nginx[0]
+    fe.ctl("drain", pair.be_hosts[1].address)
+    try:
+        workers = wait_for(lambda: sh("pgrep", "-P", str(server.process.pid), check=False)
+                           .stdout.split(), "nginx's workers")
+        freeze(server.process.pid, *map(int, workers))
+        clients = [pair.client.connect(pair.VIP) for _ in range(12)]
+        for s in clients:
+            s.sendall(REQUEST)
+        wait_for(lambda: pair.be[0].ctl("status")["live"] == 12, "them in the queue")
+        for pid in (server.process.pid, *map(int, workers)):
+            os.kill(pid, signal.SIGKILL)
+        server.process.wait()
+        for s in clients:
+            with pytest.raises(ConnectionResetError):
+                s.recv(1)
+            s.close()
+        settle(pair)
+    finally:
+        server.start()
+        fe.ctl("undrain", pair.be_hosts[1].address)
+
+
 def test_maxclients_of_a_back_end(pair: Cluster) -> None:
     """be_conf says 200 each: 350 fit, and 500 do not."""
     held = []

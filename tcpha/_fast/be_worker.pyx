@@ -567,7 +567,7 @@ cdef void _on_netlink(backend_state *b, worker *w) noexcept nogil:
     cdef nlmsghdr *h
     cdef inet_diag_msg *d
     cdef tcpha_flow flow
-    cdef bint lost = False
+    cdef bint lost = False, unheard = False
     while True:
         n = recv(b.netlink_fd, w.scratch, SCRATCH, MSG_DONTWAIT)
         if n < 0:
@@ -584,6 +584,10 @@ cdef void _on_netlink(backend_state *b, worker *w) noexcept nogil:
             if h.nlmsg_len < NLMSG_HDRLEN + sizeof(inet_diag_msg) or h.nlmsg_len > n:
                 break
             d = <inet_diag_msg *>(p + NLMSG_HDRLEN)
+            # A listener is gone, and with it the sockets in its accept queue: these were disconnected
+            # before, so that their own reports name no client. See inet_csk_listen_stop().
+            if d.id.idiag_dport == 0 and d.id.idiag_sport == b.dp.listen_port:
+                unheard = True
             if _flow_of(d, &flow) and b.dp.outside(b.dp.self, &flow):
                 _check(b, w, &flow)
                 add32(&b.ends, 1)
@@ -591,6 +595,7 @@ cdef void _on_netlink(backend_state *b, worker *w) noexcept nogil:
             n -= (h.nlmsg_len + 3) & ~3u
     if lost:
         add64(&b.n.resyncs, 1)
+    if lost or unheard:
         _check_all(b, w)
 
 

@@ -3,7 +3,7 @@
 from any worker at once, each with its own index (below TCPHA_MAX_OPS). 'self' comes first.
 All functions return 0 or a negative number unless said otherwise.
 """
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from tcpha._fast.defs cimport (
     tcpha_cache, tcpha_entry, tcpha_event, tcpha_flow, tcpha_gate, tcpha_keys, tcpha_load,
@@ -80,6 +80,7 @@ cdef struct fe_datapath:
 
 cdef struct be_datapath:
     void *self
+    uint16_t listen_port   # of the application, network byte order
     # Make the connection a socket in the application's accept queue. 0; DP_MORE: done, but the
     # socket's receive buffer is full, call feed() later; or a refusal (message.pxd).
     int (*adopt)(void *self, uint32_t worker, const snapshot *s,

@@ -949,7 +949,7 @@ cdef class BeEbpf(BeDatapath):
             self.d.sockets = &sockets.d
         address_bytes(vaddr, self.d.vaddr)
         address_bytes(listen_addr, self.d.listen_addr)
-        self.d.listen_port = htons(listen_port)
+        self.d.listen_port = self.table.listen_port = htons(listen_port)
         self.table.self = self.d
         self.table.adopt = _adopt
         self.table.alive = _alive

@@ -832,7 +832,7 @@ cdef class BeNfqueue(BeDatapath):
         kept = table_open(&self.d.flows, capacity, sizeof(be_flow), LAYOUT, file)
         address_bytes(vaddr, self.d.vaddr)
         address_bytes(listen_addr, self.d.listen_addr)
-        self.d.listen_port = htons(listen_port)
+        self.d.listen_port = self.table.listen_port = htons(listen_port)
         self.d.shared = local or vaddr != listen_addr
         self.raw = socket.socket(socket.AF_INET, socket.SOCK_RAW | socket.SOCK_CLOEXEC,
                                  socket.IPPROTO_RAW)
