@@ -106,11 +106,14 @@ CHANGES: dict[str, Callable[[list[bytes]], list[bytes]]] = {
     "both lost": lambda f: [], "in the other order": lambda f: f[::-1]}
 
 
-@pytest.mark.parametrize("then", ["reset", "gone", "patient"])
+@pytest.mark.parametrize("then", ["reset", "gone", "patient", "restarted"])
 def test_a_request_that_does_not_arrive(cluster: Cluster, then: str) -> None:
     """The front end has sent it, and the client gives up, or vanishes: the back end is asked, and
-    the flow forgotten. One that waits is served in the end."""
+    the flow forgotten. One that waits is served in the end, by another run of the back end too."""
     assert cluster.fe
+    with connect_from(cluster, 20081) as s:  # its TIME_WAIT must not pass for the next one's end
+        s.sendall(REQUEST)
+        assert len(body(read_all(s))) == 1024
     settle(cluster)
     match = forwarded(cluster)
     nft_on_switch(cluster, f"""table bridge lab {{
@@ -127,10 +130,18 @@ def test_a_request_that_does_not_arrive(cluster: Cluster, then: str) -> None:
         wait_for(lambda: fast(cluster) == before + 1, "the request on its way")
         if then == "reset":
             s.close()
-        elif then == "gone":
+        elif then != "patient":
             cluster.client.nft("""table ip lab {
                 chain out { type filter hook output priority 0; tcp dport 80 drop; }
             }""")
+        if then == "restarted":
+            for be in cluster.be:
+                be.kill()
+                be.start()
+            cluster.connected()
+            nft_on_switch(cluster, "")
+            cluster.client.nft("")
+            assert len(body(read_all(s))) == 1024
         wait_for(lambda: cluster.fe and cluster.fe.ctl("status")["live"] == 0,
                  "the flow to be forgotten", 30)
         if then == "patient":

@@ -247,7 +247,7 @@ cdef void _claim(backend_state *b, worker *w, link *l, message *m) noexcept nogi
 
 cdef void _doubted(backend_state *b, worker *w, link *l, message *m) noexcept nogil:
     """A request of the packet path that may not have arrived. If it comes while we say so, it is
-    not adopted: the client has to repeat it."""
+    not adopted: the client has to repeat it. An earlier run of ours may have adopted it."""
     cdef uint8_t buf[MSG_CLOSED_SIZE]
     cdef finished *was
     cdef bint over, known
@@ -257,13 +257,14 @@ cdef void _doubted(backend_state *b, worker *w, link *l, message *m) noexcept no
     was = _was_over(b, m.id)
     over = was.id == m.id and memcmp(&was.flow, &m.snap.flow, sizeof(tcpha_flow)) == 0
     pthread_mutex_unlock(&b.lock)
-    if known:
-        return
     if over:
         link_put(b.c, w, l, buf, message_closed(buf, m.id, &m.snap.flow, END_GONE), NULL, 0)
         return
-    b.dp.give_up(b.dp.self, &m.snap.flow, fast_isn(m.id))
-    if not _living(b.dp.alive(b.dp.self, w.index, &m.snap.flow)):
+    if not known:
+        b.dp.give_up(b.dp.self, &m.snap.flow, fast_isn(m.id))
+    if known or _living(b.dp.alive(b.dp.self, w.index, &m.snap.flow)):
+        _claim(b, w, l, m)
+    else:
         link_put(b.c, w, l, buf, message_return(buf, m.id, &m.snap.flow, REFUSE_LOST), NULL, 0)
 
 
@@ -302,6 +303,8 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
     if m.type == MSG_DOUBT:
         if b.dp.gate != NULL:
             _doubted(b, w, l, m)
+        else:
+            _claim(b, w, l, m)
         return 0
     if m.type == MSG_KEYS:
         if b.dp.keys != NULL and l.peer < TCPHA_MAX_FAST:
@@ -584,8 +587,8 @@ cdef void _on_netlink(backend_state *b, worker *w) noexcept nogil:
             if h.nlmsg_len < NLMSG_HDRLEN + sizeof(inet_diag_msg) or h.nlmsg_len > n:
                 break
             d = <inet_diag_msg *>(p + NLMSG_HDRLEN)
-            # A listener is gone, and with it the sockets in its accept queue: these were disconnected
-            # before, so that their own reports name no client. See inet_csk_listen_stop().
+            # A listener is gone, and with it the sockets in its accept queue: these were
+            # disconnected before, so that their reports name no client. See inet_csk_listen_stop().
             if d.id.idiag_dport == 0 and d.id.idiag_sport == b.dp.listen_port:
                 unheard = True
             if _flow_of(d, &flow) and b.dp.outside(b.dp.self, &flow):

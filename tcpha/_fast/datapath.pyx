@@ -4,7 +4,8 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from tcpha._fast.defs cimport (
-    TCPHA_F_FIN, TCPHA_F_RST, TCPHA_MAX_OPS, TCPHA_TARGET_MAX, tcpha_entry, tcpha_flow)
+    TCPHA_F_ANSWERED, TCPHA_F_FAST, TCPHA_F_FIN, TCPHA_F_RST, TCPHA_MAX_OPS, TCPHA_TARGET_MAX,
+    tcpha_entry, tcpha_flow)
 from tcpha._fast.packet cimport address_text
 from tcpha._fast.sys cimport now_ns, ntohs
 
@@ -21,7 +22,8 @@ cdef dict flow_row(const tcpha_flow *key, const tcpha_entry *e):
         "rule": e.rule,
         "state": "closing" if e.flags & (TCPHA_F_FIN | TCPHA_F_RST) else "forward",
         "age": (now - e.start_ns) / 1e9, "idle": max(0, <long>(now - e.last_ns)) / 1e9,
-        "packets": e.packets, "bytes": e.bytes}
+        "packets": e.packets, "bytes": e.bytes,
+        "doubtful": e.flags & (TCPHA_F_FAST | TCPHA_F_ANSWERED) == TCPHA_F_FAST}
 
 
 cdef class FeDatapath:

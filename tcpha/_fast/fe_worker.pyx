@@ -1384,15 +1384,18 @@ cdef class FrontEnd(Core):
         self.f.dp.drop_strangers(self.f.dp.self, drop)
 
     def send_owned(self, uint32_t b, uint32_t link_index):
-        """Tell a back end that was started anew which connections it has."""
+        """Tell a back end that was started anew which connections it has; of requests of the packet
+        path that nothing has answered, ask it."""
         cdef worker *w = self.outsider()
         cdef uint8_t buf[MSG_OWNED_SIZE]
         cdef tcpha_flow flow
+        cdef uint32_t length
         for entry in self.datapath.flows():
             if entry["backend"] == b:
                 memcpy(&flow, <const char *>(<bytes>entry["flow"]), sizeof(flow))
-                link_put(self.c, w, &self.c.links[link_index], buf,
-                         message_owned(buf, entry["id"], &flow), NULL, 0)
+                length = message_doubt(buf, entry["id"], &flow) if entry["doubtful"] else \
+                    message_owned(buf, entry["id"], &flow)
+                link_put(self.c, w, &self.c.links[link_index], buf, length, NULL, 0)
         with nogil:
             self.flush_outsider()
 

@@ -236,14 +236,15 @@ class Registry:
                 hello, delta, channel = await call(sock, mine, self.secret)
             check(hello, "be", self.config.vaddr)
             self._set_path(entry, sock.getsockname()[0])
+            if entry.instance != hello.instance:
+                # before there is a link: requests of the packet path would go to who has no key
+                self.core.backend_server(entry.index, hello.server)
+                self.core.backend_forgets_keys(entry.index)
             index = self.core.add_link(sock, entry.index, delta, channel)
             self.core.backend_add_link(entry.index, index)
             if entry.missed or entry.instance not in ("", hello.instance):
                 entry.missed = False
                 self.core.send_owned(entry.index, index)
-            if entry.instance != hello.instance:
-                self.core.backend_server(entry.index, hello.server)
-                self.core.backend_forgets_keys(entry.index)
             entry.instance = hello.instance
             entry.fastpath = hello.fastpath
             if self.keys and entry.fastpath:
