@@ -206,6 +206,19 @@ class Bench:
             count = rate * (time.monotonic() - begin)
             return (self.used() - before) * 1e4 / count if count else 0.0
 
+    def cpu_without_cache(self, base: str) -> float:
+        """The same, and each request visits a worker."""
+        fe = self.cluster.fe
+        assert fe
+        text = fe.config.read_text()
+        fe.config.write_text(f"{text}\nverdictcache = off\n")
+        fe.ctl("reload")
+        try:
+            return self.cpu(base)
+        finally:
+            fe.config.write_text(text)
+            fe.ctl("reload")
+
     def cpu_of_a_gigabyte(self, base: str) -> float:
         """Seconds of the front end's CPU time for each GB that is served."""
         with self.timed():
@@ -216,6 +229,7 @@ class Bench:
 
 LARGE = "64 MB downloads, c=4"
 FE_CPU, FE_CPU_GB = "FE CPU for 10,000 connections", "FE CPU for a GB served"
+FE_CPU_UNCACHED = f"{FE_CPU}, no cached verdicts"
 SHORT = "1 KB, a connection each, c={}"
 FIRST, P99 = "request to first byte, p50", "the same, p99 under load"
 
@@ -235,13 +249,14 @@ def workloads(b: Bench) -> dict[str, tuple[str, bool, Callable[[str], float]]]:
         FIRST: ("us", False, b.first_byte),
         P99: ("us", False, b.loaded),
         FE_CPU: ("s", False, b.cpu),
+        FE_CPU_UNCACHED: ("s", False, b.cpu_without_cache),
         FE_CPU_GB: ("s", False, b.cpu_of_a_gigabyte),
     }
 
 
 def main() -> int:
     p = argparse.ArgumentParser(prog="bench", description=__doc__)
-    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
     p.add_argument("--output", type=Path, default=Path("bench/results/latest.json"))
     args = p.parse_args()
