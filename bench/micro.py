@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,6 +85,32 @@ def test_message_encode(benchmark: Any) -> None:
 def test_message_decode(benchmark: Any) -> None:
     raw = message.encode(message.HANDOFF, 1, FIELDS, HEAD)
     assert benchmark(message.decode, raw)["data"] == HEAD
+
+
+# The same message by the standard library.
+WIRE = struct.Struct("!HBBIQQ36s7IHBBH")
+
+
+@pytest.mark.benchmark(group="message")
+def test_message_encode_struct(benchmark: Any) -> None:
+    def encode() -> bytes:
+        return WIRE.pack(0x5443, 4, message.HANDOFF, WIRE.size + len(HEAD), 1, time.monotonic_ns(),
+                         *FIELDS.values()) + HEAD
+    made = message.decode(benchmark(encode))
+    assert made["data"] == HEAD and made["srtt_us"] == FIELDS["srtt_us"]
+
+
+@pytest.mark.benchmark(group="message")
+def test_message_decode_struct(benchmark: Any) -> None:
+    raw = message.encode(message.HANDOFF, 1, FIELDS, HEAD)
+
+    def decode() -> dict[str, Any]:
+        magic, version, kind, length, number, sent, *fields = WIRE.unpack_from(raw)
+        assert (magic, version, length) == (0x5443, 4, len(raw))
+        return {"type": kind, "id": number, "sent_ns": sent, "data": raw[WIRE.size:],
+                **dict(zip(FIELDS, fields, strict=True))}
+    made = benchmark(decode)
+    assert made["data"] == HEAD and made["flags"] == FIELDS["flags"]
 
 
 # A segment of 1448 bytes with timestamps, as a back end's worker rewrites it. The alternative
