@@ -305,11 +305,10 @@ def test_server_that_stops_for_a_while(cluster: Cluster) -> None:
     try:
         server.stop()
         server.start()
-        workers = wait_for(lambda: sh("pgrep", "-P", str(server.process.pid), check=False)
-                           .stdout.split(), "nginx's workers")
+        workers = server.worker_pids()
         wait_for(lambda: cluster.get("/1k", "-o", "/dev/null", "-w", "%{http_code}") == "200",
                  "the back end in use")
-        freeze(*map(int, workers))
+        freeze(*workers)
         clients: list[Any] = []
         for _ in range(200):
             s = cluster.client.connect(cluster.VIP)
@@ -318,7 +317,7 @@ def test_server_that_stops_for_a_while(cluster: Cluster) -> None:
         wait_for(lambda: cluster.be[0].ctl("status")["counters"]["refusals"].get(
             "accept queue full"), "a refusal for the full queue")
         for pid in workers:
-            os.kill(int(pid), signal.SIGCONT)
+            os.kill(pid, signal.SIGCONT)
         codes = [int(read_all(s).split()[1]) for s in clients]
         assert codes.count(200) >= 16 and codes.count(200) + codes.count(503) == 200, codes
         for s in clients:

@@ -111,9 +111,8 @@ def test_full_accept_queue(pair: Cluster) -> None:
     try:
         server.stop()
         server.start()
-        workers = wait_for(lambda: sh("pgrep", "-P", str(server.process.pid), check=False)
-                           .stdout.split(), "nginx's workers")
-        freeze(*map(int, workers))
+        workers = server.worker_pids()
+        freeze(*workers)
         clients = []
         for _ in range(12):
             s = pair.client.connect(pair.VIP)
@@ -122,7 +121,7 @@ def test_full_accept_queue(pair: Cluster) -> None:
         refused = wait_for(lambda: pair.be[0].ctl("status")["counters"]["refusals"].get(
             "accept queue full"), "a refusal for the full queue")
         for pid in workers:
-            os.kill(int(pid), signal.SIGCONT)
+            os.kill(pid, signal.SIGCONT)
         codes = [int(read_all(s).split()[1]) for s in clients]
         assert codes.count(200) >= 4 and codes.count(200) + codes.count(503) == 12, codes
         assert refused >= 1
@@ -141,14 +140,13 @@ def test_server_that_ends_with_connections_in_its_accept_queue(pair: Cluster) ->
     fe, server = pair.fe, pair.nginx[0]
     fe.ctl("drain", pair.be_hosts[1].address)
     try:
-        workers = wait_for(lambda: sh("pgrep", "-P", str(server.process.pid), check=False)
-                           .stdout.split(), "nginx's workers")
-        freeze(server.process.pid, *map(int, workers))
+        workers = server.worker_pids()
+        freeze(server.process.pid, *workers)
         clients = [pair.client.connect(pair.VIP) for _ in range(12)]
         for s in clients:
             s.sendall(REQUEST)
         wait_for(lambda: pair.be[0].ctl("status")["live"] == 12, "them in the queue")
-        for pid in (server.process.pid, *map(int, workers)):
+        for pid in (server.process.pid, *workers):
             os.kill(pid, signal.SIGKILL)
         server.process.wait()
         for s in clients:

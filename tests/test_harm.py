@@ -222,10 +222,11 @@ def test_server_crash(mode: dict[str, Any]) -> None:
         s = request(c, REQUEST.replace(b"1k", b"big"))
         assert answer(s) == b"HTTP/1.1 200 OK"
         master = c.nginx[0].process
-        workers = sh("pgrep", "-P", str(master.pid)).stdout.split()
+        workers = c.nginx[0].worker_pids()
         master.kill()  # first: it would replace its workers
         master.wait()
-        sh("kill", "-9", *workers)
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
         got = 0
         with contextlib.suppress(ConnectionResetError):
             while more := s.recv(65536):

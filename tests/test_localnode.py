@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tcpha.lab.bed import Cluster, Daemon, Nginx, freeze, sh, wait_for
+from tcpha.lab.bed import Cluster, Daemon, Nginx, freeze, wait_for
 from test_clients import connect_from
 from test_serve import REQUEST, body, digest, links, read_all, settle, upload_many
 
@@ -203,10 +203,9 @@ def test_full_accept_queue(cluster: Cluster) -> None:
     try:
         server.stop()
         server.start()
-        workers = wait_for(lambda: sh("pgrep", "-P", str(server.process.pid), check=False)
-                           .stdout.split(), "nginx's workers")
+        workers = server.worker_pids()
         wait_for(lambda: status(cluster)["listening"], "the Local Node's server")
-        freeze(*map(int, workers))
+        freeze(*workers)
         told = front(cluster).ctl("status")["counters"]["answered_503"]
         clients = []
         for _ in range(12):
@@ -214,7 +213,7 @@ def test_full_accept_queue(cluster: Cluster) -> None:
             clients[-1].sendall(REQUEST)
         wait_for(lambda: front(cluster).ctl("status")["counters"]["answered_503"] > told, "a 503")
         for pid in workers:
-            os.kill(int(pid), signal.SIGCONT)
+            os.kill(pid, signal.SIGCONT)
         codes = [int(read_all(s).split()[1]) for s in clients]
         assert codes.count(200) >= 4 and codes.count(503) >= 1
         assert codes.count(200) + codes.count(503) == 12, codes

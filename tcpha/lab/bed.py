@@ -259,6 +259,11 @@ class Nginx:
         self.process.terminate()
         self.process.wait(20)
 
+    def worker_pids(self) -> list[int]:
+        """Of its workers, once there are some: it listens before."""
+        return [int(pid) for pid in wait_for(lambda: sh(
+            "pgrep", "-P", str(self.process.pid), check=False).stdout.split(), "nginx's workers")]
+
     def file(self, name: str, content: bytes | None = None, size: int = 0) -> Path:
         """A file to serve: given bytes, or so many pseudo-random ones."""
         path = self.root / name
