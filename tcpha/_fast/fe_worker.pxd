@@ -134,6 +134,7 @@ cdef struct frontend:
     pthread_mutex_t return_lock
     uint32_t returns       # ever
     returned back[RETURNED]
+    pthread_mutex_t restore_lock
     backend backends[TCPHA_MAX_BACKENDS]
     tcpha_load *own_loads
     tcpha_load *loads      # by back end; the datapath's, if it has some

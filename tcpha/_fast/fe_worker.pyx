@@ -847,10 +847,13 @@ cdef void _restore(frontend *f, uint32_t b, const message *m) noexcept nogil:
     entry.backend = b
     entry.rule = <uint32_t>NO_RULE
     entry.end_seq = m.reason
+    # other links bring it too: whoever has read TOLD there must find it in the count
+    pthread_mutex_lock(&f.restore_lock)
     if f.dp.restore(f.dp.self, &m.snap.flow, &entry) == 0:
         add32(&f.loads[b].live, 1)
         add64(&f.n.restored, 1)
         say_more(f.c, 2, &m.snap.flow, b"%s has it", f.backends[b].name, 0)
+    pthread_mutex_unlock(&f.restore_lock)
 
 
 cdef void _recall_returns(frontend *f, conn *k, uint64_t id) noexcept nogil:
@@ -1055,6 +1058,7 @@ cdef class FrontEnd(Core):
         slow_open(&self.f.slow)
         pthread_mutex_init(&self.f.pool_lock, NULL)
         pthread_mutex_init(&self.f.return_lock, NULL)
+        pthread_mutex_init(&self.f.restore_lock, NULL)
         pthread_mutex_init(&self.f.access_lock, NULL)
         for i in range(self.f.nconns):
             self.f.conns[i].index = i
@@ -1086,6 +1090,7 @@ cdef class FrontEnd(Core):
                 pthread_mutex_destroy(&self.f.conns[i].lock)
         pthread_mutex_destroy(&self.f.pool_lock)
         pthread_mutex_destroy(&self.f.return_lock)
+        pthread_mutex_destroy(&self.f.restore_lock)
         pthread_mutex_destroy(&self.f.access_lock)
         ruleset_free(self.f.rules)
         free(self.f.conns)
