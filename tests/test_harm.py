@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tcpha.lab.bed import Cluster, Daemon, sh, wait_for
+from tcpha.lab.bed import Cluster, Daemon, listening, sh, wait_for
 from test_serve import REQUEST, body, read_all, settle
 
 KEEP = REQUEST.replace(b"close", b"keep-alive")
@@ -233,6 +233,8 @@ def test_server_crash(mode: dict[str, Any]) -> None:
                 got += len(more)
         assert got < 16 << 20
         s.close()
+        # its connections may end before its listener does
+        wait_for(lambda: not listening(c.be_hosts[0], 80), "the end of the server")
         wait_for(lambda: answer(request(c)) == b"HTTP/1.1 503 Service Unavailable", "503")
         c.nginx[0].start()
         wait_for(lambda: answer(request(c)) == b"HTTP/1.1 200 OK", "service again")
