@@ -30,7 +30,7 @@ def ratios(results: list[dict[str, Any]]) -> str:
     so that longer is better throughout."""
     by = {(r["workload"], r["way"]): r for r in results}
     names = [n for n in dict.fromkeys(r["workload"] for r in results)
-             if by[n, "nginx direct"]["median"] and not n.startswith("FE CPU")]
+             if by[n, "nginx direct"]["to_direct"]]
     scale = (WIDTH - LABEL - 60) / 1.25
     parts = [_text(12, 22, "Ratio to nginx reached directly; longer is better", 'font-size="15" '
                    'font-weight="bold"')]

@@ -18,7 +18,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
 
 from tcpha.lab.bed import Cluster, Daemon, sh, wait_for
 
@@ -101,11 +103,24 @@ def faults(c: Cluster, killed: Callable[[], Daemon]) -> Iterator[Callable[[], No
                             server))
 
 
+def descriptors(d: Daemon) -> int:
+    """Those that stay: the connection of a question that was just answered does not count."""
+    def now() -> set[tuple[str, str]]:
+        found = set()
+        for entry in Path(f"/proc/{d.process.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                found.add((entry.name, os.readlink(entry)))
+        return found
+    first = now()
+    time.sleep(1)
+    return len(first & now())
+
+
 def state(d: Daemon) -> dict[str, int]:
     """Of a daemon: kilobytes of memory, descriptors, live connections, rows of its table."""
     with open(f"/proc/{d.process.pid}/status") as f:
         memory = next(int(line.split()[1]) for line in f if line.startswith("VmRSS:"))
-    return {"memory": memory, "descriptors": len(os.listdir(f"/proc/{d.process.pid}/fd")),
+    return {"memory": memory, "descriptors": descriptors(d),
             "live": d.ctl("status")["live"], "rows": len(d.ctl("conns"))}
 
 
