@@ -201,14 +201,14 @@ class Bench:
                 for task in Path(f"/proc/{pid}/task").glob("*"):
                     with suppress(ProcessLookupError):
                         os.sched_setaffinity(int(task.name), cpus)
-            receive_on(host.ns, "eth0", cpus, own == others)
-            receive_on(c.bed.switch, host.port, others, own == others)
+            receive_on(host.ns, "eth0", cpus if own != others else set())
+            receive_on(c.bed.switch, host.port, others if own != others else set())
 
     def cpu(self, base: str) -> float:
         """Seconds that the front end's CPU works for 10,000 connections."""
         with self.apart() as own:
-            processes, before, begin = scale.cpu_seconds(self.cluster.fe_host), busy(own), \
-                time.monotonic()
+            processes = scale.cpu_seconds(self.cluster.fe_host)
+            before, begin = busy(own), time.monotonic()
             rate = self.wrk(base, "/1k", 32, "-H", "Connection: close")
             count = rate * (time.monotonic() - begin)
             after = busy(own)
@@ -246,9 +246,9 @@ def busy(cpu: int) -> float:
     return time.monotonic() - idle / os.sysconf("SC_CLK_TCK")
 
 
-def receive_on(ns: str, device: str, cpus: set[int], anywhere: bool) -> None:
-    """Have a device's packets received on some CPUs, or on that of the sender."""
-    bits, words = 0 if anywhere else sum(1 << n for n in cpus), []
+def receive_on(ns: str, device: str, cpus: set[int]) -> None:
+    """Have a device's packets received on some CPUs; without any, on that of the sender."""
+    bits, words = sum(1 << n for n in cpus), []
     while bits or not words:
         words.insert(0, f"{bits & 0xffffffff:x}".rjust(8, "0"))
         bits >>= 32
