@@ -18,10 +18,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from bench import chart, locality, scale, wan
-from tcpha.lab.bed import Cluster, Nginx, listening, sh, wait_for
+from tcpha.lab.bed import Cluster, Host, Nginx, listening, sh, wait_for
 
 # The answers of three ports pass through queues that give back each packet as it came: the
 # netfilterqueue package, and our own code with and without packets larger than the MTU.
@@ -85,19 +85,27 @@ PROXY_LOCATIONS = """proxy_http_version 1.1;
 
 class Bench:
     """One cluster with HAProxy on the front end's host."""
+    clusters: ClassVar[list[Cluster]] = []  # of all benches that run
 
     def __init__(self, datapath: str, fastpath: bool, forward: str, seconds: float):
         self.seconds = seconds
         self.processes: dict[str, float] = {}  # of the last cpu(), by its argument
+        # a worker for each core, as anybody would have: one alone bounds keep-alive traffic
         self.cluster = c = Cluster(2, forward, fe_conf="maxclients = 4096",
                                    be_conf="maxclients = 20000",
-                                   nginx={"log": False, "ports": (80, 8082, 8083, 8084)},
+                                   nginx={"log": False, "workers": 2,
+                                          "ports": (80, 8082, 8083, 8084)},
                                    datapath=(datapath, datapath), fastpath=fastpath)
+        self.clusters.append(c)
         try:
             self._prepare(c)
         except BaseException:
-            c.close()
+            self.close()
             raise
+
+    def close(self) -> None:
+        self.clusters.remove(self.cluster)
+        self.cluster.close()
 
     def _prepare(self, c: Cluster) -> None:
         for server in c.nginx:
@@ -193,15 +201,19 @@ class Bench:
             self._steer(cpus, cpus)
 
     def _steer(self, own: set[int], others: set[int]) -> None:
+        def netns(host: Host) -> int:
+            return os.stat(f"/run/netns/{host.ns}").st_ino
         c = self.cluster
+        where = {netns(host): others for cluster in self.clusters for host in cluster.bed.hosts}
+        where[netns(c.fe_host)] = own
         os.sched_setaffinity(0, others)
+        for task in Path("/proc").glob("[0-9]*/task/[0-9]*"):
+            with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+                if cpus := where.get((task / "ns/net").stat().st_ino):
+                    os.sched_setaffinity(int(task.name), cpus)
         for host in c.bed.hosts:
-            cpus = own if host is c.fe_host else others
-            for pid in sh("ip", "netns", "pids", host.ns).stdout.split():
-                for task in Path(f"/proc/{pid}/task").glob("*"):
-                    with suppress(ProcessLookupError):
-                        os.sched_setaffinity(int(task.name), cpus)
-            receive_on(host.ns, "eth0", cpus if own != others else set())
+            received = own if host is c.fe_host else others
+            receive_on(host.ns, "eth0", received if own != others else set())
             receive_on(c.bed.switch, host.port, others if own != others else set())
 
     def cpu(self, base: str) -> float:
@@ -304,7 +316,7 @@ def main() -> int:
         more["wan"] = wan.measure({w: way for w, way in ways_of(beds).items() if w in FAR})
     finally:
         for bench in beds.values():
-            bench.cluster.close()
+            bench.close()
     units = {n: u for n, (u, _, _) in workloads(beds["ebpf direct"]).items()}
     report(samples, units, more, args.output)
     return 0
