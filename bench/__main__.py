@@ -176,7 +176,7 @@ class Bench:
 
         def work() -> float:
             times = []
-            for _ in range(int(150 * self.seconds)):
+            for _ in range(int(500 * self.seconds)):
                 with socket.create_connection((host, int(port or 80))) as s:
                     s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     start = time.perf_counter()
