@@ -36,6 +36,7 @@ _tcphactl() {
 	fe/) words="status servers rules conns top stats test-request doctor set reload drain undrain unload" ;;
 	be/) words="status conns doctor set unload" ;;
 	lab/) words="up status down" ;;
+	lab/up) words="--backends" ;;
 	fe/set) [[ $prev == set ]] && words="dbglevel dtcinterval" ;;
 	be/set) [[ $prev == set ]] && words="dbglevel" ;;
 	fe/drain | fe/undrain) words=$(_tcpha_servers "${COMP_WORDS[0]}" "$run_dir") ;;

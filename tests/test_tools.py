@@ -81,6 +81,20 @@ def test_exit_codes_and_usage(shown: Cluster) -> None:
     assert ctl(shown.fe_host, Path("/nowhere"), "fe", "status").returncode == 1
     text = fe(shown, "--help").stdout
     assert "test-request METHOD TARGET" in text and "exit status" in text
+    assert fe(shown, "fe", "rules", "--json").stdout == fe(shown, "--json", "fe", "rules").stdout
+
+
+def test_each_command_explains_itself(shown: Cluster) -> None:
+    from tcpha.cli.tcphactl import COMMANDS
+    commands = [("doctor",)] + [(role, name) for role in COMMANDS for name in COMMANDS[role]]
+    for words in [("fe",), ("be",), ("lab",), *commands]:
+        done = fe(shown, *words, "-h")
+        assert done.returncode == 0 and not done.stderr, words
+        assert done.stdout.startswith(f"usage: tcphactl {' '.join(words)}"), words
+    assert "--backends" in fe(shown, "lab", "up", "--help").stdout
+    # a wrong word is named, with what is right
+    assert "'99' is not a number from 1 to 16" in fe(shown, "lab", "up", "--backends", "99").stderr
+    assert re.search("'speed' .choose from '?dbglevel", fe(shown, "be", "set", "speed", "1").stderr)
 
 
 def test_top(shown: Cluster) -> None:

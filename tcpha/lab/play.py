@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from tcpha.lab.bed import Cluster, program, sh
 
 PREFIX = "tcphalab"
 NOTE = Path("/run/tcpha-lab.json")  # what 'up' has made
-MOST = 16  # back ends
 FILES = ("index.html", "photo.jpg", "clip.mp4", "api/list")
 
 
@@ -29,17 +27,14 @@ def _rules(backends: int) -> list[tuple[int, str]]:
             *((n, ".*") for n in range(backends))]
 
 
-def main(command: str, words: list[str], as_json: bool, usage: Callable[[], Any]) -> int:
-    """Exit status: 0 done, 1 it failed (and why is on stderr)."""
-    if len(words) > (command == "up") or not all(w.isdigit() and 1 <= int(w) <= MOST
-                                                 for w in words):
-        usage()
+def main(command: str, backends: int, as_json: bool) -> int:
+    """Exit status: 0 done, 1 it failed (and why is on stderr). backends: for 'up'."""
     if os.geteuid() != 0:
         return _say("the lab makes network namespaces: run it as root (sudo)")
     if command == "down":
         return _down()
     if command == "up":
-        return _up(int(words[0]) if words else 2, as_json)
+        return _up(backends, as_json)
     return _status(as_json)
 
 
