@@ -21,7 +21,8 @@ from tcpha.lab.bed import Cluster, Host
 STACK, DROP, REDIRECT = 0xFFFFFFFF, 2, 7  # TC_ACT_UNSPEC, _SHOT, _REDIRECT
 CLIENT, VIP, FE, BE = "192.168.1.50", "192.168.1.36", "192.168.1.23", "192.168.1.33"
 FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
-HOLD, FORWARD = 1, 2
+HOLD, FORWARD, PENDING, GONE = 1, 2, 3, 4
+OP_DROP, R_OK, R_NO_SOCKET = 5, 1, 4
 F_FIN, F_RST, F_NEW_SYN = 1, 2, 4
 DIRECT, TUNNEL, LOCAL = 1, 2, 3
 IPIP = 4
@@ -111,13 +112,14 @@ class Bpf:
         net = json.loads(host.run("bpftool", "-j", "net", "show").stdout)[0]["tc"]
         found = {p["name"].split(":")[0]: p["id"] for p in net}
         self.programs = {name: found[name] for name in names}
-        known = json.loads(host.run("bpftool", "-j", "prog", "show", "id",
-                                    str(self.programs[names[0]])).stdout)
         self.maps = {}
-        for number in known["map_ids"]:
-            name = json.loads(host.run("bpftool", "-j", "map", "show", "id",
-                                       str(number)).stdout)["name"]
-            self.maps[name] = str(number)
+        for program in self.programs.values():
+            known = json.loads(host.run("bpftool", "-j", "prog", "show", "id",
+                                        str(program)).stdout)
+            for number in known["map_ids"]:
+                name = json.loads(host.run("bpftool", "-j", "map", "show", "id",
+                                           str(number)).stdout)["name"]
+                self.maps[name] = str(number)
 
     def run(self, program: str, packet: Packet) -> tuple[int, bytes]:
         """(verdict, what became of the frame)"""
@@ -355,6 +357,52 @@ def test_front_end_tap(fe: Bpf) -> None:
     for packet in (Packet(ethertype=0x0806), Packet(protocol=17), Packet(cut=34), Packet(ihl=3),
                    Packet(ethertype=0x88B5)):  # the last: an operation of no slot
         assert fe.run("fe_tap", packet)[0] == DROP
+
+
+@dataclass(frozen=True)
+class Operation(Packet):
+    """The frame of an operation slot."""
+
+    slot: int = 20  # of no worker: a test cluster has fewer
+
+    def frame(self) -> bytes:
+        return bytes(12) + b"\x88\xb5" + number(self.slot) + bytes(42)
+
+
+# What stands in the place of an entry that was found over, and whether it is removed.
+INSTEAD: dict[str, tuple[dict[str, int], bool]] = {
+    "the same": ({}, True), "of a new connection": ({"id": 2, "live": 2}, False),
+    "of a new one, not decided": ({"id": 0, "state": PENDING, "start": 8}, False),
+    "of another time": ({"start": 8}, False), "another's in the same state": ({"id": 2}, False),
+    "live again": ({"live": 1}, False), "on its way to be replaced": ({"state": GONE}, False),
+}
+
+
+@pytest.mark.parametrize("state", (FORWARD, PENDING))
+@pytest.mark.parametrize("what", INSTEAD)
+def test_only_what_was_found_is_removed(fe: Bpf, what: str, state: int) -> None:
+    changed, gone = INSTEAD[what]
+    now = {"id": 1, "start": 7, "state": state, "slot": 3, "live": 0} | changed
+    value = entry(now["state"], slot=now["slot"], live=now["live"])
+    fe.put("flows", flow(), struct.pack("=QQ", now["id"], now["start"]) + value[16:])
+    before = fe.get("flows", flow())
+    op = bytearray(fe.get("ops", number(20)))
+    op[:36] = flow()
+    struct.pack_into("=I", op, 36, OP_DROP)
+    struct.pack_into("=QQII", op, 48, 1, 7, state, 99)
+    fe.put("ops", number(20), bytes(op))
+    try:
+        assert fe.run("fe_tap", Operation())[0] == DROP
+        op = bytearray(fe.get("ops", number(20)))
+        result, = struct.unpack_from("=I", op, 40)
+        slot, = struct.unpack_from("=I", op, 68)
+        left = fe.host.run("bpftool", "map", "lookup", "id", fe.maps["flows"], "key",
+                           *map(str, flow()), check=False)
+        assert (result, slot) == ((R_OK, 3) if gone else (R_NO_SOCKET, 0))
+        assert (left.returncode != 0) == gone
+        assert gone or fe.get("flows", flow()) == before
+    finally:
+        fe.drop("flows", flow())
 
 
 GUARDED: dict[str, tuple[Packet, int]] = {

@@ -15,7 +15,25 @@ from typing import Any
 import pytest
 from netfilterqueue import NetfilterQueue
 from test_between import nft_on_switch
-from test_bpf import ACK, DROP, FIN, PSH, REDIRECT, RST, STACK, SYN, Bpf, Packet, flow
+from test_bpf import (
+    ACK,
+    DROP,
+    F_FIN,
+    FIN,
+    FORWARD,
+    GONE,
+    PENDING,
+    PSH,
+    REDIRECT,
+    RST,
+    STACK,
+    SYN,
+    Bpf,
+    Packet,
+    entry,
+    flow,
+    state_of,
+)
 from test_edges import Forger
 from test_nfqueue import OFF_NO_PROBE, TCP_REPAIR
 
@@ -26,7 +44,7 @@ from test_serve import REQUEST, body, read_all, settle
 pytestmark = pytest.mark.modes("fast-direct", "fast-tunnel")
 ECE, CWR = 64, 128
 KEEP = REQUEST.replace(b"close", b"keep-alive")
-PENDING = 3
+F_FAST = 8
 
 
 def fast(c: Cluster) -> int:
@@ -710,5 +728,55 @@ def test_cookie(lab: Cluster) -> None:
             assert state == PENDING
         verdict, out = bpf.run("fe_ingress", Packet(ACK, data=b"more", **{**good, "seq": 7500}))
         assert verdict == REDIRECT and out[:3] == b"\x02\x76\x02"
+    finally:
+        bpf.drop("flows", flow(port))
+
+
+# What stands in the way of a new connection, and what of it the new one's entry must tell.
+OLDER = {
+    "nothing": (None, 0), "one that is over": (entry(FORWARD, live=0, flags=F_FAST), 0),
+    "one that is live, and its client has closed":
+        (entry(FORWARD, backend=4, flags=F_FAST | F_FIN), 5),
+    "a request that came to nothing": (entry(PENDING, live=0, flags=F_FAST), 0),
+    "one that had taken the place of a live one":
+        (entry(PENDING, slot=7, live=0, flags=F_FAST), 7),
+}
+
+
+@pytest.mark.parametrize("what", OLDER)
+def test_in_the_place_of_an_older_one(lab: Cluster, what: str) -> None:
+    """What the front end counts when an older connection is over is not forgotten."""
+    older, told = OLDER[what]
+    bpf = Bpf(lab.fe_host, ("fe_ingress",))
+    port = 4007
+    if older is not None:
+        bpf.put("flows", flow(port), older)
+    try:
+        tcp = answer(bpf, Packet(SYN, sport=port, seq=7000))
+        ours, = struct.unpack("!I", tcp[4:8])
+        request = Packet(ACK | PSH, sport=port, seq=7001, ack=(ours + 1) % 2**32,
+                         data=b"GET /older HTTP/1.1\r\n\r\n")
+        verdict, out = bpf.run("fe_ingress", request)
+        assert verdict == REDIRECT and out[:3] == b"\x02\x76\x01"
+        now = state_of(bpf.get("flows", flow(port)))
+        assert (now["state"], now["live"], now["slot"]) == (PENDING, 0, told)
+    finally:
+        bpf.drop("flows", flow(port))
+
+
+def test_while_an_older_one_is_removed(lab: Cluster) -> None:
+    """Another CPU is between the two steps of that: a SYN is answered all the same; a request would
+    wait for the second step, which does not come here."""
+    bpf = Bpf(lab.fe_host, ("fe_ingress",))
+    port = 4008
+    bpf.put("flows", flow(port), entry(GONE, live=0, flags=F_FAST))
+    try:
+        tcp = answer(bpf, Packet(SYN, sport=port, seq=7000))
+        ours, = struct.unpack("!I", tcp[4:8])
+        request = Packet(ACK | PSH, sport=port, seq=7001, ack=(ours + 1) % 2**32,
+                         data=b"GET /older HTTP/1.1\r\n\r\n")
+        assert bpf.run("fe_ingress", request)[0] == DROP
+        bpf.drop("flows", flow(port))
+        assert bpf.run("fe_ingress", request)[0] == REDIRECT
     finally:
         bpf.drop("flows", flow(port))

@@ -369,6 +369,35 @@ static __always_inline bool may_be_early(const struct tcpha_flow *flow)
 
 #define DECIDED 1000 /* no TC_ACT_*: there is a fresh entry by which the packet may go on */
 
+#define GOING_ROUNDS 4096 /* far longer than another CPU needs from TCPHA_GONE to what becomes of it */
+
+static long has_gone(__u32 i, void *ctx)
+{
+	const struct tcpha_flow *flow = ctx;
+	struct tcpha_entry *e = bpf_map_lookup_elem(&flows, flow);
+
+	(void)i;
+	return !e || *(volatile __u32 *)&e->state != TCPHA_GONE;
+}
+
+/*
+ * Make an entry ours to replace; its state was *was. Another CPU may have been first: if it had a copy of
+ * our segment, that one goes on (-1). If it removes the entry, there is soon none to replace (0). It is
+ * looked up once more, as the memory of one that is gone may be another flow's at any time.
+ */
+static __always_inline int claim(struct tcpha_entry *e, struct tcpha_flow *flow, __u32 *was)
+{
+	struct tcpha_entry *now = bpf_map_lookup_elem(&flows, flow);
+
+	if (now != e)
+		return now ? -1 : 0;
+	*was = __sync_lock_test_and_set(&e->state, TCPHA_GONE);
+	if (*was != TCPHA_GONE)
+		return 1;
+	bpf_loop(GOING_ROUNDS, has_gone, flow, 0);
+	return bpf_map_lookup_elem(&flows, flow) ? -1 : 0;
+}
+
 /*
  * A packet to the VIP that belongs to no back end; e: the entry of an older flow of its name, or 0.
  * Whatever is unusual goes to our stack.
@@ -382,11 +411,12 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	struct tcpha_keys *k;
 	struct tcpha_flow flow;
 	struct cookie c = {};
-	__u32 zero = 0, length, seq, ack, doff, offset, socket, replaced = 0;
+	__u32 zero = 0, length, seq, ack, doff, offset, socket, replaced = 0, was = 0;
 	__u8 flags = ((__u8 *)h->tcp)[13];
 	__be16 window;
-	__u64 old;
+	__u64 old = 0;
 	long failed;
+	int claimed;
 	bool hit;
 
 	own = bpf_map_lookup_elem(&state, &zero);
@@ -472,24 +502,34 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	fresh->end_seq = fresh->first_seq = seq;
 	fresh->first_ack = ack;
 	fresh->rtt_ms = before && before->isn == c.isn ? before->rtt_ms : c.rtt_ms;
-	/* of two copies of this segment, on two CPUs, one goes on */
-	if (e && __sync_lock_test_and_set(&e->state, TCPHA_GONE) == TCPHA_GONE)
-		return TC_ACT_SHOT;
+	if (e) {
+		claimed = claim(e, &flow, &was);
+		if (claimed < 0)
+			return TC_ACT_SHOT;
+		if (!claimed)
+			e = 0;
+	}
 	hit = decide(skb, offset, length, fresh);
 	if (hit) {
 		fresh->state = TCPHA_FORWARD;
 		fresh->id = fresh->live = 1ULL << 63 | (__u64)c.isn << 31 | c.ours >> 1; /* fast_id() */
 	}
-	old = e ? __sync_lock_test_and_set(&e->live, 0) : 0;
-	if (old)
-		replaced = e->backend + 1;
+	if (e) {
+		old = __sync_lock_test_and_set(&e->live, 0);
+		if (old)
+			replaced = e->backend + 1;
+		else if (was == TCPHA_PENDING)
+			replaced = __sync_lock_test_and_set(&e->slot, 0);
+	}
 	if (!hit)
 		fresh->slot = replaced; /* user space counts that it is over */
 	failed = bpf_map_update_elem(&flows, &flow, fresh, e ? BPF_ANY : BPF_NOEXIST);
 	if (failed) {
 		if (e) {
 			e->live = old;
-			e->state = TCPHA_FORWARD;
+			if (was == TCPHA_PENDING)
+				e->slot = replaced;
+			e->state = was;
 		}
 		if (failed == -EEXIST)
 			return TC_ACT_SHOT;
@@ -529,7 +569,9 @@ static __always_inline int fast_flow(struct __sk_buff *skb, struct tcpha_entry *
 	if (first && !(e->flags & TCPHA_F_ANSWERED)) {
 		be = bpf_map_lookup_elem(&backends, &index);
 		if (be && be->down) { /* it was not served: another back end may */
-			e->slot = __sync_lock_test_and_set(&e->live, 0) ? index + 1 : 0;
+			if (!__sync_lock_test_and_set(&e->live, 0))
+				return TC_ACT_SHOT; /* a copy of this segment, on another CPU, goes on */
+			e->slot = index + 1;
 			e->id = 0;
 			e->flags = TCPHA_F_FAST;
 			e->state = TCPHA_PENDING;
@@ -655,9 +697,27 @@ static __always_inline void change_entry(struct tcpha_op *op)
 		e->slot = 0;
 		e->flags = TCPHA_F_FAST;
 		e->state = TCPHA_PENDING;
-	} else if (!op->keep) {
+	} else if (!op->keep && __sync_lock_test_and_set(&e->state, TCPHA_GONE) != TCPHA_GONE) {
 		bpf_map_delete_elem(&flows, &op->flow);
 	}
+}
+
+/*
+ * Remove an entry that user space has found over, or left behind. Since it looked, a new connection's may
+ * have taken its place: that one stays.
+ */
+static __always_inline void drop_entry(struct tcpha_op *op)
+{
+	struct tcpha_entry *e = bpf_map_lookup_elem(&flows, &op->flow);
+
+	op->result = TCPHA_R_NO_SOCKET;
+	op->slot = 0;
+	if (!e || e->id != op->id || e->start_ns != op->start_ns || e->live ||
+	    __sync_val_compare_and_swap(&e->state, op->entry, TCPHA_GONE) != op->entry)
+		return;
+	op->slot = __sync_lock_test_and_set(&e->slot, 0);
+	op->result = TCPHA_R_OK;
+	bpf_map_delete_elem(&flows, &op->flow);
 }
 
 SEC("tc")
@@ -674,6 +734,8 @@ int fe_tap(struct __sk_buff *skb)
 			query(skb, op);
 		else if (op && (op->kind == TCPHA_OP_END || op->kind == TCPHA_OP_TAKE_BACK))
 			change_entry(op);
+		else if (op && op->kind == TCPHA_OP_DROP)
+			drop_entry(op);
 		return TC_ACT_SHOT;
 	}
 	if (skb->protocol != bpf_htons(ETH_P_IP) || parse_tcp(skb, 0, &h) < 0)
@@ -707,17 +769,16 @@ static __always_inline bool take_offer(struct tcpha_offer *o, struct tcpha_entry
 	o->result = e->state == TCPHA_FORWARD ? 2 : 0;
 	if (e->state != TCPHA_PENDING)
 		return o->result;
-	o->old = e->slot;
-	e->slot = 0;
+	o->old = __sync_lock_test_and_set(&e->slot, 0);
 	e->id = e->live = o->id;
 	e->backend = o->backend;
 	e->rule = o->rule;
 	e->target_len = o->target_len;
 	__builtin_memcpy(e->target, o->target, sizeof(e->target));
 	e->flags &= ~TCPHA_F_NEW_SYN; /* a SYN that came meanwhile was not the one of this request */
-	e->state = TCPHA_FORWARD;
-	o->result = 1;
-	return true;
+	/* unless it is being dropped, or replaced, as its client was silent for long, or gone */
+	o->result = __sync_val_compare_and_swap(&e->state, TCPHA_PENDING, TCPHA_FORWARD) == TCPHA_PENDING;
+	return o->result;
 }
 
 SEC("tc")
@@ -751,8 +812,8 @@ int fe_fast(struct __sk_buff *skb)
 	if (ours && (kind == TCPHA_FAST_SEND || kind == TCPHA_FAST_SOCKET) && length &&
 	    (!e || e->state == TCPHA_PENDING)) {
 		/* it was silent for long, and got a socket when the request was on its way already */
-		if (e) {
-			o->old = e->slot;
+		if (e && __sync_lock_test_and_set(&e->state, TCPHA_GONE) != TCPHA_GONE) {
+			o->old = __sync_lock_test_and_set(&e->slot, 0);
 			bpf_map_delete_elem(&flows, &flow);
 		}
 		bpf_skb_change_type(skb, PACKET_HOST);
@@ -761,7 +822,7 @@ int fe_fast(struct __sk_buff *skb)
 	if (kind == TCPHA_FAST_EARLY && e && e->state == TCPHA_PENDING)
 		return to_worker(skb, TCPHA_FAST_LATER); /* behind the first one, which waits there by now */
 	if (kind == TCPHA_FAST_SEND) {
-		if (!e || !take_offer(o, e) || !is_of(e, &h))
+		if (!e || seq != e->first_seq || !take_offer(o, e) || !is_of(e, &h))
 			return TC_ACT_SHOT;
 		return fast_flow(skb, e, seq, ack, length);
 	}
@@ -788,7 +849,7 @@ int fe_fast(struct __sk_buff *skb)
 			if (!e || cookie_accept(skb, &t, &c, conf.wscale, e->rtt_ms))
 				return TC_ACT_SHOT; /* the client's next attempt may find room */
 			/* the worker removes the entry, once there is a socket */
-			o->old = e->slot;
+			o->old = __sync_lock_test_and_set(&e->slot, 0);
 			o->result = 1;
 		}
 	} else if (e && is_of(e, &h)) {

@@ -34,7 +34,7 @@ enum {
 /* The back end has at most a TIME_WAIT socket left. */
 static inline __attribute__((always_inline)) int tcpha_closed(const struct tcpha_entry *e)
 {
-	return e->state == TCPHA_FORWARD && e->live == 0;
+	return (e->state == TCPHA_FORWARD && e->live == 0) || e->state == TCPHA_GONE;
 }
 
 /*

@@ -47,7 +47,7 @@ enum {
 	TCPHA_HOLD = 1,	   /* being handed over: packets go to user space, which keeps them */
 	TCPHA_FORWARD = 2, /* handed over: packets go to the back end */
 	TCPHA_PENDING = 3, /* the request is on its way to user space, and what follows goes there too */
-	TCPHA_GONE = 4,	   /* over, and about to be replaced by that of a new connection */
+	TCPHA_GONE = 4,	   /* over, and about to be removed, or replaced by that of a new connection */
 };
 
 /* Flags of struct tcpha_entry, set by BPF unless said otherwise. */
@@ -107,6 +107,7 @@ enum {
 	TCPHA_OP_ADOPT = 2,	/* attach the forged packet to a listener as a new socket */
 	TCPHA_OP_END = 3,	/* the connection of handoff 'id' is over */
 	TCPHA_OP_TAKE_BACK = 4, /* the back end did not take the request of handoff 'id' */
+	TCPHA_OP_DROP = 5,	/* remove an entry, if it still is what was found */
 };
 
 /* Results of struct tcpha_op. */
@@ -132,7 +133,10 @@ struct tcpha_op {
 	__u32 kind;
 	__u32 result;
 	__s32 error;
-	__u64 id;	      /* END, TAKE_BACK */
+	__u64 id;	      /* END, TAKE_BACK, DROP */
+	__u64 start_ns;	      /* DROP: as found, */
+	__u32 entry;	      /* and so is this, the entry's state */
+	__u32 slot;	      /* DROP out: of that entry */
 	__u32 keep;	      /* END: the entry stays, for what the client may still send */
 	__u8 listen_addr[16]; /* ADOPT: the listener */
 	__be16 listen_port;

@@ -440,7 +440,7 @@ cdef class Core:
         """Be a worker until retired or stopped. Called in a thread of its own."""
         cdef worker *w = NULL
         cdef uint32_t i
-        for i in range(TCPHA_MAX_OPS - 1):
+        for i in range(TCPHA_MAX_OPS - 2):  # the last two are Python's
             if xchg32(&self.c.workers[i].state, 1) == 0:
                 w = &self.c.workers[i]
                 break

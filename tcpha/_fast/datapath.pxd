@@ -24,8 +24,8 @@ cdef enum:
 cdef struct fe_datapath:
     void *self
     # From now on the flow's packets are kept in user space instead of reaching our stack. 1: an
-    # older flow of the same name was live, and is over by this; 'old' is what was known of it.
-    int (*divert)(void *self, const tcpha_flow *flow, tcpha_entry *entry,
+    # older flow of the same name, of back end old.backend, is over by this.
+    int (*divert)(void *self, uint32_t worker, const tcpha_flow *flow, tcpha_entry *entry,
                   tcpha_entry *old) noexcept nogil
     # Freeze the socket (idempotent) and read its state. s.flow is given; s.len becomes the number
     # of bytes in the receive queue.
@@ -46,7 +46,7 @@ cdef struct fe_datapath:
     # our stack would answer them with a RST.
     void (*drop_strangers)(void *self, bint drop) noexcept nogil
     # Remove entries whose lingering is over. Called now and then.
-    void (*sweep)(void *self, uint64_t now) noexcept nogil
+    void (*sweep)(void *self, uint32_t worker, uint64_t now) noexcept nogil
     # Packets of diverted flows wait on the event descriptor.
     void (*on_packets)(void *self, uint8_t *scratch) noexcept nogil
     # The packet path: how many queues of requests it has (0: there is none), a descriptor for each,

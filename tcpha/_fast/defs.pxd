@@ -42,6 +42,7 @@ cdef extern from "tcpha.h" nogil:
         TCPHA_OP_ADOPT
         TCPHA_OP_END
         TCPHA_OP_TAKE_BACK
+        TCPHA_OP_DROP
         TCPHA_R_NONE
         TCPHA_R_OK
         TCPHA_R_NO_LISTENER
@@ -94,6 +95,9 @@ cdef extern from "tcpha.h" nogil:
         uint32_t result
         int32_t error
         uint64_t id
+        uint64_t start_ns
+        uint32_t entry
+        uint32_t slot
         uint32_t keep
         uint8_t listen_addr[16]
         uint16_t listen_port

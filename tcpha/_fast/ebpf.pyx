@@ -23,8 +23,8 @@ from tcpha._fast.defs cimport (
     TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_FAST_EARLY, TCPHA_FAST_SOCKET, TCPHA_FORWARD,
     TCPHA_F_ANSWERED, TCPHA_F_FAST, TCPHA_F_RST, TCPHA_GIVEN_UP, TCPHA_IPID_PLAIN, TCPHA_LOCAL,
     TCPHA_LOCAL_NODE, TCPHA_MAC_FAST, TCPHA_MAC_MARK, TCPHA_MAC_ROOM, TCPHA_MAX_BACKENDS,
-    TCPHA_MAX_FAST, TCPHA_MAX_OPS, TCPHA_MAX_RULES, TCPHA_OP_ADOPT, TCPHA_OP_END, TCPHA_OP_QUERY,
-    TCPHA_OP_TAKE_BACK, TCPHA_PENDING, TCPHA_R_ASSIGN, TCPHA_R_LIVE, TCPHA_R_NONE,
+    TCPHA_MAX_FAST, TCPHA_MAX_OPS, TCPHA_MAX_RULES, TCPHA_OP_ADOPT, TCPHA_OP_DROP, TCPHA_OP_END,
+    TCPHA_OP_QUERY, TCPHA_OP_TAKE_BACK, TCPHA_PENDING, TCPHA_R_ASSIGN, TCPHA_R_LIVE, TCPHA_R_NONE,
     TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_OK, TCPHA_R_TIME_WAIT, TCPHA_STATE_VERSION,
     TCPHA_TUNNEL, tcpha_adoption, tcpha_backend, tcpha_be_conf, tcpha_cache, tcpha_counters,
     tcpha_entry, tcpha_event, tcpha_fe_conf, tcpha_flow, tcpha_gate, tcpha_keys, tcpha_load,
@@ -153,7 +153,19 @@ cdef int _end(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
     return _change(<fe_ebpf *>self, worker, flow, id, keep, TCPHA_OP_END)
 
 
-cdef int _divert(void *self, const tcpha_flow *flow, tcpha_entry *entry,
+cdef int _drop(void *self, uint32_t worker, const tcpha_flow *flow,
+               tcpha_entry *found) noexcept nogil:
+    cdef fe_ebpf *d = <fe_ebpf *>self
+    cdef tcpha_op *op = &d.ops[worker]
+    op.start_ns = found.start_ns
+    op.entry = found.state
+    if not _change(d, worker, flow, found.id, False, TCPHA_OP_DROP):
+        return 0
+    found.slot = op.slot
+    return 1
+
+
+cdef int _divert(void *self, uint32_t worker, const tcpha_flow *flow, tcpha_entry *entry,
                  tcpha_entry *old) noexcept nogil:
     cdef fe_ebpf *d = <fe_ebpf *>self
     cdef holder *h = &d.holders[entry.slot]
@@ -162,7 +174,7 @@ cdef int _divert(void *self, const tcpha_flow *flow, tcpha_entry *entry,
     h.active = True
     h.flow = flow[0]
     pthread_mutex_unlock(&d.lock)
-    rc = ledger_divert(&d.book, flow, entry, old)
+    rc = ledger_divert(&d.book, worker, flow, entry, old)
     if rc < 0:
         pthread_mutex_lock(&d.lock)
         h.active = False
@@ -300,8 +312,8 @@ cdef void _drop_strangers(void *self, bint drop) noexcept nogil:
     (<fe_ebpf *>self).state.drop_strangers = drop
 
 
-cdef void _sweep(void *self, uint64_t now) noexcept nogil:
-    ledger_sweep(&(<fe_ebpf *>self).book, now)
+cdef void _sweep(void *self, uint32_t worker, uint64_t now) noexcept nogil:
+    ledger_sweep(&(<fe_ebpf *>self).book, worker, now)
 
 
 cdef void _on_packets(void *self, uint8_t *scratch) noexcept nogil:
@@ -337,7 +349,7 @@ cdef void _fast_socket(void *self, uint32_t queue, uint32_t worker, uint8_t *fra
     cdef fe_ebpf *d = <fe_ebpf *>self
     _fast_pass(self, queue, worker, frame, length, TCPHA_FAST_SOCKET)
     if d.offers[worker].result == 1:  # the socket is there; until now, what followed came here
-        ledger_drop_pending(&d.book, flow)
+        ledger_drop_pending(&d.book, worker, flow, 0)
 
 
 cdef void _write_fast(fe_ebpf *d, uint32_t queue, uint32_t worker, uint8_t *frame, uint32_t length,
@@ -513,6 +525,7 @@ cdef class FeEbpf(FeDatapath):
         self.d.book.store.put = _put
         self.d.book.store.remove = _remove
         self.d.book.store.end = _end
+        self.d.book.store.drop = _drop
         memset(&conf, 0, sizeof(conf))
         address_bytes(vaddr, conf.vaddr)
         conf.vport = htons(port)
@@ -698,17 +711,16 @@ cdef class FeEbpf(FeDatapath):
         """Remove the entries of requests that came to nothing on the way through user space.
         Returns the back ends of older flows whose places they had taken."""
         cdef Batches b = Batches(self.d.flows, sizeof(tcpha_entry))
-        cdef tcpha_entry *e
-        cdef uint64_t now = now_ns()
         cdef long i, count
+        cdef uint32_t older
         out = []
         while (count := b.more()) >= 0:
             for i in range(count):
-                e = <tcpha_entry *>b.values + i
-                if e.state == TCPHA_PENDING and now > e.last_ns + PENDING_NS:
-                    ledger_drop_pending(&self.d.book, &b.keys[i])
-                    if e.slot:
-                        out.append(e.slot - 1)
+                if (<tcpha_entry *>b.values + i).state == TCPHA_PENDING:
+                    older = ledger_drop_pending(&self.d.book, TCPHA_MAX_OPS - 2, &b.keys[i],
+                                                PENDING_NS)
+                    if older:
+                        out.append(older - 1)
         return out
 
 

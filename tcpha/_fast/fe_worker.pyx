@@ -375,7 +375,7 @@ cdef void _offer(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
             k.entry.last_ns = now_ns()
             k.entry.target_len = k.head.target_len
             memcpy(k.entry.target, buf + k.head.target, min(k.head.target_len, TCPHA_TARGET_MAX))
-            rc = f.dp.divert(f.dp.self, &k.snap.flow, &k.entry, &old)
+            rc = f.dp.divert(f.dp.self, w.index, &k.snap.flow, &k.entry, &old)
             if rc < 0:
                 say_flow(f.c, 1, &k.snap.flow, b"the flow table is full")
                 add64(&f.n.table_full, 1)
@@ -988,7 +988,7 @@ cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
     cdef uint32_t i
     if xchg32(&f.accept_failed, 0) and not f.unloading:
         watch(c, EPOLL_CTL_MOD, f.listen_fd, EPOLLIN | EPOLLET, EV_LISTENER, 0, 0)
-    f.dp.sweep(f.dp.self, now)
+    f.dp.sweep(f.dp.self, w.index, now)
     for i in range(f.nconns):
         k = &f.conns[i]
         if load32(&k.state) == CONN_FREE or load64(&k.deadline_ns) > now:

@@ -23,6 +23,10 @@ cdef struct flow_store:
     # entry stays.
     int (*end)(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
                bint keep) noexcept nogil
+    # Remove an entry that is not live, if it still is the one found, in the same state: 1, and its
+    # slot is set; else 0. Packets do not come in between.
+    int (*drop)(void *self, uint32_t worker, const tcpha_flow *flow,
+                tcpha_entry *found) noexcept nogil
 
 
 # A flow whose connection is over but whose client may still send: its FIN, or that again.
@@ -50,13 +54,14 @@ cdef struct ledger:
 
 cdef int ledger_open(ledger *l, uint32_t capacity) except -1
 cdef void ledger_close(ledger *l) noexcept
-cdef int ledger_divert(ledger *l, const tcpha_flow *flow, tcpha_entry *entry,
+cdef int ledger_divert(ledger *l, uint32_t worker, const tcpha_flow *flow, tcpha_entry *entry,
                        tcpha_entry *old) noexcept nogil
 cdef int ledger_restore(ledger *l, const tcpha_flow *flow, const tcpha_entry *entry) noexcept nogil
 cdef void ledger_remove(ledger *l, const tcpha_flow *flow) noexcept nogil
 cdef int ledger_forget(ledger *l, uint32_t worker, const tcpha_flow *flow, uint64_t id, bint linger,
                        tcpha_entry *entry) noexcept nogil
-cdef void ledger_drop_pending(ledger *l, const tcpha_flow *flow) noexcept nogil
+cdef uint32_t ledger_drop_pending(ledger *l, uint32_t worker, const tcpha_flow *flow,
+                                  uint64_t idle) noexcept nogil
 cdef void ledger_linger(ledger *l, const tcpha_flow *flow, uint64_t id,
                         uint64_t since) noexcept nogil
-cdef void ledger_sweep(ledger *l, uint64_t now) noexcept nogil
+cdef void ledger_sweep(ledger *l, uint32_t worker, uint64_t now) noexcept nogil

@@ -34,18 +34,22 @@ cdef inline pthread_mutex_t *_stripe(ledger *l, const tcpha_flow *flow) noexcept
     return &l.stripes[(flow.cport ^ (flow.cport >> 8) ^ flow.caddr[15]) % STRIPES]
 
 
-cdef int ledger_divert(ledger *l, const tcpha_flow *flow, tcpha_entry *entry,
+cdef int ledger_divert(ledger *l, uint32_t worker, const tcpha_flow *flow, tcpha_entry *entry,
                        tcpha_entry *old) noexcept nogil:
-    """Enter a flow. 0; 1 if it replaces 'old', which was live; -1 if there is no room."""
+    """Enter a flow. 0; 1 if an older one, of back end old.backend, is over by this; -1 if there is
+    no room."""
     cdef int rc, replaced = 0
     while True:
         pthread_mutex_lock(_stripe(l, flow))
         rc = l.store.put(l.store.self, flow, entry, PUT_NEW)
         if rc < 0 and l.store.find(l.store.self, flow, old) == 0:
             replaced = old.live != 0
+            if old.state == TCPHA_PENDING and old.slot:  # it had taken the place of that one
+                replaced = 1
+                old.backend = old.slot - 1
             rc = l.store.put(l.store.self, flow, entry, PUT_ANY)
         pthread_mutex_unlock(_stripe(l, flow))
-        if rc >= 0 or not _make_room(l):
+        if rc >= 0 or not _make_room(l, worker):
             return -1 if rc < 0 else replaced
 
 
@@ -111,7 +115,7 @@ cdef bint _next(ledger *l, uint64_t due, lingering *item) noexcept nogil:
     return found
 
 
-cdef bint _retire(ledger *l, const lingering *item, uint64_t now) noexcept nogil:
+cdef bint _retire(ledger *l, uint32_t worker, const lingering *item, uint64_t now) noexcept nogil:
     """Remove an entry that lingered, unless its client is still expected to close. Returns whether
     that made room."""
     cdef tcpha_entry entry
@@ -119,22 +123,23 @@ cdef bint _retire(ledger *l, const lingering *item, uint64_t now) noexcept nogil
     pthread_mutex_lock(_stripe(l, &item.flow))
     if l.store.find(l.store.self, &item.flow, &entry) == 0 and entry.id == item.id:
         # without a FIN from the client, the back end waits for it in FIN-WAIT-2
-        removed = entry.flags & (TCPHA_F_FIN | TCPHA_F_RST) or \
-            now - item.since_ns > FIN_WAIT_NS or not _linger(l, &item.flow, item.id, item.since_ns)
-        if removed:
-            l.store.remove(l.store.self, &item.flow)
+        if entry.flags & (TCPHA_F_FIN | TCPHA_F_RST) or now - item.since_ns > FIN_WAIT_NS or \
+                not _linger(l, &item.flow, item.id, item.since_ns):
+            removed = l.store.drop(l.store.self, worker, &item.flow, &entry)
+            if not removed:    # it is not the same any more, or that went wrong: look later
+                _linger(l, &item.flow, item.id, item.since_ns)
     pthread_mutex_unlock(_stripe(l, &item.flow))
     return removed
 
 
-cdef bint _make_room(ledger *l) noexcept nogil:
+cdef bint _make_room(ledger *l, uint32_t worker) noexcept nogil:
     """The table is full: those that are over make room for those that begin."""
     cdef lingering item
     cdef int made = 0, _i
     for _i in range(ROOM):
         if not _next(l, <uint64_t>-1, &item):
             break
-        made += _retire(l, &item, now_ns())
+        made += _retire(l, worker, &item, now_ns())
     return made != 0
 
 
@@ -154,13 +159,19 @@ cdef int ledger_forget(ledger *l, uint32_t worker, const tcpha_flow *flow, uint6
     return known
 
 
-cdef void ledger_drop_pending(ledger *l, const tcpha_flow *flow) noexcept nogil:
-    """A request became a socket of ours. Its entry goes, if it was not replaced already."""
+cdef uint32_t ledger_drop_pending(ledger *l, uint32_t worker, const tcpha_flow *flow,
+                                  uint64_t idle) noexcept nogil:
+    """A request became a socket of ours, or came to nothing. Its entry goes, if it was not replaced
+    already and no packet has come for so many ns. Returns the back end of an older flow, over by
+    this, + 1; or 0."""
     cdef tcpha_entry entry
+    cdef uint32_t older = 0
     pthread_mutex_lock(_stripe(l, flow))
-    if l.store.find(l.store.self, flow, &entry) == 0 and entry.state == TCPHA_PENDING:
-        l.store.remove(l.store.self, flow)
+    if l.store.find(l.store.self, flow, &entry) == 0 and entry.state == TCPHA_PENDING and \
+            now_ns() >= entry.last_ns + idle and l.store.drop(l.store.self, worker, flow, &entry):
+        older = entry.slot
     pthread_mutex_unlock(_stripe(l, flow))
+    return older
 
 
 cdef void ledger_linger(ledger *l, const tcpha_flow *flow, uint64_t id,
@@ -170,8 +181,8 @@ cdef void ledger_linger(ledger *l, const tcpha_flow *flow, uint64_t id,
         ledger_remove(l, flow)
 
 
-cdef void ledger_sweep(ledger *l, uint64_t now) noexcept nogil:
+cdef void ledger_sweep(ledger *l, uint32_t worker, uint64_t now) noexcept nogil:
     """Remove entries whose lingering is over."""
     cdef lingering item
     while _next(l, now, &item):
-        _retire(l, &item, now)
+        _retire(l, worker, &item, now)

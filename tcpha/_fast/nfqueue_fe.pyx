@@ -158,6 +158,11 @@ cdef int _end(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
     return 1
 
 
+cdef int _drop(void *self, uint32_t worker, const tcpha_flow *flow,
+               tcpha_entry *found) noexcept nogil:
+    return table_remove(&(<fe_nfqueue *>self).flows, flow)
+
+
 # Sending
 
 cdef bint _emit(fe_nfqueue *d, const path *way, const uint8_t *head, uint32_t head_len,
@@ -497,12 +502,12 @@ cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
 
 # For the workers: see datapath.pxd
 
-cdef int _divert(void *self, const tcpha_flow *flow, tcpha_entry *entry,
+cdef int _divert(void *self, uint32_t worker, const tcpha_flow *flow, tcpha_entry *entry,
                  tcpha_entry *old) noexcept nogil:
     cdef fe_nfqueue *d = <fe_nfqueue *>self
     cdef int rc
     pthread_rwlock_wrlock(&d.lock)
-    rc = ledger_divert(&d.book, flow, entry, old)
+    rc = ledger_divert(&d.book, worker, flow, entry, old)
     pthread_rwlock_unlock(&d.lock)
     return rc
 
@@ -609,10 +614,10 @@ cdef void _drop_strangers(void *self, bint drop) noexcept nogil:
     (<fe_nfqueue *>self).drop_strangers = drop
 
 
-cdef void _sweep(void *self, uint64_t now) noexcept nogil:
+cdef void _sweep(void *self, uint32_t worker, uint64_t now) noexcept nogil:
     cdef fe_nfqueue *d = <fe_nfqueue *>self
     pthread_rwlock_wrlock(&d.lock)
-    ledger_sweep(&d.book, now)
+    ledger_sweep(&d.book, worker, now)
     pthread_rwlock_unlock(&d.lock)
 
 
@@ -644,6 +649,7 @@ cdef class FeNfqueue(FeDatapath):
         self.d.book.store.put = _put
         self.d.book.store.remove = _remove
         self.d.book.store.end = _end
+        self.d.book.store.drop = _drop
         self.d.nholders = slots
         self.d.holders = <holder *>calloc(slots, sizeof(holder))
         self.d.seen = <recent *>calloc(RECENT * WAYS, sizeof(recent))
