@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Rule matching, control messages and forged packets."""
+"""Rule matching, control messages, forged packets and control files."""
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import struct
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from tcpha._fast import message
 from tcpha._fast.match import Matcher, PatternError, check_patterns
 from tcpha._fast.packet import forge_segment
+from tcpha.admin.files import ControlFiles
 from tcpha.admin.server import Server, ask
 
 # Matching
@@ -156,3 +158,39 @@ def test_a_command_under_way_is_answered_when_the_daemon_stops(tmp_path: Path) -
         return answer
     with ThreadPoolExecutor(1) as pool:
         assert asyncio.run(daemon(pool)).result() == 7
+
+
+# Control files
+
+def test_a_write_to_a_control_file_that_was_replaced_many_times_since(tmp_path: Path) -> None:
+    """Its event waits while the value changes otherwise, again and again: it still counts. What
+    was replaced is not kept open for ever."""
+    value, taken = 0, []
+
+    async def take(text: str) -> None:
+        nonlocal value
+        value = int(text)
+        taken.append(value)
+
+    async def daemon() -> int:
+        nonlocal value
+        files = ControlFiles(tmp_path / "control", {"level": (lambda: value, take)})
+        present = tmp_path / "control" / "level"
+        try:
+            with present.open("a") as f:
+                f.write("1000\n")
+            for value in range(1, 100):
+                files.refresh()
+                assert present.read_text() == f"{value}\n"
+            while present.read_text() != "1000\n":
+                await asyncio.sleep(0.01)
+            for value in range(100):
+                files.refresh()
+                assert present.read_text() == f"{value}\n"
+                await asyncio.sleep(0)
+            return len(os.listdir("/proc/self/fd"))
+        finally:
+            files.close()
+    assert asyncio.run(asyncio.wait_for(daemon(), 30)) < len(os.listdir("/proc/self/fd")) + 40
+    assert taken == [1000]
+    assert not (tmp_path / "control").exists()

@@ -20,7 +20,7 @@ from tcpha.admin.server import Refused
 
 log = logging.getLogger("tcpha")
 IN_CLOSE_WRITE, IN_IGNORED = 8, 0x8000
-REPLACED = 8  # old files that are watched, of each name
+REPLACED = 16  # old files that are watched, of each name
 Setter = Callable[[str], Awaitable[Any]]
 
 
@@ -31,6 +31,7 @@ class _Version:
         self.name = name
         self.fd = fd
         self.text = text
+        self.left = False  # no longer watched; events from before may wait
 
     def written(self) -> str | None:
         """The last word written since we looked last, if there is any."""
@@ -70,10 +71,10 @@ class ControlFiles:
             raise OSError(ctypes.get_errno(), f"cannot watch {scratch}")
         self.versions[watch] = _Version(name, os.open(scratch, os.O_RDONLY | os.O_CLOEXEC), text)
         os.replace(scratch, self.directory / name)
-        same = [w for w, v in self.versions.items() if v.name == name]
+        same = [w for w, v in self.versions.items() if v.name == name and not v.left]
         for old in same[:-REPLACED - 1]:
+            self.versions[old].left = True
             self.libc.inotify_rm_watch(self.fd, old)
-            os.close(self.versions.pop(old).fd)
 
     def _changed(self) -> None:
         data = os.read(self.fd, 65536)
@@ -81,22 +82,29 @@ class ControlFiles:
             watch, mask, _, length = struct.unpack_from("iIII", data)
             data = data[16 + length:]
             version = self.versions.get(watch)
-            if version is None or mask & IN_IGNORED:
-                continue
-            value = version.written()
-            if value is None:  # emptied, or an earlier event has shown this write already
-                self.refresh()
-                continue
-            task = asyncio.get_running_loop().create_task(self._take(version.name, value))
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
+            if version is None:  # IN_Q_OVERFLOW: some events were lost
+                for each in list(self.versions.values()):
+                    self._look_at(each)
+            elif mask & IN_IGNORED:  # behind all events of one that is no longer watched
+                os.close(self.versions.pop(watch).fd)
+            else:
+                self._look_at(version)
+
+    def _look_at(self, version: _Version) -> None:
+        value = version.written()
+        if value is None:  # emptied, or an earlier event has shown this write already
+            self.refresh()
+            return
+        task = asyncio.get_running_loop().create_task(self._take(version.name, value))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     async def _take(self, name: str, value: str) -> None:
         try:
             await self.entries[name][1](value)
         except Refused as error:
             log.warning("%s: %s", self.directory / name, error)
-        self._show(name)
+        self.refresh()
 
     def refresh(self) -> None:
         """Show present values, after they changed otherwise."""
