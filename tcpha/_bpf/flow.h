@@ -31,7 +31,7 @@ enum {
 	TCPHA_TO_LIVE = 2, /* a SYN on a live flow: to the back end as well */
 };
 
-/* The back end has at most a TIME_WAIT socket left. */
+/* The back end has at most a TIME_WAIT socket left, or the entry gives way to that of a newer connection. */
 static inline __attribute__((always_inline)) int tcpha_closed(const struct tcpha_entry *e)
 {
 	return (e->state == TCPHA_FORWARD && e->live == 0) || e->state == TCPHA_GONE;
