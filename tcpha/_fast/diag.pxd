@@ -47,7 +47,7 @@ cdef struct diag_answer:
 
 cdef int diag_query(diag *d, const tcpha_flow *flow, diag_answer *a) noexcept nogil
 cdef int diag_refusal(diag *d, const uint8_t *addr, uint16_t port) noexcept nogil
-cdef bint diag_destroy(diag *d, const tcpha_flow *flow) noexcept nogil
+cdef bint diag_destroy(diag *d, const tcpha_flow *flow, const diag_answer *a) noexcept nogil
 
 
 cdef class SockDiag:

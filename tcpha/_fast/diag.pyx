@@ -119,7 +119,7 @@ cdef int diag_query(diag *d, const tcpha_flow *flow, diag_answer *a) noexcept no
         if kind == INET_DIAG_INFO:
             memset(&info, 0, sizeof(info))
             memcpy(&info, buf + at + 4, min(<size_t>size - 4, sizeof(info)))
-            a.full = True
+            a.full = not a.listener
             a.received = info.tcpi_bytes_received
         at += (size + 3) & ~3u
     return 0
@@ -138,17 +138,18 @@ cdef int diag_refusal(diag *d, const uint8_t *addr, uint16_t port) noexcept nogi
     return 0 if a.listener else REFUSE_LISTENER
 
 
-cdef bint diag_destroy(diag *d, const tcpha_flow *flow) noexcept nogil:
-    """End the socket that owns the flow, if there is one (CONFIG_INET_DIAG_DESTROY). False: there
-    was none. It is named by its cookie, since the kernel would take the listener instead."""
+cdef bint diag_destroy(diag *d, const tcpha_flow *flow, const diag_answer *a) noexcept nogil:
+    """End the socket of the flow that an answer was about (CONFIG_INET_DIAG_DESTROY). False: it is
+    gone, or the kernel refuses. It is named by its cookie: without, the kernel would take whichever
+    socket has the flow by now, a newer connection's or the listener."""
     cdef uint8_t buf[1024]
-    cdef diag_answer a
-    if diag_query(d, flow, &a) < 0 or a.state == 0:
+    cdef int rc
+    if a.state == 0:
         return False
     pthread_mutex_lock(&d.lock)
-    _ask(d, SOCK_DESTROY, flow, a.cookie, buf, sizeof(buf))
+    rc = _ask(d, SOCK_DESTROY, flow, a.cookie, buf, sizeof(buf))
     pthread_mutex_unlock(&d.lock)
-    return True
+    return rc == 0
 
 
 cdef class SockDiag:

@@ -96,6 +96,11 @@ cdef void _key(const be_nfqueue *d, const uint8_t *client, const uint8_t *port,
     local.vport = d.listen_port
 
 
+cdef inline uint32_t _start(const snapshot *s) noexcept nogil:
+    """The sequence number of the request's first byte."""
+    return s.rcv_nxt - (1 if s.flags & SNAP_FIN else 0) - s.len
+
+
 # Packets
 
 cdef be_flow *_flow_to(be_nfqueue *d, const tcp_view *v) noexcept nogil:
@@ -345,7 +350,8 @@ cdef void _hand_back(be_flow *f) noexcept nogil:
 cdef void _on_syn(be_nfqueue *d, tcp_view *v) noexcept nogil:
     """A client begins to talk to the local server directly. If it used the same port for an adopted
     connection, which is over, then the TIME_WAIT socket has the new one's name, but numbers and
-    timestamps of another, and would answer by ACKs that mean nothing to the client."""
+    timestamps of another, and would answer by ACKs that mean nothing to the client. So would the
+    request socket of one that is being adopted."""
     cdef tcpha_flow local
     cdef be_flow *f
     cdef diag_answer a
@@ -353,19 +359,20 @@ cdef void _on_syn(be_nfqueue *d, tcp_view *v) noexcept nogil:
     _key(d, v.ip + 12, v.tcp, &local)
     pthread_rwlock_rdlock(&d.lock)
     f = <be_flow *>table_find(&d.flows, &local)
-    known = f != NULL and f.state == B_LIVE
+    known = f != NULL and f.state != B_DIRECT
     pthread_rwlock_unlock(&d.lock)
-    if not known or diag_query(d.sockets, &local, &a) < 0 or \
-            (a.state != 0 and a.state != TCP_TIME_WAIT):
+    if not known or diag_query(d.sockets, &local, &a) < 0 or a.full:
         return
     pthread_rwlock_wrlock(&d.lock)
     f = <be_flow *>table_find(&d.flows, &local)
-    known = f != NULL and f.state == B_LIVE
+    known = f != NULL and f.state != B_DIRECT
     if known:
         _hand_back(f)
     pthread_rwlock_unlock(&d.lock)
-    if known and a.state == TCP_TIME_WAIT and diag_destroy(d.sockets, &local):
-        add64(&d.killed, 1)
+    if known:
+        _tell(d)
+        if diag_destroy(d.sockets, &local, &a):
+            add64(&d.killed, 1)
 
 
 cdef bint _on_syn_ack(be_nfqueue *d, tcp_view *v) noexcept nogil:
@@ -378,7 +385,7 @@ cdef bint _on_syn_ack(be_nfqueue *d, tcp_view *v) noexcept nogil:
     f = <be_flow *>table_find(&d.flows, &local)
     if f != NULL and d.shared and (
             (f.state == B_SYN and get32(v.tcp + 8) != f.asked) or
-            (f.state == B_LIVE and get32(v.tcp + 4) != f.isn)):
+            ((f.state == B_SYNACK or f.state == B_LIVE) and get32(v.tcp + 4) != f.isn)):
         # the SYN came while we sent ours, or just before the adopted connection ended
         _hand_back(f)
     elif f != NULL and f.state == B_SYN and get32(v.tcp + 8) == f.asked:
@@ -388,7 +395,8 @@ cdef bint _on_syn_ack(be_nfqueue *d, tcp_view *v) noexcept nogil:
         f.wscale = v.wscale
         f.ecn_ok = (v.flags & (TCP_ECE | TCP_CWR)) == TCP_ECE
         f.state = B_SYNACK
-    ours = f != NULL and f.state != B_DIRECT
+    # the client may have begun, or even ended, a direct connection before our SYN arrived
+    ours = f != NULL and (f.state != B_DIRECT or get32(v.tcp + 8) == f.asked)
     pthread_rwlock_unlock(&d.lock)
     _tell(d)
     return ours or not d.shared
@@ -437,7 +445,7 @@ cdef int _send_syn(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) no
     memcpy(buf + 16, local.vaddr + 12, 4)
     memcpy(tcp, &local.cport, 2)
     memcpy(tcp + 2, &local.vport, 2)
-    v = htonl(s.rcv_nxt - (1 if s.flags & SNAP_FIN else 0) - s.len - 1)
+    v = htonl(_start(s) - 1)
     memcpy(tcp + 4, &v, 4)
     tcp[13] = TCP_SYN | (TCP_ECE | TCP_CWR if s.flags & SNAP_ECN else 0)
     w = htons(<uint16_t>min(s.snd_wnd, <uint32_t>0xffff))
@@ -474,27 +482,37 @@ cdef int _send_syn(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) no
     return _inject(d, buf, <uint32_t>(o - buf))
 
 
+cdef be_flow *_being_adopted(be_nfqueue *d, const tcpha_flow *local,
+                             const snapshot *s) noexcept nogil:
+    """The entry of a connection that is being adopted. NULL: its name is a newer one's by now, or a
+    direct one's. The lock is held."""
+    cdef be_flow *f = <be_flow *>table_find(&d.flows, local)
+    return f if f != NULL and f.state != B_DIRECT and f.asked == _start(s) else NULL
+
+
 cdef int _await_answer(be_nfqueue *d, const tcpha_flow *local, const snapshot *s,
                        be_flow *copy) noexcept nogil:
     """Send the SYN and wait for the local server's SYN-ACK or RST. 0 or a refusal."""
-    cdef uint64_t begin = now_ns(), asked = begin, now
+    cdef uint64_t begin = now_ns(), asked = 0, now
     cdef uint32_t before
     cdef int rc
     cdef be_flow *f
     cdef diag_answer a
-    if _send_syn(d, local, s) != 0:
-        return REFUSE_ERROR
     while True:
         before = load32(&d.answers)
         pthread_rwlock_rdlock(&d.lock)
-        f = <be_flow *>table_find(&d.flows, local)
+        f = _being_adopted(d, local, s)
         if f != NULL:
             copy[0] = f[0]
         pthread_rwlock_unlock(&d.lock)
         if f == NULL:
-            return REFUSE_ERROR
+            return REFUSE_UNSUPPORTED
         if copy.state != B_SYN:
             return 0
+        if not asked:      # not before it is known that the client has not been faster
+            if _send_syn(d, local, s) != 0:
+                return REFUSE_ERROR
+            asked = begin
         pthread_mutex_lock(&d.wait_lock)
         if d.answers == before:
             cond_wait_ms(&d.answered, &d.wait_lock, 5)
@@ -536,19 +554,34 @@ cdef void _plan(be_nfqueue *d, be_flow *f, const snapshot *s) noexcept nogil:
         f.inward.port = d.listen_port
 
 
-cdef void _drop_flow(be_nfqueue *d, const tcpha_flow *local) noexcept nogil:
-    """Take back an adoption. What the server says of it is dropped from now on, a RST too."""
+cdef void _drop_flow(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) noexcept nogil:
+    """Take back an adoption. What the server says of it is dropped from now on, a RST too. If the
+    name is another connection's by now, that one goes on."""
+    cdef diag_answer a
+    cdef be_flow *f
+    if diag_query(d.sockets, local, &a) < 0:
+        a.state = 0
     pthread_rwlock_wrlock(&d.lock)
-    table_remove(&d.flows, local)
+    f = _being_adopted(d, local, s)
+    if f != NULL:
+        # As long as no SYN-ACK was seen, the socket may come from the client's SYN instead of ours.
+        if d.shared and f.state == B_SYN:
+            a.state = 0
+        table_remove(&d.flows, local)
     pthread_rwlock_unlock(&d.lock)
-    diag_destroy(d.sockets, local)
+    if f != NULL:
+        diag_destroy(d.sockets, local, &a)
 
 
 cdef int _room(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) noexcept nogil:
     """Enter a new flow, in place of an older one of the same name. 0 or a refusal."""
     cdef be_flow *f
-    cdef diag_answer a
-    cdef bint occupied, unknown
+    cdef diag_answer before, a
+    cdef bint occupied, unknown, whole
+    cdef int _tries
+    # Whose this socket is, the entry says afterwards: a direct connection takes the name first.
+    if diag_query(d.sockets, local, &before) < 0:
+        before.state = 0
     pthread_rwlock_wrlock(&d.lock)
     f = <be_flow *>table_find(&d.flows, local)
     unknown = f == NULL or f.state == B_DIRECT
@@ -564,41 +597,50 @@ cdef int _room(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) noexce
             f.state = B_SYN
             f.outside = s.flow
             f.after_direct = d.shared and unknown
-            f.asked = s.rcv_nxt - (1 if s.flags & SNAP_FIN else 0) - s.len
+            f.asked = _start(s)
     pthread_rwlock_unlock(&d.lock)
     if occupied:
         return REFUSE_UNSUPPORTED
     if f == NULL:
         return REFUSE_FULL
-    if diag_query(d.sockets, local, &a) < 0 or a.state == 0:
-        return 0
-    if d.shared and unknown and (a.full or a.state == TCP_NEW_SYN_RECV or a.state == TCP_SYN_RECV):
-        # the client talks to the local server directly
-        pthread_rwlock_wrlock(&d.lock)
-        table_remove(&d.flows, local)
-        pthread_rwlock_unlock(&d.lock)
-        return REFUSE_UNSUPPORTED
-    # A socket of an earlier connection owns the 4-tuple. The client has given that one up, or the
-    # front end could not have accepted this one.
-    if diag_destroy(d.sockets, local):
-        add64(&d.killed, 1)
+    for _tries in range(4):
+        if diag_query(d.sockets, local, &a) < 0 or a.state == 0:
+            return 0
+        whole = a.full or a.state == TCP_NEW_SYN_RECV or a.state == TCP_SYN_RECV
+        if d.shared and whole and (unknown or before.state == 0 or
+                                   memcmp(a.cookie, before.cookie, sizeof(a.cookie)) != 0):
+            # the client talks to the local server directly
+            pthread_rwlock_wrlock(&d.lock)
+            if _being_adopted(d, local, s) != NULL:
+                table_remove(&d.flows, local)
+            pthread_rwlock_unlock(&d.lock)
+            return REFUSE_UNSUPPORTED
+        # A socket of an earlier connection owns the 4-tuple. The client has given that one up, or
+        # the front end could not have accepted this one. If it is not there any more: look again.
+        if diag_destroy(d.sockets, local, &a):
+            add64(&d.killed, 1)
+            return 0
     return 0
 
 
-cdef int _settle(be_nfqueue *d, const tcpha_flow *local, diag_answer *a) noexcept nogil:
-    """After the ACK: wait until there is a socket. 0, or a refusal: the accept queue is full."""
+cdef int _settle(be_nfqueue *d, const tcpha_flow *local, const snapshot *s,
+                 diag_answer *a) noexcept nogil:
+    """After the ACK: wait until there is a socket. 0, or a refusal: the accept queue is full, or
+    the name is another connection's by now."""
     cdef uint64_t begin = now_ns()
     cdef be_flow *f
     cdef uint64_t sent
     while True:
         if diag_query(d.sockets, local, a) < 0:
             return REFUSE_ERROR
-        if a.state != 0 and a.state != TCP_NEW_SYN_RECV and a.state != TCP_SYN_RECV:
-            return 0
         pthread_rwlock_rdlock(&d.lock)
-        f = <be_flow *>table_find(&d.flows, local)
+        f = _being_adopted(d, local, s)
         sent = f.sent if f != NULL else 0
         pthread_rwlock_unlock(&d.lock)
+        if f == NULL:
+            return REFUSE_UNSUPPORTED
+        if a.state != 0 and a.state != TCP_NEW_SYN_RECV and a.state != TCP_SYN_RECV:
+            return 0
         if a.state == 0 and sent:
             return 0       # it has answered, and is over already
         if now_ns() - begin > SETTLE_NS:
@@ -623,38 +665,39 @@ cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
     if rc != 0:
         return rc
     rc = _await_answer(d, &local, s, &copy)
-    if rc == 0 and copy.state == B_DIRECT:
-        return REFUSE_UNSUPPORTED
     if rc == 0 and copy.state == B_REFUSED:
         rc = REFUSE_LISTENER
     if rc == 0 and ((s.flags & SNAP_TIMESTAMP and not copy.ts_ok) or
                     (s.flags & SNAP_ECN and not copy.ecn_ok)):
         rc = REFUSE_UNSUPPORTED
     if rc != 0:
-        _drop_flow(d, &local)
+        _drop_flow(d, &local, s)
         return rc
     pthread_rwlock_wrlock(&d.lock)
-    f = <be_flow *>table_find(&d.flows, &local)
-    _plan(d, f, s)
-    f.high = f.isn + 1
-    f.state = B_LIVE       # before the request: it may be answered at once
+    f = _being_adopted(d, &local, s)
+    if f != NULL:
+        _plan(d, f, s)
+        f.high = f.isn + 1
+        f.state = B_LIVE   # before the request: it may be answered at once
     pthread_rwlock_unlock(&d.lock)
+    if f == NULL:
+        return REFUSE_UNSUPPORTED
     _segment(&g, s, &local, &copy)
-    g.seq = s.rcv_nxt - (1 if s.flags & SNAP_FIN else 0) - s.len
+    g.seq = _start(s)
     g.flags = TCP_ACK | TCP_PSH
     g.len = min(s.len, <uint32_t>CHUNK)
     # Nothing after SETTLE_NS: the accept queue is full; or it was, or our stack is late, and then a
     # client would send again.
     begin = now_ns()
     while True:
-        rc = REFUSE_ERROR if _send_segment(d, &g, data) != 0 else _settle(d, &local, &a)
+        rc = REFUSE_ERROR if _send_segment(d, &g, data) != 0 else _settle(d, &local, s, &a)
         if rc != REFUSE_BACKLOG or now_ns() - begin > HANDSHAKE_NS:
             break
         rc = diag_refusal(d.sockets, d.listen_addr, d.listen_port)
         if rc != 0:
             break
     if rc != 0:
-        _drop_flow(d, &local)
+        _drop_flow(d, &local, s)
         return rc
     return _feed_from(d, s, data, &g, &a)
 
@@ -675,7 +718,7 @@ cdef int _feed_from(be_nfqueue *d, const snapshot *s, const uint8_t *data, segme
     """Inject what the socket has not received. The front end has acknowledged these bytes: the
     client will never send them again."""
     cdef uint32_t fin = 1 if s.flags & SNAP_FIN else 0
-    cdef uint32_t start = s.rcv_nxt - fin - s.len, have
+    cdef uint32_t start = _start(s), have
     while a.full:
         have = <uint32_t>a.received
         if have >= s.len + fin:
@@ -750,7 +793,8 @@ cdef int _alive(void *self, uint32_t worker, const tcpha_flow *flow) noexcept no
     if direct:
         return 0
     if a.state != 0 and not known:
-        diag_destroy(d.sockets, &local)  # an earlier run's; nobody can rewrite its packets
+        if not d.shared:   # or it may be one of those who talk to the local server directly
+            diag_destroy(d.sockets, &local, &a)  # an earlier run's; nobody can rewrite its packets
         return 0
     # a request socket is a newer connection's: an adopted one is beyond that
     if a.state == 0 or a.state == TCP_NEW_SYN_RECV or (a.state == TCP_SYN_RECV and not a.full):
@@ -879,11 +923,13 @@ cdef class BeNfqueue(BeDatapath):
         """Reset the connections that live: nobody will rewrite their packets any more."""
         cdef uint32_t i
         cdef flow_cell *c
+        cdef diag_answer a
         with nogil:
             for i in range(self.d.flows.head.fresh):
                 c = table_cell(&self.d.flows, i)
-                if c.used and not (<be_flow *>(c + 1)).ended_ns:
-                    diag_destroy(self.d.sockets, &c.key)
+                if c.used and not (<be_flow *>(c + 1)).ended_ns and \
+                        diag_query(self.d.sockets, &c.key, &a) == 0:
+                    diag_destroy(self.d.sockets, &c.key, &a)
 
     def close(self):
         """No queue may be served any more."""
