@@ -239,22 +239,27 @@ def test_short_connections_under_loss(lossy: Cluster) -> None:
 
 # Load
 
+def dial(c: Cluster, port: int, to: int = 80) -> socket.socket | None:
+    """A connection from a port of the client's, in whose namespace we are. None: the client's
+    kernel waits for the last ACK of the one before."""
+    s = socket.socket()
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    s.settimeout(30)
+    s.bind((c.client.address, port))
+    try:
+        s.connect((c.VIP, to))
+    except OSError as error:
+        s.close()
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        return None
+    return s
+
+
 def connect_from(c: Cluster, port: int, to: int = 80) -> socket.socket:
     """A connection from a port of the client's, as soon as the one before has left it."""
-    def dial() -> socket.socket | None:
-        s = socket.socket()
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        s.settimeout(30)
-        s.bind((c.client.address, port))
-        try:
-            s.connect((c.VIP, to))
-        except OSError as error:
-            s.close()
-            if error.errno != errno.EADDRNOTAVAIL:
-                raise
-            return None  # the client's kernel waits for the last ACK of the one before
-        return s
-    connection: socket.socket = wait_for(lambda: c.client.inside(dial), "the port to be free", 30)
+    connection: socket.socket = wait_for(
+        lambda: c.client.inside(lambda: dial(c, port, to)), "the port to be free", 30)
     return connection
 
 

@@ -8,12 +8,14 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 
 from tcpha.lab.bed import Cluster, Daemon, Nginx, freeze, wait_for
-from test_clients import connect_from
+from test_clients import connect_from, dial
 from test_serve import REQUEST, body, digest, links, read_all, settle, upload_many
 
 # back ends play a small part here
@@ -257,6 +259,24 @@ def test_direct_use_after(cluster: Cluster, end: str) -> None:
         with connect_from(cluster, port, 8080) as s:
             s.sendall(REQUEST.replace(b"/1k", b"/"))
             assert body(read_all(s)) == b"fe\n"
+
+
+def test_direct_use_meanwhile(cluster: Cluster) -> None:
+    """Many clients at once give a request up and use their port for the server while the handoff is
+    under way: whichever connection the server gets first, it resets none for the other's sake."""
+    def give_up(first: int) -> None:
+        for port in [*range(first, first + 20)] * 5:
+            with wait_for(partial(dial, cluster, port), "the port to be free") as s:
+                s.sendall(KEEP)
+            with wait_for(partial(dial, cluster, port, 8080), "the port to be free") as s:
+                s.sendall(REQUEST.replace(b"/1k", b"/"))
+                assert body(read_all(s)) == b"fe\n"
+
+    with ThreadPoolExecutor(4) as pool:
+        runs = [pool.submit(cluster.client.inside, partial(give_up, first))
+                for first in range(20100, 20180, 20)]
+        for run in runs:
+            run.result()
 
 
 def test_direct_use_while_the_last_ack_is_missing(cluster: Cluster) -> None:
