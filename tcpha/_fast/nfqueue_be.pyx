@@ -312,6 +312,8 @@ cdef int _outward(be_nfqueue *d, queue *q, packet *p) noexcept nogil:
             return V_ACCEPT
         add64(&d.unknown, 1)
         return V_DROP
+    if f.state == B_DIRECT and not f.sent and v.flags & TCP_RST:
+        return V_DROP      # it answers the ACK of an adoption that was called off
     if f.state != B_LIVE and f.state != B_DIRECT:
         if v.flags & TCP_RST and f.state == B_SYN:
             f.state = B_REFUSED
@@ -580,7 +582,7 @@ cdef int _room(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) noexce
     cdef bint occupied, unknown, whole
     cdef int _tries
     # Whose this socket is, the entry says afterwards: a direct connection takes the name first.
-    if diag_query(d.sockets, local, &before) < 0:
+    if not d.shared or diag_query(d.sockets, local, &before) < 0:
         before.state = 0
     pthread_rwlock_wrlock(&d.lock)
     f = <be_flow *>table_find(&d.flows, local)
