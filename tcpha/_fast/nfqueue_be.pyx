@@ -357,21 +357,22 @@ cdef void _on_syn(be_nfqueue *d, tcp_view *v) noexcept nogil:
     cdef tcpha_flow local
     cdef be_flow *f
     cdef diag_answer a
-    cdef bint known
+    cdef uint32_t state
+    cdef bint over
     _key(d, v.ip + 12, v.tcp, &local)
     pthread_rwlock_rdlock(&d.lock)
     f = <be_flow *>table_find(&d.flows, &local)
-    known = f != NULL and f.state != B_DIRECT
+    state = f.state if f != NULL else <uint32_t>B_DIRECT
     pthread_rwlock_unlock(&d.lock)
-    if not known or diag_query(d.sockets, &local, &a) < 0 or a.full:
+    if state == B_DIRECT or diag_query(d.sockets, &local, &a) < 0 or a.full:
         return
     pthread_rwlock_wrlock(&d.lock)
     f = <be_flow *>table_find(&d.flows, &local)
-    known = f != NULL and f.state != B_DIRECT
-    if known:
+    over = f != NULL and f.state == state  # or an adoption has succeeded since, or begun
+    if over:
         _hand_back(f)
     pthread_rwlock_unlock(&d.lock)
-    if known:
+    if over:
         _tell(d)
         if diag_destroy(d.sockets, &local, &a):
             add64(&d.killed, 1)
