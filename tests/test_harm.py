@@ -8,6 +8,7 @@ import re
 import resource
 import signal
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tcpha.lab.bed import Cluster, Daemon, listening, sh, wait_for
+from tcpha.lab.bed import Cluster, Daemon, freeze, listening, sh, wait_for
 from test_serve import REQUEST, body, read_all, settle
 
 KEEP = REQUEST.replace(b"close", b"keep-alive")
@@ -163,6 +164,62 @@ def test_full_disk_for_logs(mode: dict[str, Any], tmp_path: Path) -> None:
             for line in (disk / name).read_text().splitlines():
                 assert re.fullmatch(whole, line) and line.count(" tcphafe[") < 2, line
         assert fe.stop() == 0
+
+
+@contextmanager
+def no_kernel_memory_for_maps(d: Daemon) -> Iterator[None]:
+    """Whatever a daemon asks for by bpf(2) fails, as soon as all its threads are caught."""
+    pid = d.process.pid
+    threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
+    tracer = subprocess.Popen(["strace", "-f", "-p", str(pid), "-e", "trace=bpf", "-e",
+                               "inject=bpf:error=ENOMEM", "-o", "/dev/null"],
+                              stderr=subprocess.PIPE, text=True)
+    try:
+        assert tracer.stderr
+        caught = 0
+        while caught < threads and (line := tracer.stderr.readline()):
+            caught += "attached" in line and (int(line.split(" with ")[1].split()[0])
+                                              if " with " in line else 1)
+        assert caught >= threads
+        yield
+    finally:
+        tracer.send_signal(signal.SIGINT)
+        tracer.communicate()
+
+
+@pytest.mark.modes("direct", "tunnel")
+@pytest.mark.parametrize("dies", [False, True], ids=["server lives", "server dies"])
+def test_no_memory_when_a_back_end_has_adopted(mode: dict[str, Any], dies: bool) -> None:
+    """What clients send is kept until the kernel has memory for the entries that let it pass; and
+    if a connection ends before, it is counted as over."""
+    with serving(mode, fe_conf="dbglevel = 3") as c:
+        assert c.fe
+        fe, be, server = c.fe, c.be[0], c.nginx[0]
+        processes = [server.process.pid, *server.worker_pids()] if dies else []
+        freeze(be.process.pid, *processes)
+        try:
+            clients = [request(c) for _ in range(4)]
+            wait_for(lambda: lines(fe, "offered to") == 4, "the offers")
+            with no_kernel_memory_for_maps(fe):
+                be.process.send_signal(signal.SIGCONT)
+                wait_for(lambda: lines(fe, "cannot divert the flow") == 4, "all four adopted")
+                for s in clients:
+                    s.sendall(REQUEST)
+                for pid in processes:  # the connections are in the accept queue
+                    os.kill(pid, signal.SIGKILL)
+                wait_for(lambda: be.ctl("status")["live"] == (0 if dies else 4), "their end")
+        finally:
+            be.process.send_signal(signal.SIGCONT)
+        for s in clients:
+            if dies:
+                with pytest.raises(ConnectionResetError):
+                    s.recv(1)
+            else:
+                assert read_all(s).count(b"HTTP/1.1 200 OK") == 2
+            s.close()
+        settle(c)
+        counters = fe.ctl("status")["counters"]
+        assert counters["handed"] == counters["closed"] == 4
 
 
 @pytest.mark.modes("direct")

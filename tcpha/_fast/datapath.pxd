@@ -31,7 +31,8 @@ cdef struct fe_datapath:
     # of bytes in the receive queue.
     int (*freeze)(void *self, uint32_t worker, int fd, snapshot *s) noexcept nogil
     # Hand the flow to its back end, kept packets first. extra: bytes that our stack took after the
-    # snapshot s, which end at 'now'; they are forged anew for the back end.
+    # snapshot s, which end at 'now'; they are forged anew for the back end. -1: there is no memory
+    # for it at present, and packets are still kept.
     int (*forward)(void *self, tcpha_entry *entry, const snapshot *now, const uint8_t *extra,
                    uint32_t extra_len, bint extra_fin) noexcept nogil
     # Give the flow back to our own stack, kept packets too.

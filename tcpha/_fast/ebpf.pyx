@@ -272,6 +272,9 @@ cdef int _forward(void *self, tcpha_entry *entry, const snapshot *now, const uin
     entry.state = TCPHA_FORWARD
     pthread_mutex_lock(&d.lock)
     rc = bpf_map_update_elem(d.flows, &now.flow, entry, BPF_ANY)
+    if rc < 0:
+        pthread_mutex_unlock(&d.lock)
+        return -1
     if extra_len or extra_fin:
         segment_from(&s, now)
         s.ip_id = TCPHA_IPID_PLAIN
@@ -287,7 +290,7 @@ cdef int _forward(void *self, tcpha_entry *entry, const snapshot *now, const uin
             at += chunk
     _release(d, entry.slot, NULL)
     pthread_mutex_unlock(&d.lock)
-    return rc
+    return 0
 
 
 cdef int _give_back(void *self, const tcpha_flow *flow, uint32_t slot) noexcept nogil:

@@ -21,6 +21,7 @@ cdef enum conn_state:
     CONN_READ = 1          # waiting for the request head
     CONN_SENT = 2          # offered to a back end, waiting for its answer
     CONN_LINGER = 3        # answered by ourselves, waiting for the client to close
+    CONN_TAKEN = 4         # a back end has it, and the kernel no memory to let its packets go there
 
 cdef enum:                 # stages of a handoff, as measured
     STAGE_HEAD = 0         # from accept() until the request head is whole
@@ -42,6 +43,8 @@ cdef struct conn:
     bint watched
     bint method_head       # the request is a HEAD
     bint local             # the client is on our own host
+    bint ended             # while in CONN_TAKEN: the back end has said CLOSED,
+    bint linger            # and has a TIME_WAIT socket
     uint32_t seen          # bytes peeked so far
     uint64_t accept_ns
     uint64_t offered_ns

@@ -489,8 +489,20 @@ cdef bint _look_again(conn *k, worker *w, snapshot *now, uint32_t *late) noexcep
     return True
 
 
+cdef bint _forget(frontend *f, worker *w, const tcpha_flow *flow, uint64_t id,
+                  bint linger) noexcept nogil:
+    """A back end's connection is over. False: it was not known."""
+    cdef tcpha_entry entry
+    if f.dp.forget(f.dp.self, w.index, flow, id, linger, &entry) != 1:
+        return False
+    _count_closed(f, entry.backend)
+    say_flow(f.c, 2, flow, b"closed")
+    return True
+
+
 cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
-    """ADOPTED: the back end owns the connection. Let its packets go there, forget our socket."""
+    """ADOPTED: the back end owns the connection. Let its packets go there, forget our socket. The
+    timer tries again if the kernel has no memory; packets are kept meanwhile."""
     cdef snapshot now
     cdef uint32_t late = 0
     cdef int one = TCP_RECV_QUEUE
@@ -502,7 +514,6 @@ cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
     # socket after the snapshot: our stack has acknowledged it, so it must be passed on from here.
     if k.entry.backend == TCPHA_LOCAL_NODE:
         fin = _look_again(k, w, &now, &late)
-        add64(&f.n.late_bytes, late)
     elif f.dp.freeze(f.dp.self, w.index, k.fd, &now) == 0:
         fin = (now.flags & SNAP_FIN) != 0 and not k.snap.flags & SNAP_FIN
         late = now.len - k.snap.len
@@ -511,16 +522,21 @@ cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
             n = recv(k.fd, w.scratch, SCRATCH, MSG_PEEK | MSG_DONTWAIT)
             if n < <ssize_t>now.len:
                 late = 0
-            add64(&f.n.late_bytes, late)
     else:
         fin = False
         now = k.snap
-    k.diverted = False
     k.entry.live = k.entry.id
     k.entry.end_seq = now.rcv_nxt
     if now.flags & SNAP_FIN:
         k.entry.flags |= TCPHA_F_FIN
-    f.dp.forward(f.dp.self, &k.entry, &now, w.scratch + k.snap.len, late, fin)
+    if f.dp.forward(f.dp.self, &k.entry, &now, w.scratch + k.snap.len, late, fin) < 0:
+        if k.state != CONN_TAKEN:
+            say_flow(f.c, 0, &k.snap.flow, b"cannot divert the flow, trying again: out of memory")
+        set32(&k.state, CONN_TAKEN)
+        set64(&k.deadline_ns, now_ns())
+        return
+    k.diverted = False
+    add64(&f.n.late_bytes, late)
     _count_handed(f, k.entry.backend, k.entry.rule)
     at = now_ns()
     histogram_add(&f.stages[STAGE_OFFER], at - k.offered_ns)
@@ -536,6 +552,8 @@ cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
             add64(&f.n.access_lost, 1)
         else:
             _log_access(f, k, w.scratch)
+    if k.ended:
+        _forget(f, w, &k.snap.flow, k.entry.id, k.linger)
     _close(f, k)
 
 
@@ -602,7 +620,7 @@ cdef void _accept(frontend *f, worker *w) noexcept nogil:
             return
         add64(&f.n.accepted, 1)
         k.fd = fd
-        k.frozen = k.diverted = k.watched = k.method_head = False
+        k.frozen = k.diverted = k.watched = k.method_head = k.ended = False
         k.seen = 0
         k.accept_ns = now_ns()
         set64(&k.deadline_ns, k.accept_ns + f.headtimeout_ns)
@@ -868,21 +886,32 @@ cdef void _recall_returns(frontend *f, conn *k, uint64_t id) noexcept nogil:
     pthread_mutex_unlock(&f.return_lock)
 
 
+cdef void _on_closed(frontend *f, worker *w, uint32_t b, const message *m) noexcept nogil:
+    cdef uint32_t slot = <uint32_t>(m.id & ((1 << SLOT_BITS) - 1))
+    cdef bint linger = m.reason == END_TIME_WAIT
+    cdef conn *k
+    if _forget(f, w, &m.snap.flow, m.id, linger) or slot >= f.nconns:
+        return
+    k = &f.conns[slot]
+    pthread_mutex_lock(&k.lock)
+    if k.state == CONN_TAKEN and k.entry.id == m.id and k.entry.backend == b:
+        k.ended = True
+        k.linger = linger
+    pthread_mutex_unlock(&k.lock)
+    _forget(f, w, &m.snap.flow, m.id, linger)  # it may have been completed just now
+
+
 cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
     cdef frontend *f = <frontend *>c.role
     cdef conn *k
     cdef uint32_t slot
-    cdef tcpha_entry entry
     if m.type == MSG_SERVER:
         if raise64(&f.backends[l.peer].server_said, m.id):  # several connections bring it
             notice(c)
         return 0
     if m.type == MSG_CLOSED:
         say_more(c, 4, &m.snap.flow, b"CLOSED from %s", f.backends[l.peer].name, 0)
-        if f.dp.forget(f.dp.self, w.index, &m.snap.flow, m.id, m.reason == END_TIME_WAIT,
-                       &entry) == 1:
-            _count_closed(f, entry.backend)
-            say_flow(c, 2, &m.snap.flow, b"closed")
+        _on_closed(f, w, l.peer, m)
         return 0
     if m.type == MSG_KEYED:
         if m.id == 0 or m.id >> 8 > f.backends[l.peer].keyed:  # several connections bring it
@@ -1002,6 +1031,8 @@ cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
             elif k.state == CONN_LINGER:
                 _discard(k)
                 _close(f, k)
+            elif k.state == CONN_TAKEN:
+                _complete(f, w, k)
             elif load32(&c.links[k.link].gen) == k.link_gen and \
                     load32(&c.links[k.link].state) == LINK_UP:
                 _stalled(f, k)
