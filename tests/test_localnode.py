@@ -279,6 +279,28 @@ def test_direct_use_meanwhile(cluster: Cluster) -> None:
             run.result()
 
 
+@pytest.mark.modes("nfqueue-direct", "nfqueue-tunnel")  # the others have no handshake
+def test_direct_use_refused_meanwhile(cluster: Cluster) -> None:
+    """While the server has not answered for the request that its client has given up, nobody
+    listens for the client itself: it hears that at once."""
+    cluster.fe_host.nft("""table ip lab {
+        counter asked { }
+        chain out { type filter hook output priority -500;
+            tcp sport 8080 tcp dport 20048 tcp flags & (syn | ack) == (syn | ack) \\
+                counter name asked drop; }
+        chain in { type filter hook input priority 0;
+            iif != lo tcp dport 8080 tcp sport 20048 reject with tcp reset; }
+    }""")
+    try:
+        with connect_from(cluster, 20048) as s:
+            s.sendall(KEEP)
+            wait_for(lambda: cluster.fe_host.nft_counter("asked"), "the server to be asked")
+        with pytest.raises(ConnectionRefusedError):
+            connect_from(cluster, 20048, 8080)
+    finally:
+        cluster.fe_host.nft("")
+
+
 def test_direct_use_while_the_last_ack_is_missing(cluster: Cluster) -> None:
     """The client sends its FIN again when the port has a direct connection already, and must get
     its answer."""

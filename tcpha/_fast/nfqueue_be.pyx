@@ -75,7 +75,7 @@ cdef struct be_flow:
     translation outward
     uint64_t ended_ns      # 0: alive
     uint32_t high          # behind the highest sequence number that the local socket has used
-    uint64_t volume        # how far that has come
+    uint64_t volume        # how far that has come, the SYN included; 0: it never lived
     uint64_t sent          # packets from the local socket
 
 
@@ -273,7 +273,7 @@ cdef bint _is_of(be_flow *f, const tcp_view *v) noexcept nogil:
     same name, whose last words (a RST, when it was destroyed) were still in the queue."""
     cdef uint32_t seq = get32(v.tcp + 4)
     cdef int64_t ahead = <int>(seq - f.high)
-    if ahead > LEAP or -ahead > <int64_t>min(f.volume, <uint64_t>1 << 30) + 1:  # 1: keep-alive
+    if ahead > LEAP or -ahead > <int64_t>min(f.volume, <uint64_t>1 << 30):
         return False
     seq += v.data_len + (1 if v.flags & TCP_FIN else 0)
     if <int>(seq - f.high) > 0:
@@ -307,7 +307,7 @@ cdef int _outward(be_nfqueue *d, queue *q, packet *p) noexcept nogil:
         return V_ACCEPT if d.shared else V_DROP
     _key(d, v.ip + 16, v.tcp + 2, &local)
     f = <be_flow *>table_find(&d.flows, &local)
-    if f == NULL or (f.state == B_DIRECT and get32(v.tcp + 4) != f.high):
+    if f == NULL or (f.state == B_DIRECT and (f.volume == 0 or get32(v.tcp + 4) != f.high)):
         if d.shared:
             return V_ACCEPT
         add64(&d.unknown, 1)
@@ -681,6 +681,7 @@ cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
     if f != NULL:
         _plan(d, f, s)
         f.high = f.isn + 1
+        f.volume = 1
         f.state = B_LIVE   # before the request: it may be answered at once
     pthread_rwlock_unlock(&d.lock)
     if f == NULL:
