@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tcpha.lab import bed
 from tcpha.lab.bed import Cluster
 
 # a loaded machine is no fault of what is tested
@@ -18,6 +19,11 @@ settings.register_profile("tests", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("tests")
 
 BIG = 64 << 20
+
+# Namespaces share a clock, machines do not. In order of a bed's hosts: the front end is five hours
+# ahead of the client, the first back end eleven, and the second is behind both.
+HOUR = 3_600_000_000_000
+bed.CLOCKS[:] = ["0:0", f"{5 * HOUR}:200", f"{11 * HOUR}:-200"]
 
 
 EBPF, NFQUEUE = "ebpf", "nfqueue"

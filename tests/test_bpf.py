@@ -8,7 +8,6 @@ import mmap
 import os
 import socket
 import struct
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -133,7 +132,7 @@ class Bpf:
 
     def put(self, name: str, key: bytes, value: bytes) -> None:
         if name == "flows":  # last seen now, or the daemon takes it for idle and removes it
-            value = value[:16] + struct.pack("=Q", time.monotonic_ns()) + value[24:]
+            value = value[:16] + struct.pack("=Q", self.host.now_ns()) + value[24:]
         self.host.run("bpftool", "map", "update", "id", self.maps[name],
                       "key", *map(str, key), "value", *map(str, value))
 

@@ -678,7 +678,7 @@ def test_segment_behind_one_that_yields(lab: Cluster) -> None:
              (0, 1, 7000 + (1 << 25), DROP), (20_000_000, 1, 7101, DROP))
     for age, yields, seq, verdict in cases:
         bpf.put("adoptions", flow(4010),
-                struct.pack("=QII", time.monotonic_ns() + 5_000_000_000 * (age == 0) - age, 7000,
+                struct.pack("=QII", bpf.host.now_ns() + 5_000_000_000 * (age == 0) - age, 7000,
                             yields))
         packet = Packet(ACK | PSH, sport=4010, seq=seq, data=b"body")
         assert bpf.run("be_ingress", packet)[0] == verdict, (age, yields, seq)
@@ -710,7 +710,7 @@ def test_cookie(lab: Cluster) -> None:
             bpf.drop("strangers", flow(values["sport"]))
             if first:
                 bpf.put("strangers", flow(values["sport"]),
-                        struct.pack("=Q", time.monotonic_ns() - first * 1_000_000))
+                        struct.pack("=Q", bpf.host.now_ns() - first * 1_000_000))
             assert bpf.run("fe_ingress", packet)[0] == verdict, (other, first)
     assert bpf.run("fe_ingress", Packet(RST | ACK, **good))[0] == DROP
     assert bpf.run("fe_ingress", Packet(ACK, **good))[0] == DROP

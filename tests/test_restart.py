@@ -18,7 +18,7 @@ from test_serve import REQUEST, settle
 pytestmark = pytest.mark.modes("tunnel", "fast-direct")
 KEEP = REQUEST.replace(b"close", b"keep-alive")
 COUNT = 20
-VERSION = 56  # offset in struct tcpha_state
+VERSION = 64  # offset in struct tcpha_state
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ static __always_inline int into_reset(struct __sk_buff *skb, const struct header
 static __always_inline void report(struct tcpha_event *event, const struct tcpha_flow *flow,
 				   const struct cookie *c, __u32 frontend, __u32 result, __u32 reused)
 {
-	event->at_ns = bpf_ktime_get_ns();
+	event->at_ns = now_ns();
 	event->flow = *flow;
 	event->isn = c->isn;
 	event->ours = c->ours;
@@ -144,7 +144,7 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 		/* end the older one first; this segment comes again, behind that, by the same way */
 		if (is_again(skb))
 			return TC_ACT_SHOT; /* it did not end: the client's next attempt finds it out */
-		now.at_ns = bpf_ktime_get_ns();
+		now.at_ns = now_ns();
 		now.isn = c.isn;
 		now.state = TCPHA_YIELDING;
 		bpf_map_update_elem(&adoptions, flow, &now, BPF_ANY);
@@ -160,10 +160,10 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 	}
 	before = bpf_map_lookup_elem(&adoptions, flow);
 	if (before && before->isn == c.isn && before->state == TCPHA_ADOPTED &&
-	    bpf_ktime_get_ns() - before->at_ns < COPY_NS)
+	    now_ns() - before->at_ns < COPY_NS)
 		return TC_ACT_SHOT; /* that connection is over already: do not serve its request again */
 	if (before && before->isn == c.isn && before->state == TCPHA_GIVEN_UP &&
-	    bpf_ktime_get_ns() - before->at_ns < GIVE_UP_NS)
+	    now_ns() - before->at_ns < GIVE_UP_NS)
 		return TC_ACT_SHOT;
 	/* first: an adoption that user space does not hear of would never be known to end */
 	event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
@@ -191,7 +191,7 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 	}
 	if (is_again(skb))
 		skb->mark = 0;
-	now.at_ns = bpf_ktime_get_ns();
+	now.at_ns = now_ns();
 	now.isn = c.isn;
 	now.state = TCPHA_ADOPTED;
 	reused = before && now.at_ns - before->at_ns < REUSED_NS;
@@ -214,7 +214,7 @@ static __always_inline int behind_first(struct __sk_buff *skb, const struct tcph
 	__u32 mark = is_again(skb) ? skb->mark + 1 : TCPHA_MARK_AGAIN;
 
 	if (!a || (state == BPF_TCP_TIME_WAIT && a->state != TCPHA_YIELDING) ||
-	    mark == (TCPHA_MARK_AGAIN | MAX_AGAIN) || (__s64)(bpf_ktime_get_ns() - a->at_ns) > YIELD_NS ||
+	    mark == (TCPHA_MARK_AGAIN | MAX_AGAIN) || (__s64)(now_ns() - a->at_ns) > YIELD_NS ||
 	    seq - a->isn < 2 || seq - a->isn > 1 << 24)
 		return TC_ACT_SHOT;
 	skb->mark = mark;

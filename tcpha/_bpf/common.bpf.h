@@ -15,6 +15,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#include "clock.h"
 #include "tcpha.h"
 
 #define IP_MF 0x2000
@@ -70,6 +71,35 @@ struct tcp_timewait_sock {
 	struct inet_timewait_sock tw_sk;
 	__u32 tw_ts_recent;
 } __attribute__((preserve_access_index));
+
+const volatile struct tcpha_clock lab_clock SEC(".rodata.clock");
+
+/* As now_ns() in user space. Where the kernel's own clock is meant, it is asked by its own name. */
+static __always_inline __u64 now_ns(void)
+{
+	__u64 now = bpf_ktime_get_ns();
+
+	if (!lab_clock.ahead_ns && !lab_clock.ppm)
+		return now;
+	return tcpha_clock_read(now, lab_clock.ahead_ns, lab_clock.ppm);
+}
+
+/*
+ * Copy from 1 to 'most' bytes, a constant, of a packet. 0, or -1. Verifiers must find the bounds in the very
+ * register that the helper gets: without the barriers, the compiler may test a copy, or a number one less, or
+ * nothing where it knows more than they do.
+ */
+static __always_inline int load_bytes(struct __sk_buff *skb, __u32 offset, void *to, __u64 length, __u64 most)
+{
+	asm volatile("" : "+r"(length));
+	if (length < 1)
+		return -1;
+	asm volatile("" : "+r"(length));
+	if (length > most)
+		return -1;
+	asm volatile("" : "+r"(length));
+	return bpf_skb_load_bytes(skb, offset, to, length);
+}
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);

@@ -144,7 +144,7 @@ static __always_inline int read_options(struct __sk_buff *skb, __u32 offset, __u
 	__builtin_memset(o, 0, sizeof(*o));
 	if (length == 0)
 		return 0;
-	if (!l || length > 40 || bpf_skb_load_bytes(skb, offset, l->b, length) < 0)
+	if (!l || load_bytes(skb, offset, l->b, length, 40) < 0)
 		return -1;
 	l->at = 0;
 	l->length = length;
@@ -157,18 +157,19 @@ static __always_inline int read_options(struct __sk_buff *skb, __u32 offset, __u
 
 static __always_inline __u32 clock_ms(void)
 {
-	return bpf_ktime_get_ns() / 1000000;
+	return now_ns() / 1000000;
 }
 
 /*
  * Is a segment, whose sequence number is the first behind the handshake, of a client that has our
- * cookie? Fills c. 1, or 0.
+ * cookie? Fills c. 1, or 0. The age is by the clock of the front end that made it, which a back end knows
+ * within some slack: see TCPHA_CLOCK.
  */
 static __always_inline int cookie_check(const struct tcpha_flow *flow, const struct tcpha_keys *keys,
 					__u32 seq, __u32 ack, struct cookie *c)
 {
-	__u32 age;
-	__u64 h;
+	__u64 h, clock = *(const volatile __u64 *)&keys->clock;
+	__u32 age, slack = (__u32)clock;
 
 	c->isn = seq - 1;
 	c->ours = ack - 1;
@@ -179,8 +180,8 @@ static __always_inline int cookie_check(const struct tcpha_flow *flow, const str
 	if (((__u32)h ^ c->ours) >> META_BITS)
 		return 0;
 	if (c->opt.found & OPT_TS) {
-		age = clock_ms() - (c->opt.tsecr - (__u32)(h >> 32));
-		if (age > TCPHA_COOKIE_MS)
+		age = clock_ms() + (__u32)(clock >> 32) - (c->opt.tsecr - (__u32)(h >> 32));
+		if (age + slack > TCPHA_COOKIE_MS + 2 * slack)
 			return 0;
 		c->rtt_ms = age;
 	}

@@ -190,8 +190,7 @@ static __always_inline __u32 payload(const struct headers *h)
 /* Whether a packet belongs to the flow of an entry of its name, and not to our stack. */
 static __always_inline bool is_of(struct tcpha_entry *e, const struct headers *h)
 {
-	switch (tcpha_classify(e, ((__u8 *)h->tcp)[13], bpf_ntohl(h->tcp->seq), payload(h),
-			       bpf_ktime_get_ns())) {
+	switch (tcpha_classify(e, ((__u8 *)h->tcp)[13], bpf_ntohl(h->tcp->seq), payload(h), now_ns())) {
 	case TCPHA_TO_STACK:
 		return false;
 	case TCPHA_TO_LIVE:
@@ -359,7 +358,7 @@ static __always_inline __u32 owner(struct __sk_buff *skb, struct bpf_sock_tuple 
 
 static __always_inline bool may_be_early(const struct tcpha_flow *flow)
 {
-	__u64 now = bpf_ktime_get_ns(), *since = bpf_map_lookup_elem(&strangers, flow);
+	__u64 now = now_ns(), *since = bpf_map_lookup_elem(&strangers, flow);
 
 	if (since && now - *since < STRANGER_NS)
 		return now - *since < EARLY_NS;
@@ -480,7 +479,7 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 		goto accept;
 	if (length == 0) {
 		if (!before || before->isn != c.isn) {
-			now.since_ns = bpf_ktime_get_ns();
+			now.since_ns = now_ns();
 			now.isn = c.isn;
 			now.ours = c.ours;
 			now.rtt_ms = c.rtt_ms;
@@ -498,7 +497,7 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	__builtin_memset(fresh, 0, sizeof(*fresh));
 	fresh->state = TCPHA_PENDING;
 	fresh->flags = TCPHA_F_FAST;
-	fresh->start_ns = fresh->last_ns = bpf_ktime_get_ns();
+	fresh->start_ns = fresh->last_ns = now_ns();
 	fresh->end_seq = fresh->first_seq = seq;
 	fresh->first_ack = ack;
 	fresh->rtt_ms = before && before->isn == c.isn ? before->rtt_ms : c.rtt_ms;
@@ -795,8 +794,8 @@ int fe_fast(struct __sk_buff *skb)
 	bool ours;
 	__u8 kind;
 
-	if (!conf.mss || skb->protocol != bpf_htons(ETH_P_IP) || bpf_skb_load_bytes(skb, 2, &kind, 1) < 0 ||
-	    parse_tcp(skb, 0, &h) < 0 || h.tcp->doff < 5)
+	if (!conf.mss || skb->protocol != bpf_htons(ETH_P_IP) ||
+	    bpf_skb_load_bytes(skb, 2, &kind, 1) < 0 || parse_tcp(skb, 0, &h) < 0 || h.tcp->doff < 5)
 		return TC_ACT_SHOT;
 	flow_of(&h, &flow);
 	seq = bpf_ntohl(h.tcp->seq);

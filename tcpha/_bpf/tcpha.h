@@ -191,13 +191,20 @@ struct tcpha_keys {
 	__u32 used;    /* front end: SYNs are answered; back end: the keys are known */
 	__u32 wscale;  /* that the front end offers */
 	__u32 pad;
+	__u64 clock; /* back end: see TCPHA_CLOCK; front end: 0 */
 };
+
+/*
+ * What a back end knows of a front end's clock, in one word: by how many milliseconds it is ahead of ours,
+ * modulo 2^32, and how many milliseconds either way that may be wrong.
+ */
+#define TCPHA_CLOCK(ahead_ms, slack_ms) ((__u64)(__u32)(ahead_ms) << 32 | (__u32)(slack_ms))
 
 /*
  * The front end's keys, and of whom the maps are that outlive a daemon: flows, backends, shaken and this one.
  * In memory shared with user space. The version changes with the layout of any of these.
  */
-#define TCPHA_STATE_VERSION 1
+#define TCPHA_STATE_VERSION 2
 struct tcpha_state {
 	struct tcpha_keys keys;
 	__u64 key_number; /* of the cookie key in use */

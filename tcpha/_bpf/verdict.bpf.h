@@ -173,10 +173,10 @@ static __always_inline int decide(struct __sk_buff *skb, __u32 offset, __u32 len
 	__u64 generation, key;
 
 	c = bpf_map_lookup_elem(&cache, &zero);
-	if (!c || !c->on || !h || length < 16 || length > TCPHA_HEAD_MAX)
+	if (!c || !c->on || !h || length < 16)
 		return 0;
 	generation = *(volatile __u64 *)&c->generation;
-	if (bpf_skb_load_bytes(skb, offset, h->b, length) < 0)
+	if (load_bytes(skb, offset, h->b, length, TCPHA_HEAD_MAX) < 0)
 		return 0;
 	n = length < TCPHA_LINE_MAX ? length : TCPHA_LINE_MAX;
 	h->seen = 0;
@@ -191,8 +191,7 @@ static __always_inline int decide(struct __sk_buff *skb, __u32 offset, __u32 len
 		return 0;
 	key = hash_bytes(h, 0, at, c->key[0], c->key[1]);
 	v = bpf_map_lookup_elem(&verdicts, &key);
-	if (!v || v->generation != generation || !v->count ||
-	    (v->until_ns && bpf_ktime_get_ns() >= v->until_ns))
+	if (!v || v->generation != generation || !v->count || (v->until_ns && now_ns() >= v->until_ns))
 		return 0;
 	fresh->target_len = at - target;
 	for (i = 0; i < TCPHA_TARGET_MAX / 8; i++)

@@ -23,16 +23,17 @@ from tcpha._fast.defs cimport (
 from tcpha._fast.diag cimport inet_diag_msg
 from tcpha._fast.message cimport (
     END_GONE, END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED_SIZE, MSG_DOUBT, MSG_HANDOFF, MSG_HEADER,
-    MSG_KEYED, MSG_KEYS, MSG_MISSED, MSG_OWNED, MSG_REFUSED_SIZE, MSG_SERVER, MSG_TOLD,
+    MSG_KEYED, MSG_KEYS, MSG_MISSED, MSG_OWNED, MSG_PONG, MSG_REFUSED_SIZE, MSG_SERVER, MSG_TOLD,
     REFUSE_BACKLOG, REFUSE_FULL, REFUSE_LISTENER, REFUSE_LOST, REFUSE_STALE, REFUSE_UNSUPPORTED,
     fast_id, fast_isn, message, message_closed, message_flow, message_refused, message_return,
     message_short, refusal_text)
 from tcpha._fast.packet cimport address_bytes, address_text
+from tcpha._fast.peerclock cimport clock_oldest, clock_word
 from tcpha._fast.sys cimport (
     EINTR, ENOBUFS, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLL_CTL_ADD, EPOLL_CTL_MOD, MSG_DONTWAIT,
     add32, add64, errno, htons, load32, now_ns, ntohs, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock,
-    read_counters, recv, set32, store32, xchg32)
+    read_counters, recv, set32, store32, store64, xchg32)
 
 cdef extern from "<linux/netlink.h>" nogil:
     struct nlmsghdr:
@@ -47,7 +48,6 @@ cdef enum:
     MANY_ENDS = 32         # in one turn of the timer
 
 cdef uint64_t SETTLED_NS = 1000000000  # older connections surely have a socket, or none any more
-cdef int64_t DELAYED_NS = 50000000  # an offer this old may have been made to another one since
 cdef uint64_t YOUNG_NS = 20000000   # an adoption so recent may have no socket yet
 
 
@@ -295,8 +295,10 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
     cdef uint8_t buf[MSG_REFUSED_SIZE]
     cdef adopted *a
     cdef int rc
-    cdef uint64_t now = now_ns()
-    cdef int64_t age
+    if m.type == MSG_PONG:
+        if b.dp.keys != NULL and l.peer < TCPHA_MAX_FAST:
+            store64(&b.dp.keys[l.peer].clock, clock_word(&l.clock))
+        return 0
     if m.type == MSG_OWNED:
         _claim(b, w, l, m)
         return 0
@@ -309,6 +311,7 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
     if m.type == MSG_KEYS:
         if b.dp.keys != NULL and l.peer < TCPHA_MAX_FAST:
             memcpy(b.dp.keys[l.peer].key[m.id >> 8 & 1], m.data, 16)
+            store64(&b.dp.keys[l.peer].clock, clock_word(&l.clock))
             store32(&b.dp.keys[l.peer].wscale, m.id & 0xff)
             store32(&b.dp.keys[l.peer].used, 1)
             link_put(c, w, l, buf, message_short(buf, MSG_KEYED, m.id), NULL, 0)
@@ -316,8 +319,7 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
     if m.type != MSG_HANDOFF:
         return -1
     say_number(c, 4, &m.snap.flow, b"HANDOFF of %ld bytes", m.data_len)
-    age = <int64_t>(now - m.sent_ns) - min(l.delta_ns, l.delta_prev_ns)
-    if age > <int64_t>b.stale_ns or (age > DELAYED_NS and half_closed(l.fd)):
+    if _is_stale(b, l, m):
         rc = REFUSE_STALE  # the front end has given up on it, or is about to
     else:
         _on_ring(b, w)     # what came before this one is in the table
@@ -364,6 +366,15 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
         say_more(c, 1, &m.snap.flow, b"refused: %s", refusal_text(rc), 0)
         link_put(c, w, l, buf, message_refused(buf, m.id, rc), NULL, 0)
     return 0
+
+
+cdef bint _is_stale(backend_state *b, link *l, message *m) noexcept nogil:
+    """Whether an offer may have been made to another back end by now. It is no older than the
+    control connection that it came by. If our own clock stood still, as that of a virtual machine
+    that is paused does, only the end of the connection tells: the front end has closed it."""
+    cdef uint64_t now = now_ns()
+    cdef int64_t age = min(clock_oldest(&l.clock, m.sent_ns, now), <int64_t>(now - l.since_ns))
+    return age > <int64_t>b.stale_ns or half_closed(l.fd)
 
 
 cdef bint _is_known(backend_state *b, worker *w, link *l, message *m) noexcept nogil:

@@ -17,6 +17,7 @@ cdef extern from "<bpf/bpf.h>" nogil:
 cdef class Object:
     cdef void *obj
     cdef dict links
+    cdef int _constants(self, const char *name, const void *values, size_t size) except -1
     cdef int map_fd(self, str name) except -1
     cdef void *map_memory(self, str name, size_t size) except NULL
     cdef void *ring_memory(self, str name, long offset, bint writable, size_t size) except NULL

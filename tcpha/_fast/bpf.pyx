@@ -3,14 +3,17 @@
 import os
 
 from libc.stdint cimport uint32_t, uint64_t
-from libc.string cimport memset
+from libc.stdlib cimport free
+from libc.string cimport memcpy, memmove, memset
+
+from tcpha._fast.sys cimport lab_clock
 
 cdef extern from "<stdarg.h>" nogil:
     ctypedef struct va_list:
         pass
 
 cdef extern from "<stdio.h>" nogil:
-    int vsnprintf(char *to, size_t n, const char *fmt, va_list ap)
+    int vasprintf(char **to, const char *fmt, va_list ap)
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *addr, size_t n, int prot, int flags, int fd, long offset)
@@ -85,44 +88,63 @@ cdef extern from "<bpf/bpf.h>" nogil:
 class BpfError(OSError):
     """The kernel or libbpf refused; the message holds the reason."""
 
+    log = ()  # lines: more of what they said
 
-# What libbpf said last. Loading happens in one thread, at start.
-cdef char LAST[65536]
+
+# What libbpf said last, the end of it. Loading happens in one thread, at start.
+cdef char LAST[16384]
 cdef size_t LAST_LEN = 0
 
 
 cdef int _listen(libbpf_print_level level, const char *fmt, va_list ap) noexcept nogil:
+    """Keep what was said. The verifier's log, which is long, comes in one piece, and its end tells
+    why a program was refused."""
     global LAST_LEN
-    cdef int n
-    if level == LIBBPF_DEBUG or LAST_LEN + 1 >= sizeof(LAST):
-        return 0
-    n = vsnprintf(LAST + LAST_LEN, sizeof(LAST) - LAST_LEN, fmt, ap)
-    if n > 0:
-        LAST_LEN = min(LAST_LEN + <size_t>n, sizeof(LAST) - 1)
-    return n
+    cdef char *text = NULL
+    cdef const char *end
+    cdef size_t n, room
+    cdef int said = 0 if level == LIBBPF_DEBUG else vasprintf(&text, fmt, ap)
+    if said <= 0:
+        return said
+    n = min(<size_t>said, sizeof(LAST) // 2)
+    end = text + said - n
+    room = sizeof(LAST) - n
+    if LAST_LEN > room:
+        memmove(LAST, LAST + LAST_LEN - room, room)
+        LAST_LEN = room
+    memcpy(LAST + LAST_LEN, end, n)
+    LAST_LEN += n
+    free(text)
+    return said
 
 
 libbpf_set_print(_listen)
 
+TELLING = ("not found", "incompatible", "invalid", "unknown func")
+LOG_END = "-- END PROG LOAD LOG --"
 
-cdef str _said():
-    """The telling line of what libbpf printed since the last call."""
+
+cdef list _said():
+    """What libbpf printed since the last call, the lines that tell why: the verifier's last ones,
+    or one of its own."""
     global LAST_LEN
     lines = [x.strip() for x in LAST[:LAST_LEN].decode(errors="replace").splitlines() if x.strip()]
     LAST_LEN = 0
-    if not lines:
-        return ""
-    for word in ("not found", "incompatible", "invalid", "unknown func"):
-        for line in lines:
-            if word in line:
-                return line
-    return lines[0]
+    for at, line in enumerate(lines):
+        if line.endswith(LOG_END):
+            return [x for x in lines[max(at - 8, 0):at]
+                    if not x.startswith(("processed ", "verification time", "stack depth",
+                                         "max_states", "libbpf:"))]
+    return [line for word in TELLING for line in lines if word in line][:1] or lines[:1]
 
 
 cdef _check(long rc, what):
     if rc < 0:
-        reason = _said()
-        raise BpfError(-rc, f"{what}: {os.strerror(-rc)}" + (f" ({reason})" if reason else ""))
+        lines = _said()
+        reason = f" ({lines[len(lines) - 1]})" if lines else ""
+        error = BpfError(-rc, f"{what}: {os.strerror(-rc)}{reason}")
+        error.log = lines
+        raise error
     return rc
 
 
@@ -154,13 +176,11 @@ cdef class Object:
         self.links = {}
         obj = bpf_object__open_file(raw, NULL)
         if obj == NULL:
-            raise BpfError(2, f"{path}: cannot be opened as a BPF object ({_said()})")
+            _check(-2, f"{path} is no BPF object")
         self.obj = obj
         if rodata:
-            m = bpf_object__find_map_by_name(obj, b".rodata.conf")
-            if m == NULL:
-                raise BpfError(2, f"{path}: no constants")
-            _check(bpf_map__set_initial_value(m, <const char *>rodata, len(rodata)), path)
+            self._constants(b".rodata.conf", <const char *>rodata, len(rodata))
+            self._constants(b".rodata.clock", &lab_clock, sizeof(lab_clock))
         for name, size in (max_entries or {}).items():
             m = bpf_object__find_map_by_name(obj, name.encode())
             if m == NULL:
@@ -177,6 +197,12 @@ cdef class Object:
     def __dealloc__(self):
         if self.obj != NULL:
             bpf_object__close(<bpf_object *>self.obj)
+
+    cdef int _constants(self, const char *name, const void *values, size_t size) except -1:
+        cdef bpf_map *m = bpf_object__find_map_by_name(<bpf_object *>self.obj, name)
+        if m == NULL:
+            raise BpfError(2, f"no constants {name.decode()}")
+        return _check(bpf_map__set_initial_value(m, values, size), name.decode())
 
     cdef int map_fd(self, str name) except -1:
         cdef bpf_map *m = bpf_object__find_map_by_name(<bpf_object *>self.obj, name.encode())

@@ -3,6 +3,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from tcpha._fast.defs cimport TCPHA_MAX_OPS, tcpha_flow
 from tcpha._fast.message cimport message
+from tcpha._fast.peerclock cimport peer_clock
 from tcpha._fast.sys cimport pthread_mutex_t
 from tcpha._fast.tls cimport tls
 
@@ -51,9 +52,8 @@ cdef struct link:
     uint32_t buf_len
     uint64_t last_rx_ns
     uint64_t ponged        # of the latest PONG: when its PING was sent
-    int64_t delta_ns       # smallest (our clock - peer's clock) in this window and the one before
-    int64_t delta_prev_ns
-    uint64_t delta_since_ns
+    uint64_t since_ns
+    peer_clock clock
 
 
 cdef struct worker:

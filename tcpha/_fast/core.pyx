@@ -8,15 +8,16 @@ point where it holds nothing: see Core.quiesce().
 import os
 import threading
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memmove
 
 from tcpha._fast.defs cimport TCPHA_MAX_OPS, tcpha_flow
-from tcpha._fast.message cimport (MSG_HANDOFF, MSG_PING, MSG_PONG, message, message_decode,
-                                  message_short)
+from tcpha._fast.message cimport (
+    MSG_PING, MSG_PONG, MSG_PONG_SIZE, message, message_decode, message_pong, message_short)
 from tcpha._fast.packet cimport flow_text
+from tcpha._fast.peerclock cimport clock_answered, clock_told
 from tcpha._fast.sys cimport (
     EAGAIN, ECONNRESET, EINTR, EOPNOTSUPP, EPIPE, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN,
     EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL,
@@ -32,7 +33,7 @@ cdef extern from "<linux/tcp.h>" nogil:
         uint8_t tcpi_state
         uint32_t tcpi_unacked
 
-cdef uint64_t DELTA_WINDOW = 30000000000  # ns
+cdef uint64_t HELLO_NS = 3000000000  # that HELLO takes at most: PATIENCE in control/hello.py
 cdef enum:
     EVENTS = 64
 
@@ -223,18 +224,6 @@ cdef void link_break(core *c, worker *w, link *l, bint gone) noexcept nogil:
     notice(c)
 
 
-cdef void _learn_delta(link *l, uint64_t now, uint64_t sent) noexcept nogil:
-    """Track the smallest difference of the clocks: what lies above it is delay on the way. Two
-    windows, because clocks drift."""
-    cdef int64_t delta = <int64_t>(now - sent)
-    if now - l.delta_since_ns > DELTA_WINDOW:
-        l.delta_prev_ns = l.delta_ns
-        l.delta_ns = delta
-        l.delta_since_ns = now
-    elif delta < l.delta_ns:
-        l.delta_ns = delta
-
-
 cdef ssize_t _receive(worker *w, link *l, uint8_t *to, uint32_t room) noexcept nogil:
     """As recv() does, decrypted; TLS_BROKEN: the peer's bytes are not what it encrypted."""
     cdef ssize_t got
@@ -261,7 +250,7 @@ cdef void _read_link(core *c, worker *w, link *l) noexcept nogil:
     cdef int used
     cdef uint32_t at
     cdef message m
-    cdef uint8_t pong[16]
+    cdef uint8_t pong[MSG_PONG_SIZE]
     while load32(&l.state) == LINK_UP:
         got = _receive(w, l, l.buf + l.buf_len, LINK_IN - l.buf_len)
         if got == TLS_BROKEN:
@@ -290,13 +279,12 @@ cdef void _read_link(core *c, worker *w, link *l) noexcept nogil:
                 break
             at += <uint32_t>used
             if m.type == MSG_PING:
-                _learn_delta(l, l.last_rx_ns, m.id)
-                link_put(c, w, l, pong, message_short(pong, MSG_PONG, m.id), NULL, 0)
-            elif m.type == MSG_HANDOFF:
-                _learn_delta(l, l.last_rx_ns, m.sent_ns)
-            elif m.type == MSG_PONG:
+                link_put(c, w, l, pong, message_pong(pong, m.id), NULL, 0)
+                continue
+            if m.type == MSG_PONG:
                 store64(&l.ponged, m.id)
-            if m.type != MSG_PING and m.type != MSG_PONG and c.on_message(c, w, l, &m) < 0:
+                clock_answered(&l.clock, m.id, m.sent_ns, l.last_rx_ns)
+            if c.on_message(c, w, l, &m) < 0:
                 say(c, 0, b"unexpected message on a control connection: closing it")
                 link_break(c, w, l, False)
                 return
@@ -493,11 +481,10 @@ cdef class Core:
 
     # Control connections
 
-    def add_link(self, sock, uint32_t peer, int64_t delta_ns, Channel channel=None):
+    def add_link(self, sock, uint32_t peer, uint64_t clock, Channel channel=None):
         """Hand a connected socket over to the workers; HELLO has been exchanged. Returns its index.
 
-        delta_ns: our CLOCK_MONOTONIC less the peer's, as HELLO showed it; channel: what encrypts
-        it, if something does.
+        clock: the peer's, as HELLO told it; channel: what encrypts it, if something does.
         """
         cdef uint32_t i
         cdef link *l
@@ -523,11 +510,12 @@ cdef class Core:
         l.peer = peer
         l.readers = 0
         l.buf_len = l.out_len = l.out_sent = l.sealed_len = l.sealed_sent = 0
-        l.last_rx_ns = l.delta_since_ns = now_ns()
-        l.delta_ns = l.delta_prev_ns = delta_ns
+        l.last_rx_ns = l.since_ns = now_ns()
+        clock_told(&l.clock, clock, HELLO_NS, l.since_ns)
         store32(&l.state, LINK_UP)
         watch(self.c, EPOLL_CTL_ADD, l.fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, EV_LINK, i,
               l.gen)
+        self.ping(i)
         return i
 
     def links(self):

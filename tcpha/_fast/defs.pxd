@@ -144,6 +144,8 @@ cdef extern from "tcpha.h" nogil:
         uint32_t current
         uint32_t used
         uint32_t wscale
+        uint64_t clock
+    uint64_t TCPHA_CLOCK(uint64_t ahead_ms, uint64_t slack_ms)
 
     struct tcpha_state:
         tcpha_keys keys

@@ -27,9 +27,9 @@ from tcpha._fast.match cimport (
     ruleset_free, ruleset_new)
 from tcpha._fast.message cimport (
     END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED, MSG_FLOW, MSG_HANDOFF_FIXED, MSG_KEYED, MSG_KEYS_SIZE,
-    MSG_MISSED, MSG_OWNED_SIZE, MSG_REFUSED, MSG_RETURN, MSG_SERVER, MSG_TOLD, REFUSE_FULL,
-    REFUSE_LINK, REFUSE_LOST, REFUSE_TIMEOUT, REFUSE_UNSUPPORTED, fast_id, message, message_doubt,
-    message_handoff, message_keys, message_owned, refusal_text)
+    MSG_MISSED, MSG_OWNED_SIZE, MSG_PONG, MSG_REFUSED, MSG_RETURN, MSG_SERVER, MSG_TOLD,
+    REFUSE_FULL, REFUSE_LINK, REFUSE_LOST, REFUSE_TIMEOUT, REFUSE_UNSUPPORTED, fast_id, message,
+    message_doubt, message_handoff, message_keys, message_owned, refusal_text)
 from tcpha._fast.meter cimport (
     histogram_add, histogram_read, slow_close, slow_note, slow_open, slow_read)
 from tcpha._fast.packet cimport address_bytes, flow_text
@@ -905,6 +905,8 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
     cdef frontend *f = <frontend *>c.role
     cdef conn *k
     cdef uint32_t slot
+    if m.type == MSG_PONG:
+        return 0
     if m.type == MSG_SERVER:
         if raise64(&f.backends[l.peer].server_said, m.id):  # several connections bring it
             notice(c)

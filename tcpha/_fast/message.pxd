@@ -6,13 +6,14 @@ from tcpha._fast.snapshot cimport snapshot
 
 cdef enum:
     MSG_MAGIC = 0x5443          # "TC"
-    MSG_VERSION = 4
+    MSG_VERSION = 5
     MSG_HEADER = 16
     MSG_HANDOFF_FIXED = MSG_HEADER + 8 + 36 + 7 * 4 + 2 + 2 + 2
     MSG_CLOSED_SIZE = MSG_HEADER + 36 + 4
     MSG_OWNED_SIZE = MSG_HEADER + 36
     MSG_REFUSED_SIZE = MSG_HEADER + 4
     MSG_KEYS_SIZE = MSG_HEADER + 16
+    MSG_PONG_SIZE = MSG_HEADER + 8
     MSG_MAX_DATA = 1 << 18
     MSG_MAX = MSG_HANDOFF_FIXED + MSG_MAX_DATA
 
@@ -23,7 +24,7 @@ cdef enum message_type:
     MSG_REFUSED = 4    # BE: id: handoff id; body: reason
     MSG_CLOSED = 5     # BE: id: handoff id; body: flow
     MSG_PING = 6       # both: id: sender's clock
-    MSG_PONG = 7       # both: id: the ping's
+    MSG_PONG = 7       # both: id: the ping's; body: sender's clock
     MSG_OWNED = 8      # FE, to a BE that was started anew: id: handoff id; body: flow
     MSG_KEYS = 10      # FE: id: see key_id(); body: a cookie key
     MSG_KEYED = 11     # BE: id: the one of KEYS; from now on it knows cookies made with it. 0: none
@@ -56,7 +57,7 @@ cdef struct message:
     uint8_t type
     uint32_t length
     uint64_t id
-    uint64_t sent_ns       # HANDOFF: the sender's CLOCK_MONOTONIC
+    uint64_t sent_ns       # HANDOFF, PONG: the sender's CLOCK_MONOTONIC
     uint32_t reason        # REFUSED, RETURN: a refusal; CLOSED: an ending; FLOW: rcv_nxt
     snapshot snap          # HANDOFF; CLOSED, OWNED, DOUBT, RETURN, FLOW: flow only
     const uint8_t *data    # HANDOFF, HELLO, KEYS
@@ -65,6 +66,7 @@ cdef struct message:
 
 cdef uint32_t message_handoff(uint8_t *to, uint64_t id, const snapshot *s) noexcept nogil
 cdef uint32_t message_short(uint8_t *to, uint8_t kind, uint64_t id) noexcept nogil
+cdef uint32_t message_pong(uint8_t *to, uint64_t id) noexcept nogil
 cdef uint32_t message_refused(uint8_t *to, uint64_t id, uint32_t reason) noexcept nogil
 cdef uint32_t message_closed(uint8_t *to, uint64_t id, const tcpha_flow *flow,
                              uint32_t reason) noexcept nogil

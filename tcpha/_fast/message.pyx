@@ -8,7 +8,7 @@ then the request bytes. CLOSED body: flow, ending (32). OWNED, DOUBT body: flow.
 reason (32). RETURN body: flow, reason (32). FLOW body: flow, rcv_nxt (32). KEYS body: 16 bytes of
 key; its id is the key's number (56 bits; the lowest one says which of two it replaces), then the
 window scale that goes with its cookies (8).
-ADOPTED, PING, PONG, SERVER, KEYED, TOLD and MISSED have none.
+PONG body: sent_ns (64). ADOPTED, PING, SERVER, KEYED, TOLD and MISSED have none.
 HELLO body: JSON.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -118,9 +118,15 @@ cdef uint32_t message_handoff(uint8_t *to, uint64_t id, const snapshot *s) noexc
 
 
 cdef uint32_t message_short(uint8_t *to, uint8_t kind, uint64_t id) noexcept nogil:
-    """ADOPTED, PING, PONG, SERVER, KEYED, TOLD or MISSED."""
+    """ADOPTED, PING, SERVER, KEYED, TOLD or MISSED."""
     _header(to, kind, MSG_HEADER, id)
     return MSG_HEADER
+
+
+cdef uint32_t message_pong(uint8_t *to, uint64_t id) noexcept nogil:
+    """The answer to a PING, stamped with the time."""
+    _put64(_header(to, MSG_PONG, MSG_PONG_SIZE, id), now_ns())
+    return MSG_PONG_SIZE
 
 
 cdef uint32_t message_refused(uint8_t *to, uint64_t id, uint32_t reason) noexcept nogil:
@@ -239,6 +245,8 @@ cdef int message_decode(const uint8_t *buf, uint32_t length, message *m) noexcep
         m.data_len = c.left
     elif m.type == MSG_REFUSED:
         m.reason = _get32(&c)
+    elif m.type == MSG_PONG:
+        m.sent_ns = _get64(&c)
     elif m.type == MSG_KEYS:
         m.data = _take(&c, 16)
         m.data_len = 16
@@ -251,9 +259,8 @@ cdef int message_decode(const uint8_t *buf, uint32_t length, message *m) noexcep
             memcpy(&s.flow, p, sizeof(tcpha_flow))
         if m.type != MSG_OWNED and m.type != MSG_DOUBT:
             m.reason = _get32(&c)
-    elif m.type != MSG_ADOPTED and m.type != MSG_PING and m.type != MSG_PONG and \
-            m.type != MSG_SERVER and m.type != MSG_KEYED and m.type != MSG_TOLD and \
-            m.type != MSG_MISSED:
+    elif m.type != MSG_ADOPTED and m.type != MSG_PING and m.type != MSG_SERVER and \
+            m.type != MSG_KEYED and m.type != MSG_TOLD and m.type != MSG_MISSED:
         return -1
     if c.bad or ((m.data == NULL or m.type == MSG_KEYS) and c.left):
         return -1
@@ -272,6 +279,11 @@ PING = MSG_PING
 PONG = MSG_PONG
 OWNED = MSG_OWNED
 VERSION = MSG_VERSION
+
+
+def clock():
+    """CLOCK_MONOTONIC in nanoseconds, as it stands in messages."""
+    return now_ns()
 
 
 def encode_hello(bytes body):

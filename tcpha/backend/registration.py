@@ -64,7 +64,7 @@ class Registration:
             await asyncio.get_running_loop().sock_connect(sock, (config.feaddr, config.feport))
             mine = Hello("be", config.vaddr, config.port, instance=self.instance,
                          rule=[r.pattern for r in config.rule])
-            hello, _, _ = await call(sock, mine, self.secret)
+            hello, _ = await call(sock, mine, self.secret)
         check(hello, "fe", config.vaddr)
 
 

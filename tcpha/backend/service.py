@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import time
 from typing import Any
 
 from tcpha._fast.be_worker import BackEnd
 from tcpha._fast.diag import SockDiag
+from tcpha._fast.message import clock
 from tcpha.admin.rundir import RunDir
 from tcpha.admin.server import Command
 from tcpha.admin.web import Pages
@@ -25,7 +25,7 @@ from tcpha.control.hello import (
     check,
     new_instance,
 )
-from tcpha.datapath import allow_adoption, choose, open_backend
+from tcpha.datapath import allow_adoption, open_backend
 from tcpha.net.host import HostError
 from tcpha.service import TICK, Service
 
@@ -50,8 +50,6 @@ class BackEndService(Service):
 
     def open(self) -> None:
         config, host = self.config, self.host
-        datapath, found = choose(self.role, config.datapath)
-        log.info("%s", found)
         if host.holder(config.raddr) is None:
             raise HostError(f"raddr {config.raddr} is no address of this host; mend it or add the "
                             "address")
@@ -59,7 +57,7 @@ class BackEndService(Service):
         allow_adoption(host)
         self.listener = self._listen()
         try:
-            self.datapath = open_backend(datapath, config, host)
+            self.datapath = open_backend(config, host)
             # only now, behind the guard
             host.add_address(config.vaddr, socket.if_nametoindex("lo"))
             self.core.start(self.datapath.table)
@@ -112,7 +110,7 @@ class BackEndService(Service):
         if listens == self.listens:
             return
         self.listens = listens
-        self.said = time.monotonic_ns() << 1 | listens
+        self.said = clock() << 1 | listens
         self.core.tell_server(self.said)
         if listens:
             log.info("the application listens on %s:%d", address, config.redirectport)
@@ -136,7 +134,7 @@ class BackEndService(Service):
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             async with asyncio.timeout(PATIENCE):
-                hello, delta, channel = await answer(sock, mine, self.secret, self._judge)
+                hello, channel = await answer(sock, mine, self.secret, self._judge)
         except (TimeoutError, OSError, HelloError) as error:
             log.warning("control connection from %s refused: %s", address, error or "no HELLO")
             sock.close()
@@ -154,7 +152,7 @@ class BackEndService(Service):
             self.frontends.append(peer)
             log.info("front end %s: connected", address)
         self.datapath.allow(address, True)
-        link = self.core.add_link(sock, index, delta, channel)
+        link = self.core.add_link(sock, index, hello.clock, channel)
         self.core.check_all()
         if hello.asks:
             await self._tell(index, link)
@@ -194,7 +192,7 @@ class BackEndService(Service):
         if not self.datapath.fastpath:
             return
         loop = asyncio.get_running_loop()
-        begin, said = loop.time(), time.monotonic_ns()
+        begin, said = loop.time(), clock()
         self.core.leave_fast_path()
         for index, _, up, _ in self.core.links():
             if up:
@@ -220,6 +218,8 @@ class BackEndService(Service):
             "raddr": config.raddr, "vaddr": config.vaddr, "uaddr": config.uaddr,
             "port": config.port, "redirectaddr": config.redirectaddr,
             "redirectport": config.redirectport, "datapath": self.datapath.name,
+            "chosen": self.datapath.chosen,
+            "fastpath": "on" if self.datapath.fastpath else "off",
             "dbglevel": self.core.dbglevel, "startservers": config.startservers,
             "minspareservers": config.minspareservers,
             "maxspareservers": config.maxspareservers, "maxclients": config.maxclients,

@@ -17,12 +17,11 @@ import logging
 import secrets
 import socket
 import struct
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tcpha._fast.message import HEADER_SIZE, HELLO, VERSION, encode_hello
+from tcpha._fast.message import HEADER_SIZE, HELLO, VERSION, clock, encode_hello
 from tcpha._fast.tls import Channel, TlsError
 
 log = logging.getLogger("tcpha")
@@ -57,7 +56,7 @@ class Hello:
     error: str = ""
 
     def body(self) -> bytes:
-        self.clock = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        self.clock = clock()
         return json.dumps(asdict(self)).encode()
 
 
@@ -140,9 +139,7 @@ class _Wire:
         return self.ahead[:1]
 
 
-def _read(body: bytes, version: int) -> tuple[Hello, int]:
-    """(the HELLO, our clock less the peer's in ns)."""
-    now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+def _read(body: bytes, version: int) -> Hello:
     try:
         values: dict[str, Any] = json.loads(body)
         hello = Hello(**{k: v for k, v in values.items() if k in Hello.__dataclass_fields__})
@@ -151,7 +148,8 @@ def _read(body: bytes, version: int) -> tuple[Hello, int]:
                 raise TypeError(f"{name} is no {type(default).__name__}")
         if not all(isinstance(rule, str) for rule in hello.rule):
             raise TypeError("a rule is no text")
-        delta = now - hello.clock
+        if not 0 <= hello.clock < 1 << 64:
+            raise ValueError("clock is out of range")
     except (ValueError, TypeError, AttributeError) as error:
         raise HelloError(f"the peer's HELLO is malformed: {error}") from None
     if hello.error:
@@ -159,26 +157,26 @@ def _read(body: bytes, version: int) -> tuple[Hello, int]:
     if version != VERSION or hello.version != VERSION:
         raise HelloError(f"the peer speaks protocol version {hello.version}, we speak {VERSION}; "
                          "install the same release on both")
-    return hello, delta
+    return hello
 
 
 async def call(sock: socket.socket, mine: Hello,
-               secret: bytes | None) -> tuple[Hello, int, Channel | None]:
-    """Begin the exchange on a connection of ours. (the peer's HELLO, our clock less its in ns, what
-    encrypts the connection)."""
+               secret: bytes | None) -> tuple[Hello, Channel | None]:
+    """Begin the exchange on a connection of ours. (the peer's HELLO, what encrypts the
+    connection)."""
     wire = _Wire(sock)
     if secret:
         await wire.encrypt(secret, False)
     if not secret or wire.channel:
         await wire.send(mine.body())
-    hello, delta = _read(*await wire.receive())
+    hello = _read(*await wire.receive())
     if secret and not wire.channel:
         raise HelloError(NO_SECRET)
-    return hello, delta, wire.channel
+    return hello, wire.channel
 
 
 async def answer(sock: socket.socket, mine: Hello, secret: bytes | None,
-                 judge: Callable[[Hello], None]) -> tuple[Hello, int, Channel | None]:
+                 judge: Callable[[Hello], None]) -> tuple[Hello, Channel | None]:
     """Answer a peer that has connected. judge: raises HelloError if it does not fit, which the peer
     is told."""
     wire = _Wire(sock)
@@ -195,14 +193,14 @@ async def answer(sock: socket.socket, mine: Hello, secret: bytes | None,
     if secret:
         await wire.encrypt(secret, True)
     try:
-        hello, delta = _read(*await wire.receive())
+        hello = _read(*await wire.receive())
         judge(hello)
     except HelloError as error:
         mine.error = str(error)
         await wire.send(mine.body())
         raise
     await wire.send(mine.body())
-    return hello, delta, wire.channel
+    return hello, wire.channel
 
 
 async def accept_each(listener: socket.socket,

@@ -13,6 +13,7 @@ from typing import Any
 
 from tcpha._fast.be_worker import BackEnd
 from tcpha._fast.diag import SockDiag
+from tcpha._fast.message import clock
 from tcpha.config import ANY, Config
 from tcpha.datapath import LOCAL_CONNECTIONS, DatapathError, Frontend, allow_adoption
 from tcpha.net.host import Host
@@ -53,8 +54,8 @@ class LocalNode:
         forward_log(self.node.log_lines())
         self.node.start(self.datapath.table)
         ours, its = socket.socketpair()
-        self.node.add_link(its, 0, 0)
-        self.core.backend_add_link(INDEX, self.core.add_link(ours, INDEX, 0))
+        self.node.add_link(its, 0, clock())
+        self.core.backend_add_link(INDEX, self.core.add_link(ours, INDEX, clock()))
         self.workers.begin()
         self.look()
 

@@ -233,14 +233,14 @@ class Registry:
                     "fe", self.config.vaddr, self.config.port, self.config.forward,
                     instance=self.instance, asks=self.datapath.fresh
                     and not self.core.backend_stats(entry.index)["told"])
-                hello, delta, channel = await call(sock, mine, self.secret)
+                hello, channel = await call(sock, mine, self.secret)
             check(hello, "be", self.config.vaddr)
             self._set_path(entry, sock.getsockname()[0])
             if entry.instance != hello.instance:
                 # before there is a link: requests of the packet path would go to who has no key
                 self.core.backend_server(entry.index, hello.server)
                 self.core.backend_forgets_keys(entry.index)
-            index = self.core.add_link(sock, entry.index, delta, channel)
+            index = self.core.add_link(sock, entry.index, hello.clock, channel)
             self.core.backend_add_link(entry.index, index)
             if entry.missed or entry.instance not in ("", hello.instance):
                 entry.missed = False

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""No host compares its clock with another one's. The hosts of all tests have clocks of their own,
+hours apart and running at different rates (conftest.py); here it is seen that this is so, and what
+is made of it."""
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_bpf import Bpf, number
+
+from tcpha._fast.peerclock import PeerClock
+from tcpha.lab.bed import Cluster, Daemon, wait_for
+from test_serve import REQUEST, body, read_all
+
+SECOND = 1_000_000_000
+MS = SECOND // 1000
+HELLO = 3 * SECOND      # HELLO_NS in core.pyx
+CLOCK = 48              # offset in struct tcpha_keys
+WEEK = 7 * 86400 * SECOND
+
+times = st.integers(1000 * SECOND, 1 << 62)
+delays = st.integers(0, 5 * SECOND)
+
+
+@given(ours=times, theirs=times, hello=st.integers(0, HELLO), ppm=st.integers(-500, 500),
+       exchanges=st.lists(st.tuples(delays, delays, st.integers(0, 600 * SECOND)), max_size=8),
+       age=st.integers(0, 200 * SECOND))
+def test_the_truth_lies_within_what_is_known(
+        ours: int, theirs: int, hello: int, ppm: int, exchanges: list[tuple[int, int, int]],
+        age: int) -> None:
+    """Whatever messages take on the way, and however clocks drift."""
+    begin, there = ours, theirs
+
+    def peer(now: int) -> int:
+        return there + (now - begin) * (1_000_000 + ppm) // 1_000_000
+    p = PeerClock(peer(ours), HELLO, ours + hello)
+    now = ours + hello
+    for out, back, pause in exchanges:
+        now += pause
+        p.answered(now, peer(now + out), now + out + back)
+        now += out + back
+        ahead, slack = p.word()
+        wrong = ((peer(now) - now) // MS - ahead + (1 << 31)) % (1 << 32) - (1 << 31)
+        assert -1 <= wrong <= slack or slack == 30_000
+        assert p.oldest(peer(now), now) >= 0
+        assert p.oldest(peer(now) - age, now) >= age
+
+
+@given(jump=st.integers(-WEEK, WEEK), trip=st.integers(0, 2 * SECOND))
+def test_a_jump_is_healed_by_the_next_answer(jump: int, trip: int) -> None:
+    ours, theirs = 2 * WEEK, 3 * WEEK
+    p = PeerClock(theirs, HELLO, ours)
+    p.answered(ours, theirs, ours + MS)
+    now = ours + SECOND
+    there = theirs + SECOND + jump
+    p.answered(now, there + trip // 2, now + trip)
+    age = p.oldest(there + trip // 2, now + trip)
+    assert age >= trip - trip // 2 - abs(jump) * (abs(jump) <= trip + 2 * MS)
+    assert age <= trip + 3 * MS or abs(jump) <= trip + 3 * MS
+
+
+def test_an_answer_from_the_future_says_nothing() -> None:
+    p = PeerClock(WEEK, HELLO, WEEK)
+    before = p.state
+    p.answered(2 * WEEK, 5, WEEK + MS)
+    assert p.state == before
+
+
+def clock_at(c: Cluster, n: int) -> tuple[int, int]:
+    """(ms that the front end's clock is ahead of a back end's, slack), as the back end knows it."""
+    keys = Bpf(c.be_hosts[n], ("be_ingress",)).get("keys", number(0))
+    word, = struct.unpack_from("=Q", keys, CLOCK)
+    return word >> 32, word & 0xffffffff
+
+
+def difference(c: Cluster, n: int) -> int:
+    return (c.fe_host.now_ns() - c.be_hosts[n].now_ns()) // MS
+
+
+@pytest.mark.modes("fast-direct", "fast-tunnel")
+def test_back_ends_know_the_front_ends_clock(mode: dict[str, Any]) -> None:
+    c = Cluster(2, **mode, rules=[(1, "jpg$"), (0, ".*")])
+    try:
+        assert abs(difference(c, 0)) > 3_600_000 and abs(difference(c, 1)) > 3_600_000
+        for n in range(2):
+            wait_for(lambda n=n: clock_at(c, n)[1] < 1100, "an exchange")
+            ahead, slack = clock_at(c, n)
+            assert abs((difference(c, n) - ahead + (1 << 31)) % (1 << 32) - (1 << 31)) <= slack
+    finally:
+        c.close()
+
+
+def moved(d: Daemon, by_ns: int) -> None:
+    """Kill a daemon, and start it on a host whose clock is ahead by so much more."""
+    ahead, ppm = d.host.clock.split(":")
+    d.kill()
+    d.host.clock = f"{int(ahead) + by_ns}:{ppm}"
+    d.start()
+
+
+@pytest.mark.modes("direct", "fast-direct", "nfqueue-tunnel")
+@pytest.mark.parametrize("by", [5, 3600, 86400])
+def test_a_daemon_comes_back_with_another_clock(mode: dict[str, Any], by: int) -> None:
+    """What it and its peers knew of each other's clocks is void."""
+    c = Cluster(1, **mode, rules=[(0, ".*")])
+    try:
+        c.nginx[0].file("1k", size=1024)
+        assert c.fe
+        for daemon in (c.be[0], c.fe, c.be[0]):
+            moved(daemon, by * SECOND)
+            c.connected()
+            before = c.be[0].ctl("status")["counters"]
+            for _ in range(20):
+                s = c.client.connect(c.VIP)
+                s.sendall(REQUEST)
+                assert len(body(read_all(s))) == 1024
+                s.close()
+            after = c.be[0].ctl("status")["counters"]
+            assert after["adopted"] == before["adopted"] + 20
+            assert after["fast"] == before["fast"] + (20 if c.fastpath else 0)
+            assert c.fe.ctl("status")["counters"]["refused"] == 0
+    finally:
+        c.close()
