@@ -7,7 +7,8 @@
  * fe_fast	tc ingress of its other TAP device: requests of the packet path, decided
  *
  * The packet path: a SYN is answered here, by cookie; the segment that brings the request goes to user
- * space; what comes back from there goes to a back end as it is, or to a socket of our own.
+ * space; what comes back from there goes to a back end as it is, or to a socket of our own. fe_socket.bpf.c
+ * makes an object without it.
  */
 #include <linux/errno.h>
 #include <stdbool.h>
@@ -17,6 +18,12 @@
 #include "verdict.bpf.h"
 
 const volatile struct tcpha_fe_conf conf SEC(".rodata.conf");
+
+#ifndef SOCKET_PATH_ONLY
+#define PACKET_PATH true
+#else
+#define PACKET_PATH false
+#endif
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -665,7 +672,7 @@ int fe_ingress(struct __sk_buff *skb)
 	if (e && (e->flags & TCPHA_F_FAST) && h.tcp->syn && seq + 1 == e->first_seq)
 		return TC_ACT_SHOT; /* a late copy of the SYN that the flow began with */
 	if (!e || !is_of(e, &h)) {
-		verdict = conf.mss ? without_flow(skb, &h, e) : TC_ACT_UNSPEC;
+		verdict = PACKET_PATH ? without_flow(skb, &h, e) : TC_ACT_UNSPEC;
 		if (verdict == TC_ACT_UNSPEC && parse_tcp(skb, 0, &h) == 0 && drop_stranger(skb, &h))
 			return TC_ACT_SHOT;
 		if (verdict != DECIDED)
@@ -794,7 +801,7 @@ int fe_fast(struct __sk_buff *skb)
 	bool ours;
 	__u8 kind;
 
-	if (!conf.mss || skb->protocol != bpf_htons(ETH_P_IP) ||
+	if (!PACKET_PATH || skb->protocol != bpf_htons(ETH_P_IP) ||
 	    bpf_skb_load_bytes(skb, 2, &kind, 1) < 0 || parse_tcp(skb, 0, &h) < 0 || h.tcp->doff < 5)
 		return TC_ACT_SHOT;
 	flow_of(&h, &flow);

@@ -16,7 +16,7 @@ from tcpha._fast.bpf import kernel_has_function
 from tcpha._fast.diag import SockDiag
 from tcpha.admin.server import Refused, ask
 from tcpha.config import ANY, Config, ConfigError, load
-from tcpha.datapath import ADOPT_KFUNC, DatapathError, choose
+from tcpha.datapath import ADOPT_KFUNC, DatapathError, choose, describe
 from tcpha.net.host import Host, HostError
 
 Finding = dict[str, str]
@@ -107,11 +107,12 @@ def _daemon(role: str, run_dir: Path) -> Iterator[Row]:
 def _kernel(role: str, config: Config) -> Iterator[Row]:
     release = platform.release()
     try:
-        datapath, found = choose(role, config.datapath)
+        ways, why = choose(role, config)
     except DatapathError as error:
         yield "kernel", FAULT, f"Linux {release}: {error}", "write 'datapath = auto'"
         return
-    yield "kernel", GOOD, f"Linux {release}: {found}", ""
+    datapath = ways[0][0]
+    yield "kernel", GOOD, f"Linux {release}: {describe(ways[0], config.datapath, why)}", ""
     if datapath == "ebpf" and not kernel_has_function(ADOPT_KFUNC):
         yield ("kernel", WARNING, f"no {ADOPT_KFUNC}: no packet path, and no Local Node with ebpf",
                "Linux 6.9 or later has it; the socket path works without")

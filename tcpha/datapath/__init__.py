@@ -3,13 +3,16 @@
 interface that both return; what the kernel offers is probed here and nowhere else."""
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from tcpha._fast.bpf import kernel_has_function
 from tcpha.config import Config
 from tcpha.net.host import Host
 
+log = logging.getLogger("tcpha")
 LOCAL_CONNECTIONS = 16384  # that the Local Node may have at one time
 ADOPT_KFUNC = "bpf_sk_assign_tcp_reqsk"  # Linux 6.9
 
@@ -34,6 +37,7 @@ class Frontend(Protocol):
 
     table: Any
     name: str
+    chosen: str  # a line that says what was found and chosen
     fastpath: bool  # whether it has the packet path
     fresh: bool  # it knows nothing of connections of an earlier run, if there are any
     # back ends of a run that was killed, by address: index, and how many connections go on
@@ -56,6 +60,7 @@ class Backend(Protocol):
 
     table: Any
     name: str
+    chosen: str
     fastpath: bool
 
     def allow(self, address: str, allowed: bool) -> None: ...
@@ -63,30 +68,77 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
-def choose(role: str, requested: str) -> tuple[str, str]:
-    """(datapath, a line that says what was found and chosen). Raises DatapathError."""
+Way = tuple[str, bool]  # a datapath, and whether with the packet path
+
+
+def choose(role: str, config: Config) -> tuple[list[Way], str]:
+    """(what to try, the best first; what the kernel has or lacks). Raises DatapathError."""
+    requested = config.datapath
     if requested == "nfqueue":
-        return "nfqueue", "datapath nfqueue, as requested"
+        return [("nfqueue", False)], "as requested"
     adopts = kernel_has_function(ADOPT_KFUNC)
     if adopts is None:
         lacking = "BTF (CONFIG_DEBUG_INFO_BTF)"
     elif not adopts and role == "be":  # the front end needs no more than BPF at tc, and BTF
         lacking = f"{ADOPT_KFUNC} (Linux 6.9 or later has it)"
     else:
-        return "ebpf", (f"datapath ebpf ({requested}): the kernel has BTF"
-                        + (f" and {ADOPT_KFUNC}" if adopts else ""))
+        lacking = ""
+    if lacking and requested == "auto":
+        return [("nfqueue", False)], f"the kernel has no {lacking}"
+    if lacking:
+        raise DatapathError(f"datapath {requested}: the kernel has no {lacking}; write auto or "
+                            "nfqueue")
+    fast = bool(adopts) and config.fastpath == "on"
+    found: list[Way] = [("ebpf", fast)]
     if requested == "auto":
-        return "nfqueue", f"datapath nfqueue (auto): the kernel has no {lacking}"
-    raise DatapathError(f"datapath {requested}: the kernel has no {lacking}; write auto or nfqueue")
+        found += [("ebpf", False)] * fast + [("nfqueue", False)]
+    return found, (f"the kernel has BTF and {ADOPT_KFUNC}" if adopts else
+                   f"the kernel has BTF, and no {ADOPT_KFUNC} (Linux 6.9 or later has it)")
 
 
-def open_frontend(name: str, config: Config, host: Host) -> Frontend:
-    """Open what choose() chose. Packets take that way from now on."""
-    if name == "nfqueue":
-        from tcpha.datapath.nfqueue import NfqueueFrontend
-        return NfqueueFrontend(config, host)
-    from tcpha.datapath.ebpf import EbpfFrontend
-    return EbpfFrontend(config, host)
+def describe(way: Way, requested: str, why: str) -> str:
+    """What is used and why, for people."""
+    name, fastpath = way
+    path = f", {'with' if fastpath else 'without'} the packet path" if name == "ebpf" else ""
+    return f"datapath {name} ({requested}){path}: {why}"
+
+
+Opened = TypeVar("Opened", "Frontend", "Backend")
+
+
+def _open(role: str, config: Config, host: Host,
+          make: Callable[[Way], Opened]) -> Opened:
+    """Open the best datapath that works here. What a kernel lacks, or its verifier refuses, may
+    show only when it is tried; what a way that failed had changed on the host is put back."""
+    ways, why = choose(role, config)
+    for way in ways:
+        mark = len(host.undo)
+        try:
+            datapath = make(way)
+        except OSError as error:
+            host.restore_to(mark)
+            if way == ways[-1]:
+                more = "".join(f"\n    {line}" for line in getattr(error, "log", []))
+                raise DatapathError(f"datapath {way[0]}: {error}; "
+                                    "'datapath = auto' takes what works" + more) from None
+            what = "with the packet path" if way[1] else way[0]
+            why += f"; {what} it fails: {error}"
+            continue
+        datapath.chosen = describe(way, config.datapath, why)
+        log.info("%s", datapath.chosen)
+        return datapath
+    raise AssertionError("nothing to try")
+
+
+def open_frontend(config: Config, host: Host) -> Frontend:
+    """Packets take the way that is found from now on."""
+    def make(way: Way) -> Frontend:
+        if way[0] == "nfqueue":
+            from tcpha.datapath.nfqueue import NfqueueFrontend
+            return NfqueueFrontend(config, host)
+        from tcpha.datapath.ebpf import EbpfFrontend
+        return EbpfFrontend(config, host, way[1])
+    return _open("fe", config, host, make)
 
 
 def allow_adoption(host: Host) -> None:
@@ -96,9 +148,11 @@ def allow_adoption(host: Host) -> None:
     host.sysctl("net/ipv4/tcp_rfc1337", "0")  # a TIME_WAIT socket yields to a RST
 
 
-def open_backend(name: str, config: Config, host: Host) -> Backend:
-    if name == "nfqueue":
-        from tcpha.datapath.nfqueue import NfqueueBackend
-        return NfqueueBackend(config, host)
-    from tcpha.datapath.ebpf import EbpfBackend
-    return EbpfBackend(config, host)
+def open_backend(config: Config, host: Host) -> Backend:
+    def make(way: Way) -> Backend:
+        if way[0] == "nfqueue":
+            from tcpha.datapath.nfqueue import NfqueueBackend
+            return NfqueueBackend(config, host)
+        from tcpha.datapath.ebpf import EbpfBackend
+        return EbpfBackend(config, host, way[1])
+    return _open("be", config, host, make)

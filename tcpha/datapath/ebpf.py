@@ -31,6 +31,7 @@ def _object(name: str) -> str:
 
 class _Ebpf:
     name = "ebpf"
+    chosen = ""
     fastpath = False
 
     def __init__(self, config: Config, host: Host, prefix: str):
@@ -55,15 +56,25 @@ class _Ebpf:
 
 
 class EbpfFrontend(_Ebpf):
-    def __init__(self, config: Config, host: Host):
+    def __init__(self, config: Config, host: Host, fastpath: bool):
         super().__init__(config, host, "tcphafe")
         self.config, self.host = config, host
-        self.fastpath = config.fastpath == "on" and bool(kernel_has_function(ADOPT_KFUNC))
+        self.fastpath = fastpath
         self.queues: list[int] = []
+        self.fragments: Fragments | None = None
+        try:
+            self._begin()
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self) -> None:
+        config, host = self.config, self.host
         left = host.maps.get(FE_PRIORITY, {})
-        self.table = FeEbpf(_object("fe.bpf.o"), (self.tap_fd, self.tap_index), config.vaddr,
-                            config.port, config.maxclients, config.maxflows,
-                            config.forward == "tunnel", self._open_fast(), left)
+        self.table = FeEbpf(_object("fe.bpf.o" if self.fastpath else "fe_socket.bpf.o"),
+                            (self.tap_fd, self.tap_index), config.vaddr, config.port,
+                            config.maxclients, config.maxflows, config.forward == "tunnel",
+                            self._open_fast(), left)
         self.left: dict[str, tuple[int, int]] = {}
         self.fresh = bool(self.table.fresh)
         if self.table.taken_over:
@@ -141,7 +152,11 @@ class EbpfFrontend(_Ebpf):
         if not kernel_has_function(ADOPT_KFUNC):
             raise DatapathError(f"datapath ebpf: the kernel has no {ADOPT_KFUNC} (Linux 6.9 or "
                                 "later has it); write 'datapath = nfqueue' for one")
-        local = EbpfLocal(self.config, self.host, address, port)
+        try:
+            local = EbpfLocal(self.config, self.host, address, port)
+        except OSError as error:
+            raise DatapathError(f"datapath ebpf: {error}; write 'datapath = nfqueue' for "
+                                "one") from None
         self.table.set_local()
         return local
 
@@ -153,14 +168,18 @@ class EbpfFrontend(_Ebpf):
 
 
 class EbpfBackend(_Ebpf):
-    def __init__(self, config: Config, host: Host):
+    def __init__(self, config: Config, host: Host, fastpath: bool):
         super().__init__(config, host, "tcphabe")
+        self.fastpath = fastpath
         listen = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
-        self.table = BeEbpf(_object("be.bpf.o"), (self.tap_fd, self.tap_index), config.vaddr,
-                            config.raddr, listen, config.redirectport,
-                            fast=config.fastpath == "on", left=host.maps.get(BE_PRIORITY, {}))
-        self.fastpath = config.fastpath == "on"
-        self._attach(config, host, BE_PRIORITY, "be_tap", "be_ingress")
+        try:
+            self.table = BeEbpf(_object("be.bpf.o"), (self.tap_fd, self.tap_index), config.vaddr,
+                                config.raddr, listen, config.redirectport, fast=fastpath,
+                                left=host.maps.get(BE_PRIORITY, {}))
+            self._attach(config, host, BE_PRIORITY, "be_tap", "be_ingress")
+        except BaseException:
+            self.close()
+            raise
 
     def allow(self, address: str, allowed: bool) -> None:
         self.table.allow(address, allowed)
@@ -173,9 +192,13 @@ class EbpfLocal(_Ebpf):
     def __init__(self, config: Config, host: Host, address: str, port: int):
         super().__init__(config, host, "tcphaln")
         self.sockets = SockDiag()
-        self.table = BeEbpf(_object("be.bpf.o"), (self.tap_fd, self.tap_index), config.vaddr,
-                            config.vaddr, address, port, self.sockets)
-        self._attach_tap(host, BE_PRIORITY, "be_tap")
+        try:
+            self.table = BeEbpf(_object("be.bpf.o"), (self.tap_fd, self.tap_index), config.vaddr,
+                                config.vaddr, address, port, self.sockets)
+            self._attach_tap(host, BE_PRIORITY, "be_tap")
+        except BaseException:
+            self.close()
+            raise
 
     def allow(self, address: str, allowed: bool) -> None:
         """Nobody tunnels to us."""

@@ -85,6 +85,7 @@ def _heads_suffice(host: Host, name: str) -> bool:
 
 class _Nfqueue:
     name = "nfqueue"
+    chosen = ""
     fastpath = False
     table: Any
 

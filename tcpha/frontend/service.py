@@ -18,7 +18,7 @@ from tcpha.admin.server import Command, Refused
 from tcpha.admin.tablefile import TableFile
 from tcpha.admin.web import Pages, as_json
 from tcpha.config import ANY, Config
-from tcpha.datapath import choose, open_frontend
+from tcpha.datapath import open_frontend
 from tcpha.frontend.localnode import LocalNode
 from tcpha.frontend.registration import Registrar
 from tcpha.frontend.registry import Registry
@@ -77,10 +77,9 @@ class FrontEndService(Service):
     def open(self) -> None:
         config, host = self.config, self.host
         self._allow_descriptors(config.maxclients + SPARE_DESCRIPTORS)
-        datapath, found = choose(self.role, config.datapath)
-        log.info("%s, forward %s", found, config.forward)
         device = self._device()
-        self.datapath = open_frontend(datapath, config, host)
+        self.datapath = open_frontend(config, host)
+        log.info("forward %s", config.forward)
         try:
             # only now: our stack would answer packets of connections that back ends have with a RST
             self.before_address = len(host.undo)
@@ -336,8 +335,10 @@ class FrontEndService(Service):
         config = self.config
         return {
             "vaddr": config.vaddr, "raddr": config.raddr, "port": config.port,
-            "datapath": self.datapath.name, "forward": config.forward,
-            "fastpath": config.fastpath, "packet_path": self.core.answers_syns(),
+            "datapath": self.datapath.name, "chosen": self.datapath.chosen,
+            "forward": config.forward,
+            "fastpath": "on" if self.datapath.fastpath else "off",
+            "packet_path": self.core.answers_syns(),
             "dbglevel": self.core.dbglevel, "dtcinterval": self.dtcinterval,
             "startservers": config.startservers, "minspareservers": config.minspareservers,
             "maxspareservers": config.maxspareservers, "maxclients": config.maxclients,
