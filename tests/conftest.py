@@ -60,9 +60,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if exists(item)]
     for item in items:  # where tests run side by side: what shares a cluster stays together
         spec = getattr(item, "callspec", None)
-        mode = spec.params.get("mode", "") if spec else ""
+        params = spec.params if spec else {}
+        mode = params.get("mode", "")
         shared = "shared" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group(mode if shared else f"{item.path.stem}-{mode}"))
+        item.add_marker(pytest.mark.xdist_group(
+            mode if shared else f"{item.path.stem}-{mode or params.get('release', '')}"))
 
 
 @pytest.fixture(scope="session", params=MODES)

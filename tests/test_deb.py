@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The Debian package, installed on a bare Debian 12; and every command of the docs, run there.
+"""The Debian package, installed on bare Debian 12 and 13; and every command of the docs, run there.
+
+It is built on the release that it is for: on this machine, or else in a root of that release.
 
 Hosts are namespaces, each with a root of its own over one that Debian was installed in, and with
 systemd as its first process.
@@ -8,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -20,7 +24,7 @@ import pytest
 
 from tcpha.lab.bed import Bed, Host, sh, wait_for
 
-pytestmark = pytest.mark.xdist_group("deb")
+RELEASES = ("bookworm", "trixie")
 TOP = Path(__file__).parent.parent
 BLOCK = re.compile(r"<!-- on: ([a-z0-9 ]+) -->\n```sh\n(.*?)```\n", re.S)
 DOCS = ("quickstart", "networks", "kernels", "tuning", "upgrade", "troubleshooting", "migration",
@@ -72,25 +76,73 @@ def mount_kernel(root: Path) -> None:
         mount("--make-rslave", f"{root}/{name}")
 
 
+@pytest.fixture(scope="session", params=RELEASES)
+def release(request: Any) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
-def package() -> Path:
-    sh("make", "deb", cwd=TOP)
-    found = list((TOP / "dist").glob("tcpha_*_amd64.deb"))
+def base(release: str) -> Iterator[Path]:
+    """What debootstrap makes, for a package to be built over and installed on."""
+    mirror = sh("apt-get", "indextargets", "--format", "$(REPO_URI)").stdout.split()[0]
+    # not where pytest would one day remove it with all that is mounted there
+    root = Path(tempfile.mkdtemp(prefix="tcpha-debian-"))
+    try:
+        sh("debootstrap", "--variant=minbase", release, str(root), mirror)
+        (root / "etc/dpkg/dpkg.cfg.d/unsafe-io").write_text("force-unsafe-io\n")
+        yield root
+    finally:
+        sh("rm", "-rf", "--one-file-system", str(root))
+
+
+def build(base: Path, into: Path) -> None:
+    """'make deb' in a root of its own over that of a release, with what a fresh machine needs."""
+    top = Path(tempfile.mkdtemp(prefix="tcpha-debian-"))
+    root, upper, work = (top / d for d in ("root", "upper", "work"))
+    for path in (root, upper, work):
+        path.mkdir()
+    mount("-t", "overlay", "overlay", "-o", f"lowerdir={base},upperdir={upper},workdir={work}",
+          str(root))
+    try:
+        mount_kernel(root)
+        own = Path("/usr/local/share/ca-certificates")  # pip may need what only this host trusts
+        if own.exists():
+            shutil.copytree(own, root / own.relative_to("/"), dirs_exist_ok=True)
+        chroot(root, "apt-get", "install", "-y", "-qq", "--no-install-recommends", "git", "make",
+               "python3")
+        source = root / "root/tcpha"
+        source.mkdir()
+        sh("sh", "-ec", "git ls-files -z --cached --others --exclude-standard | "
+           'xargs -0 cp --parents -t "$0"', str(source), cwd=TOP)
+        chroot(root, "sh", "-ec", "cd /root/tcpha; git init -q; make deb")
+        for made in (source / "dist").glob("*.deb"):
+            shutil.copy(made, into)
+    finally:
+        sh("umount", "-Rl", str(root))
+        sh("rm", "-rf", "--one-file-system", str(top))
+
+
+@pytest.fixture(scope="session")
+def package(release: str, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if platform.freedesktop_os_release().get("VERSION_CODENAME") == release:
+        into = TOP / "dist"
+        sh("make", "deb", cwd=TOP)
+    else:
+        into = tmp_path_factory.mktemp(release)
+        build(base, into)
+    found = list(into.glob("tcpha_*_amd64.deb"))
     assert len(found) == 1
     return found[0]
 
 
 @pytest.fixture(scope="session")
-def bare(package: Path) -> Iterator[Path]:
-    """Debian 12 with nothing but what a web server's host has."""
-    mirror = sh("apt-get", "indextargets", "--format", "$(REPO_URI)").stdout.split()[0]
-    # not where pytest would one day remove it with all that is mounted there
-    root = Path(tempfile.mkdtemp(prefix="tcpha-debian-"))
-    sh("debootstrap", "--variant=minbase", "bookworm", str(root), mirror)
+def bare(base: Path, package: Path) -> Iterator[Path]:
+    """Debian with nothing but what a web server's host has."""
+    root = base
     mount("--bind", str(root), str(root))  # 'ip netns' wants a root that is a mount
-    mount("--make-private", str(root))
-    mount_kernel(root)
     try:
+        mount("--make-private", str(root))
+        mount_kernel(root)
         chroot(root, "apt-get", "install", "-y", "-qq", "--no-install-recommends", "systemd-sysv",
                "nginx-light", "curl", "iproute2", "procps", "prometheus")
         for service in ("nginx", "prometheus"):
@@ -101,7 +153,6 @@ def bare(package: Path) -> Iterator[Path]:
         yield root
     finally:
         sh("umount", "-Rl", str(root))
-        sh("rm", "-rf", "--one-file-system", str(root))
 
 
 class Machine(Host):
@@ -386,7 +437,7 @@ def test_the_lab_of_the_package(bare: Path, package: Path) -> None:
     assert "tcphalab" not in sh("ip", "netns", "list").stdout
 
 
-def test_man_pages_name_every_key_and_command(bare: Path) -> None:
+def test_man_pages_name_every_key_and_command() -> None:
     from tcpha.cli.tcphactl import COMMANDS
     from tcpha.config.keys import KEYS, MEANINGLESS
     for role, keys in KEYS.items():
