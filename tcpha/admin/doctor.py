@@ -92,8 +92,8 @@ def _daemon(role: str, run_dir: Path) -> Iterator[Row]:
         yield ("daemon", WARNING, f"no {name} answers in {run_dir}",
                f"systemctl start {name}, or look into its log: journalctl -u {name}")
         return
-    yield ("daemon", GOOD, f"{name} runs, datapath {status['datapath']}, {status['live']} live "
-           "connections", "")
+    yield ("daemon", GOOD, f"{name} runs, {status['live']} live connections, "
+           f"{status['chosen']}", "")
     for server in status.get("servers", []):
         if server["state"] != "up":
             yield ("back end", FAULT if server["state"] == "down" else WARNING,
