@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -273,3 +274,65 @@ def test_blind_injection(mode: dict[str, Any]) -> None:
                 assert body(got) == want
     finally:
         c.close()
+
+
+@contextmanager
+def first_segment(host: Host) -> Iterator[list[bytes]]:
+    """The frame with which the host's next request leaves, whole, and a way to send it once more:
+    the last one in the list is that of the request."""
+    host.run("ethtool", "-K", "eth0", "tx", "off")  # or the checksum would not be there yet
+    s = host.inside(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0003)))
+    s.bind(("eth0", 0x0003))
+    s.settimeout(10)
+    frames: list[bytes] = []
+
+    def listen() -> None:
+        while True:
+            frame = s.recv(65536)
+            if frame[36:38] == b"\0P" and b" HTTP/1.1\r\n" in frame:
+                frames.append(frame)
+                return
+    thread = threading.Thread(target=listen)
+    thread.start()
+    try:
+        yield frames
+    finally:
+        thread.join()
+        s.close()
+        host.run("ethtool", "-K", "eth0", "tx", "on")
+
+
+def send_again(host: Host, frame: bytes) -> None:
+    with host.inside(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW)) as s:
+        s.bind(("eth0", 0))
+        s.send(frame)
+
+
+def read_more(s: socket.socket, size: int) -> bytes:
+    got = bytearray()
+    while len(got) < size:
+        piece = s.recv(min(size - len(got), 1 << 18))
+        assert piece
+        got += piece
+    return bytes(got)
+
+
+@pytest.mark.parametrize("acknowledged", [1 << 16, 4 << 20])
+def test_a_late_copy_of_the_request(calm: Cluster, acknowledged: int) -> None:
+    """It comes once more while its answer is under way: it is for the connection that lives, which
+    goes on, and the request is served once."""
+    want = (calm.nginx[0].root / "big").read_bytes()
+    target = b"/big?once%d" % acknowledged
+    with first_segment(calm.client) as frames:
+        s = calm.client.connect(calm.VIP)
+        s.sendall(REQUEST.replace(b"/1k", target))
+        wait_for(lambda: frames, "the request")
+        got = read_more(s, acknowledged)
+        for _ in range(3):
+            send_again(calm.client, frames[0])
+            got += read_more(s, 1 << 20)
+    got += read_all(s)
+    s.close()
+    assert body(got) == want
+    settle(calm)
+    assert sum(target.decode() in r["request"] for r in calm.nginx[0].seen()) == 1

@@ -223,6 +223,15 @@ static __always_inline int behind_first(struct __sk_buff *skb, const struct tcph
 }
 
 /*
+ * Whether a segment is the first one of a socket's own connection, which a network has delivered once more:
+ * however old what it acknowledges is, it is for that socket to judge.
+ */
+static __always_inline bool began_with(const struct tcp_sock *tp, __u32 seq)
+{
+	return seq == tp->rcv_nxt - (__u32)tp->bytes_received;
+}
+
+/*
  * Only what belongs to a socket may pass. A packet that found just the listener would be answered
  * with a RST, a SYN with a SYN-ACK, and both are the front end's business.
  */
@@ -257,8 +266,8 @@ static __always_inline int guard(struct __sk_buff *skb, const struct headers *h,
 			tp = bpf_skc_to_tcp_sock(skc);
 			if (tp) { /* what it acknowledges was never sent by that one */
 				old = tp->rcv_nxt;
-				other = (__s32)(ack - tp->write_seq) > 0 ||
-					(__s32)(tp->snd_una - ack) > (1 << 20);
+				other = !began_with(tp, seq) && ((__s32)(ack - tp->write_seq) > 0 ||
+								 (__s32)(tp->snd_una - ack) > (1 << 20));
 			}
 		}
 		bpf_sk_release(skc);

@@ -55,6 +55,7 @@ struct tcp_sock {
 	__u32 write_seq;
 	__u8 ecn_flags;
 	__u32 rcv_nxt;
+	__u64 bytes_received;
 	__u32 snd_nxt;
 	__u32 snd_una;
 	__u32 srtt_us;
