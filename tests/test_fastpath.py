@@ -569,6 +569,8 @@ def test_the_cache_can_be_turned_off(equal: Cluster) -> None:
         for _ in range(5):
             once(equal)
         assert cached(equal) == before, line
+    # the worker writes its line behind the request that it has sent on
+    wait_for(lambda: len(log.read_text().splitlines()) >= 5, "lines for all")
     assert len(log.read_text().splitlines()) == 5
     fe.config.write_text(text)
     fe.ctl("reload")

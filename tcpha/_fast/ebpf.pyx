@@ -595,8 +595,10 @@ cdef class FeEbpf(FeDatapath):
         cdef uint32_t zero = 0
         maps = _fitting(left, {
             "state": (4, sizeof(tcpha_state)), "flows": (sizeof(tcpha_flow), sizeof(tcpha_entry)),
-            "backends": (4, sizeof(tcpha_backend)),
-            "shaken": (sizeof(tcpha_flow), sizeof(tcpha_shaken))})
+            "backends": (4, sizeof(tcpha_backend))})
+        if "shaken" in (left or {}):  # that run had the packet path
+            maps = maps and maps | _fitting(left, {
+                "shaken": (sizeof(tcpha_flow), sizeof(tcpha_shaken))})
         if not maps or bpf_map_lookup_elem(maps["state"], &zero, &state) < 0 or \
                 state.version != TCPHA_STATE_VERSION or state.vport != conf.vport or \
                 memcmp(state.vaddr, conf.vaddr, 16) != 0:

@@ -326,6 +326,8 @@ def encode(int kind, uint64_t id, dict fields=None, bytes data=b""):
         n = message_owned(buf, id, &s.flow)
     elif kind == MSG_CLOSED:
         n = message_closed(buf, id, &s.flow, fields["reason"])
+    elif kind == MSG_PONG:
+        n = message_pong(buf, id)
     else:
         n = message_short(buf, <uint8_t>kind, id)
     return buf[:n]
@@ -350,6 +352,8 @@ def decode(bytes data):
     if m.type == MSG_HANDOFF or m.type == MSG_CLOSED or m.type == MSG_OWNED or \
             m.type == MSG_RETURN:
         out["flow"] = (<uint8_t *>&m.snap.flow)[:sizeof(tcpha_flow)]
+    if m.type == MSG_PONG:
+        out["sent_ns"] = m.sent_ns
     if m.type == MSG_HANDOFF:
         out.update(sent_ns=m.sent_ns, snd_nxt=m.snap.snd_nxt, rcv_nxt=m.snap.rcv_nxt,
                    snd_wnd=m.snap.snd_wnd, rcv_wnd=m.snap.rcv_wnd, tsval=m.snap.tsval,
