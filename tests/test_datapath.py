@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which datapath a daemon takes where its kernel's verifier refuses programs. Which ones a kernel refuses
-is not known before it is tried: here it refuses what stands in the place of ours."""
+"""Which datapath a daemon takes where its kernel's verifier refuses programs. Which ones a kernel
+refuses is not known before it is tried: here it refuses what stands in the place of ours."""
 from __future__ import annotations
 
 import os
@@ -9,21 +9,27 @@ import re
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import pytest
-from test_serve import REQUEST, body, read_all
 
 from tcpha.lab.bed import Cluster, Daemon, Host, sh
+from test_serve import REQUEST, body, read_all
 
 REFUSED = """
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
 const volatile char conf[SIZE] SEC(".rodata.conf");
 const volatile char lab_clock[16] SEC(".rodata.clock");
-struct { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 1); __type(key, int); __type(value, int);
+struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __uint(max_entries, 1);
+    __type(key, int);
+    __type(value, int);
 } flows SEC(".maps"), verdicts SEC(".maps"), rule_hits SEC(".maps"), frontends SEC(".maps");
-SEC("tc") int beyond(struct __sk_buff *skb) { return conf[0] + lab_clock[0] + *(char *)(long)skb->data; }
+SEC("tc") int beyond(struct __sk_buff *skb)
+{
+    return conf[0] + lab_clock[0] + *(char *)(long)skb->data;
+}
 char LICENSE[] SEC("license") = "GPL";
 """
 SIZES = {"fe": 32, "fe_socket": 32, "be": 40}  # of struct tcpha_fe_conf and _be_conf

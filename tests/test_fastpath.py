@@ -226,6 +226,94 @@ def test_every_packet_twice(cluster: Cluster) -> None:
 
 
 @contextmanager
+def handshake_ack(host: Host) -> Iterator[list[bytes]]:
+    """The frame of the bare ACK with which the host's next handshake with port 80 ends."""
+    host.run("ethtool", "-K", "eth0", "tx", "off")  # its checksum is in it then
+    s = host.inside(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0003)))
+    s.bind(("eth0", 0x0003))
+    s.settimeout(10)
+    frames: list[bytes] = []
+
+    def listen() -> None:
+        while not frames:
+            frame = s.recv(65536)
+            if frame[36:38] == b"\0P" and frame[47] == ACK:
+                frames.append(frame)
+    thread = threading.Thread(target=listen)
+    thread.start()
+    try:
+        yield frames
+    finally:
+        thread.join()
+        s.close()
+        host.run("ethtool", "-K", "eth0", "tx", "on")
+
+
+def with_data(ack: bytes, data: bytes, damage: int = 0, padding: bytes = b"") -> bytes:
+    """A segment like that of an ACK, with data; its checksum is wrong by so much. padding: behind
+    the packet, as Ethernet has it."""
+    ip, tcp = bytearray(ack[14:34]), bytearray(ack[34:66])
+    ip[2:4] = struct.pack("!H", len(ip) + len(tcp) + len(data))
+    ip[10:12] = b"\0\0"
+    ip[10:12] = struct.pack("!H", internet_sum(bytes(ip)))
+    tcp[13] |= PSH
+    tcp[16:18] = b"\0\0"
+    pseudo = bytes(ip[12:20]) + struct.pack("!HH", 6, len(tcp) + len(data))
+    tcp[16:18] = struct.pack("!H", internet_sum(pseudo + bytes(tcp) + data) ^ damage)
+    return ack[:14] + bytes(ip + tcp) + data + padding
+
+
+def internet_sum(data: bytes) -> int:
+    words = struct.unpack(f"!{(len(data) + 1) // 2}H", data + b"\0" * (len(data) % 2))
+    total = sum(words)
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["", "cached"])
+def test_a_damaged_request_decides_nothing(cluster: Cluster, cached: bool) -> None:
+    """Its checksum is wrong: what the client repeats is another request."""
+    target = b"/%d.jpg" % cached
+    for _ in range(4 * cached):
+        cluster.get(target.decode())
+    with handshake_ack(cluster.client) as frames:
+        s = cluster.client.connect(cluster.VIP)
+        wait_for(lambda: frames, "the end of the handshake")
+        damaged = with_data(frames[0], REQUEST.replace(b"/1k", target), 0x0101)
+        with cluster.client.inside(
+                lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW)) as wire:
+            wire.bind(("eth0", 0))
+            for _ in range(3):
+                wire.send(damaged)
+        s.sendall(REQUEST.replace(b"/1k", b"/"))
+        assert body(read_all(s)) == b"index of be1\n"
+        s.close()
+    settle(cluster)
+
+
+def test_what_is_behind_a_packet_is_not_read(cluster: Cluster) -> None:
+    """Frames may be padded: that makes no head complete which is not."""
+    assert cluster.fe
+    settle(cluster)
+    before = fast(cluster)
+    with handshake_ack(cluster.client) as frames:
+        s = cluster.client.connect(cluster.VIP)
+        wait_for(lambda: frames, "the end of the handshake")
+        with cluster.client.inside(
+                lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW)) as wire:
+            wire.bind(("eth0", 0))
+            wire.send(with_data(frames[0], REQUEST[:-1], padding=REQUEST[-1:]))
+        fe = cluster.fe
+        wait_for(lambda: fe.ctl("status")["in_hand"] == 1, "a socket, which waits for the rest")
+        s.sendall(REQUEST)
+        assert len(body(read_all(s))) == 1024
+        s.close()
+    settle(cluster)
+    assert fast(cluster) == before
+
+
+@contextmanager
 def swapped(host: Host, *match: str) -> Iterator[list[Any]]:
     """Of the host's packets that match, the first two leave it in the other order. Yields what was
     let go so far."""

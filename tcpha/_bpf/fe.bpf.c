@@ -228,13 +228,46 @@ static __always_inline int to_worker(struct __sk_buff *skb, __u8 kind)
 	return bpf_redirect(conf.fast_tap, 0);
 }
 
-struct sk_buff {
+struct sk_buff { /* include/linux/skbuff.h of the kernel: CHECKSUM_* */
 	__u8 ip_summed : 2;
+	__u32 csum;
 } __attribute__((preserve_access_index));
 
 extern void *bpf_cast_to_kern_ctx(void *obj) __ksym __weak;
 
+#define CHECKSUM_UNNECESSARY 1
+#define CHECKSUM_COMPLETE 2
 #define CHECKSUM_PARTIAL 3
+
+static __always_inline __u16 fold(__u64 sum)
+{
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return (sum & 0xffff) + (sum >> 16);
+}
+
+/* The sum of a pseudo-header: RFC 9293 section 3.1. */
+static __always_inline __u64 pseudo_sum(__be32 saddr, __be32 daddr, __u32 tcp_len)
+{
+	return (__u64)saddr + daddr + bpf_htons(IPPROTO_TCP) + bpf_htons(tcp_len);
+}
+
+/*
+ * Whether a segment is known to be undamaged, so that what is in it may decide: its checksum was verified, or
+ * has not been made yet. A device that has summed the whole packet says with what result; the IP header,
+ * which is right, adds nothing.
+ */
+static __always_inline bool is_sound(struct __sk_buff *skb, const struct tcpha_flow *flow, __u32 tcp_len)
+{
+	const struct sk_buff *kernel = bpf_cast_to_kern_ctx(skb);
+	__u32 summed = BPF_CORE_READ_BITFIELD(kernel, ip_summed);
+
+	if (summed == CHECKSUM_COMPLETE)
+		return fold(pseudo_sum(unmap_v4(flow->caddr), unmap_v4(flow->vaddr), tcp_len) +
+			    kernel->csum) == 0xffff;
+	return summed == CHECKSUM_UNNECESSARY || summed == CHECKSUM_PARTIAL;
+}
 
 /*
  * Answer a SYN with a cookie, in place. No IP options in it. The checksum is left to whoever would have
@@ -316,19 +349,16 @@ static __always_inline int answer_syn(struct __sk_buff *skb, const struct header
 	out.tcp.ack = 1;
 	out.tcp.ece = ecn;
 	out.tcp.window = bpf_htons(conf.window);
-	/* the pseudo-header: RFC 9293 section 3.1 */
-	check = (__u64)out.ip.saddr + out.ip.daddr + bpf_htons(IPPROTO_TCP) + bpf_htons(tcp_len);
+	check = pseudo_sum(out.ip.saddr, out.ip.daddr, tcp_len);
 	check = (check & 0xffffffff) + (check >> 32);
 	if (BPF_CORE_READ_BITFIELD(kernel, ip_summed) != CHECKSUM_PARTIAL) {
 		/* all 24 bytes of options: what is not used is zero */
 		check = bpf_csum_diff(0, 0, (void *)&out.tcp, sizeof(out.tcp) + sizeof(out.opt), check);
 		if (check < 0)
 			return TC_ACT_SHOT;
-		check = (check & 0xffff) + (check >> 16);
-		out.tcp.check = ~(__u16)((check & 0xffff) + (check >> 16));
+		out.tcp.check = ~fold(check);
 	} else {
-		check = (check & 0xffff) + ((check >> 16) & 0xffff);
-		out.tcp.check = (check & 0xffff) + (check >> 16);
+		out.tcp.check = fold(check);
 	}
 	if (bpf_skb_change_tail(skb, ETH_HLEN + sizeof(struct iphdr) + tcp_len, 0) < 0 ||
 	    bpf_skb_store_bytes(skb, 0, &out.eth, sizeof(out.eth) + sizeof(out.ip) + sizeof(out.tcp) + 4, 0) <
@@ -515,7 +545,7 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 		if (!claimed)
 			e = 0;
 	}
-	hit = decide(skb, offset, length, fresh);
+	hit = is_sound(skb, &flow, doff + length) && decide(skb, offset, length, fresh);
 	if (hit) {
 		fresh->state = TCPHA_FORWARD;
 		fresh->id = fresh->live = 1ULL << 63 | (__u64)c.isn << 31 | c.ours >> 1; /* fast_id() */

@@ -20,8 +20,8 @@ from tcpha._fast.datapath cimport (
     DP_ALIVE, DP_CLOSING, DP_GONE, DP_MORE, DP_TIME_WAIT, FAST_QUEUES, BeDatapath, FeDatapath,
     flow_row)
 from tcpha._fast.defs cimport (
-    TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_FAST_EARLY, TCPHA_FAST_SOCKET, TCPHA_FORWARD,
-    TCPHA_F_ANSWERED, TCPHA_F_FAST, TCPHA_F_RST, TCPHA_GIVEN_UP, TCPHA_IPID_PLAIN, TCPHA_LOCAL,
+    TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_FAST_EARLY, TCPHA_FAST_FIRST, TCPHA_FAST_SOCKET,
+    TCPHA_FORWARD, TCPHA_F_ANSWERED, TCPHA_F_FAST, TCPHA_F_RST, TCPHA_GIVEN_UP, TCPHA_IPID_PLAIN, TCPHA_LOCAL,
     TCPHA_LOCAL_NODE, TCPHA_MAC_FAST, TCPHA_MAC_MARK, TCPHA_MAC_ROOM, TCPHA_MAX_BACKENDS,
     TCPHA_MAX_FAST, TCPHA_MAX_OPS, TCPHA_MAX_RULES, TCPHA_OP_ADOPT, TCPHA_OP_DROP, TCPHA_OP_END,
     TCPHA_OP_QUERY, TCPHA_OP_TAKE_BACK, TCPHA_PENDING, TCPHA_R_ASSIGN, TCPHA_R_LIVE, TCPHA_R_NONE,
@@ -39,7 +39,7 @@ from tcpha._fast.packet cimport (
     ETH_SIZE, FRAME_HEAD, TCP_ACK, TCP_FIN, TCP_PSH, TCP_RST, VNET_SIZE, address_bytes,
     address_text, forge, segment, segment_from, tap_send)
 from tcpha._fast.repair cimport saved_syn_mss
-from tcpha._fast.rewrite cimport tcp_parse_head, tcp_view
+from tcpha._fast.rewrite cimport get16, is_sound, tcp_parse_head, tcp_view
 from tcpha._fast.snapshot cimport (
     SNAP_ECN, SNAP_FIN, SNAP_SACK, SNAP_TIMESTAMP, SNAP_USEC_TS, SNAP_WSCALE, snapshot)
 from tcpha._fast.sys cimport (
@@ -59,6 +59,7 @@ cdef enum:
     CHUNK = 60000          # payload of a forged segment; one skb, so that overhead is small
     ADMIT = 64             # requests that one look for room is for
     NEAR = 1 << 24         # a socket with numbers so little ahead is no other connection's
+    CHECKED = 3            # virtio-net: the checksum is not made yet, or was verified
     MSS_MIN = 536          # the kernel adopts nothing below (RFC 9293 section 3.7.1)
     WINDOW = 64240         # of a SYN-ACK: 44 segments of 1460 bytes, as Linux offers
     RING = 1 << 22         # bytes in the events' ring buffer
@@ -328,9 +329,20 @@ cdef void _on_packets(void *self, uint8_t *scratch) noexcept nogil:
 
 # The packet path
 
+cdef inline ssize_t _without_padding(const uint8_t *ip, ssize_t n) noexcept nogil:
+    """The size of a packet in n bytes: a short Ethernet frame has some behind it. 0: it is cut off.
+    A total length of 0 stands for what has no room in 16 bits (BIG TCP)."""
+    cdef ssize_t total = get16(ip + 2) if n >= 20 else 0
+    if total == 0:
+        return n
+    return total if total <= n else 0
+
+
 cdef int _fast_next(void *self, uint32_t queue, uint8_t *frame, uint32_t *length,
                     tcp_view *v) noexcept nogil:
+    """A request that was damaged on the way must not decide anything: it is as good as lost."""
     cdef fe_ebpf *d = <fe_ebpf *>self
+    cdef uint8_t *ip
     cdef ssize_t n
     while True:
         n = read(d.fast_fd[queue], frame, SCRATCH)
@@ -342,8 +354,10 @@ cdef int _fast_next(void *self, uint32_t queue, uint8_t *frame, uint32_t *length
                 frame[VNET_SIZE + 1] != (TCPHA_MAC_FAST & 0xff):
             continue  # something the kernel itself sent out of the device
         length[0] = <uint32_t>n
-        n -= VNET_SIZE + ETH_SIZE
-        if tcp_parse_head(frame + VNET_SIZE + ETH_SIZE, <uint32_t>n, <uint32_t>n, v) == 0:
+        ip = frame + VNET_SIZE + ETH_SIZE
+        n = _without_padding(ip, n - VNET_SIZE - ETH_SIZE)
+        if tcp_parse_head(ip, <uint32_t>n, <uint32_t>n, v) == 0 and \
+                (frame[VNET_SIZE + 2] != TCPHA_FAST_FIRST or frame[0] & CHECKED or is_sound(v)):
             return frame[VNET_SIZE + 2]
 
 

@@ -54,6 +54,7 @@ cdef void icmp_translate(icmp_view *v, const translation *outward,
 cdef int tcp_parse(uint8_t *p, uint32_t length, tcp_view *v) noexcept nogil
 cdef int tcp_parse_head(uint8_t *p, uint32_t have, uint32_t length, tcp_view *v) noexcept nogil
 cdef void translate(tcp_view *v, const translation *t, int mode) noexcept nogil
+cdef bint is_sound(const tcp_view *v) noexcept nogil
 cdef void checksum_full(tcp_view *v) noexcept nogil
 cdef void ask_offload(uint8_t *vnet, tcp_view *v, uint32_t mss) noexcept nogil
 cdef uint16_t pseudo_sum(const uint8_t *ip, uint32_t tcp_len) noexcept nogil

@@ -130,6 +130,12 @@ cdef uint32_t sum_bytes(const uint8_t *p, uint32_t n) noexcept nogil:
     return _fold((total & 0xffffffffu) + (total >> 32))
 
 
+cdef bint is_sound(const tcp_view *v) noexcept nogil:
+    """Whether the TCP checksum is that of the packet."""
+    cdef uint32_t n = v.len - <uint32_t>(v.tcp - v.ip)
+    return _fold(<uint64_t>pseudo_sum(v.ip, n) + sum_bytes(v.tcp, n)) == 0xffff
+
+
 cdef void checksum_full(tcp_view *v) noexcept nogil:
     """Compute the TCP checksum of the packet as it stands."""
     cdef uint32_t n = v.len - <uint32_t>(v.tcp - v.ip)
