@@ -63,6 +63,7 @@ struct {
 #define YIELD_NS 10000000LL
 
 #define MAX_AGAIN 0xff
+#define TCP_RST 4
 
 static __always_inline bool is_again(const struct __sk_buff *skb)
 {
@@ -71,14 +72,15 @@ static __always_inline bool is_again(const struct __sk_buff *skb)
 
 /*
  * RST instead of the packet: it ends a socket that expects just this number (RFC 5961 section 3.2). The
- * payload stays, and means nothing: bpf_skb_change_tail() refuses what was tunnelled.
+ * payload stays, and means nothing: bpf_skb_change_tail() refuses what was tunnelled. So do the options, as
+ * part of that: a timestamp that is older than the socket's would have the RST discarded (PAWS).
  */
 static __always_inline int into_reset(struct __sk_buff *skb, const struct headers *h, __u32 seq)
 {
 	__u32 at = ETH_HLEN + h->ip->ihl * 4, check = at + __builtin_offsetof(struct tcphdr, check);
 	__be32 old_seq = h->tcp->seq, new_seq = bpf_htonl(seq);
 	__be16 old_flags = ((__be16 *)h->tcp)[6];
-	__be16 new_flags = bpf_htons((bpf_ntohs(old_flags) & 0xf000) | 4); /* keeps the data offset */
+	__be16 new_flags = bpf_htons(5 << 12 | TCP_RST);
 
 	if (bpf_l4_csum_replace(skb, check, old_seq, new_seq, 4) < 0 ||
 	    bpf_l4_csum_replace(skb, check, old_flags, new_flags, 2) < 0 ||
@@ -232,6 +234,22 @@ static __always_inline bool began_with(const struct tcp_sock *tp, __u32 seq)
 }
 
 /*
+ * Whether a segment that finds a TIME_WAIT socket is its own, late, and not the first one of a new connection.
+ * If that socket's connection was adopted by cookie, another initial sequence number in one that is valid
+ * proves a new handshake. Else it is as for a SYN (RFC 6191).
+ */
+static __always_inline bool belongs_to_past(const struct tcpha_flow *flow, __u32 seq, __u32 rcv_nxt,
+					    const struct options *o, __u32 ts_recent)
+{
+	struct tcpha_adoption *a = bpf_map_lookup_elem(&adoptions, flow);
+
+	if (a)
+		return a->state == TCPHA_ADOPTED && a->isn == seq - 1;
+	return (__s32)(seq - rcv_nxt) <= 0 &&
+	       !((o->found & OPT_TS) && ts_recent && (__s32)(o->tsval - ts_recent) > 0);
+}
+
+/*
  * Only what belongs to a socket may pass. A packet that found just the listener would be answered
  * with a RST, a SYN with a SYN-ACK, and both are the front end's business.
  */
@@ -282,14 +300,12 @@ static __always_inline int guard(struct __sk_buff *skb, const struct headers *h,
 	    read_options(skb, ETH_HLEN + h->ip->ihl * 4 + sizeof(struct tcphdr),
 			 h->tcp->doff * 4 - sizeof(struct tcphdr), &o) < 0)
 		return TC_ACT_SHOT;
-	/* its own request, late, is no new connection: as for a SYN (RFC 6191) */
-	if (state == BPF_TCP_TIME_WAIT && pass && (__s32)(seq - old) <= 0 &&
-	    !((o.found & OPT_TS) && ts_recent && (__s32)(o.tsval - ts_recent) > 0))
-		return TC_ACT_UNSPEC;
 	map_v4(flow.caddr, h->ip->saddr);
 	map_v4(flow.vaddr, h->ip->daddr);
 	flow.cport = h->tcp->source;
 	flow.vport = h->tcp->dest;
+	if (state == BPF_TCP_TIME_WAIT && pass && belongs_to_past(&flow, seq, old, &o, ts_recent))
+		return TC_ACT_UNSPEC;
 	verdict = adopt_by_cookie(skb, h, &flow, &o, other ? &old : 0, last);
 	if (verdict == TC_ACT_SHOT && conf.fast && !control)
 		verdict = behind_first(skb, &flow, seq, state);
