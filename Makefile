@@ -10,11 +10,12 @@ APT := gcc clang llvm pkg-config libbpf-dev libelf-dev zlib1g-dev libhyperscan-d
 DEB_APT := build-essential clang debhelper dh-python fakeroot libbpf-dev libelf-dev libhyperscan-dev \
 	libnetfilter-queue-dev libssl-dev linux-libc-dev llvm pkg-config python3-dev python3-venv zlib1g-dev
 BENCH_APT := haproxy wrk
+KERNELS_APT := qemu-system-x86 kmod busybox-static cpio zstd xz-utils
 TEST_APT := debootstrap lintian chromium fonts-dejavu-core strace
 SOURCES := $(wildcard tcpha/_fast/*.pyx tcpha/_fast/*.pxd tcpha/_bpf/*.c tcpha/_bpf/*.h) setup.py \
 	pyproject.toml
 
-.PHONY: build demo test bench deb lint clean
+.PHONY: build demo test test-kernels bench deb lint clean
 
 build: $(VENV)/.built
 
@@ -55,6 +56,11 @@ $(VENV)/.fuzz: $(VENV)/.pip
 test: build $(VENV)/.fuzz
 	@$(call install,$(DEB_APT) $(TEST_APT))
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+# On kernels of Debian's suites, in virtual machines.
+test-kernels: build
+	@$(call install,$(KERNELS_APT))
+	$(BIN)/python -m tests.kernels $(if $(SHORT),--short) $(ARGS)
 
 bench: build
 	@$(call install,$(BENCH_APT))

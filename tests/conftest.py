@@ -19,6 +19,7 @@ settings.register_profile("tests", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("tests")
 
 BIG = 64 << 20
+collect_ignore = ["kernels"]  # they run in virtual machines: make test-kernels
 
 # Namespaces share a clock, machines do not. In order of a bed's hosts: the front end is five hours
 # ahead of the client, the first back end eleven, and the second is behind both.

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Clusters for tests that run in a virtual machine, once for each way that its kernel has."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tcpha.lab.bed import Cluster
+
+WAYS = {  # forward, datapath of the FE and of the BEs, fastpath
+    "fast-direct": ("direct", "ebpf", "ebpf", True),
+    "fast-tunnel": ("tunnel", "ebpf", "ebpf", True),
+    "direct": ("direct", "ebpf", "ebpf", False), "tunnel": ("tunnel", "ebpf", "ebpf", False),
+    "nfqueue-direct": ("direct", "nfqueue", "nfqueue", False),
+    "nfqueue-tunnel": ("tunnel", "nfqueue", "nfqueue", False),
+    "ebpf-nfqueue": ("tunnel", "ebpf", "nfqueue", True),
+    "nfqueue-ebpf": ("direct", "nfqueue", "ebpf", True)}
+MB = 1 << 20
+PATIENT = "send_timeout 900s;"  # nginx ends what its client does not read
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ways", default="nfqueue-direct", help="of " + ", ".join(WAYS))
+    parser.addoption("--megabytes", type=int, default=64, help="of a large download")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "way" in metafunc.fixturenames:
+        metafunc.parametrize("way", metafunc.config.getoption("--ways").split(","), scope="session")
+
+
+def make(way: str, **kw: object) -> Cluster:
+    forward, fe, be, fastpath = WAYS[way]
+    return Cluster(forward=forward, datapath=(fe, be), fastpath=fastpath, nginx={"http": PATIENT},
+                   fe_conf="headtimeout = 60", **kw)  # type: ignore[arg-type]
+
+
+def fill(c: Cluster, megabytes: int) -> None:
+    for n in c.nginx:
+        n.file("index.html", f"index of {n.host.name}\n".encode())
+        n.file("a.jpg", f"picture of {n.host.name}\n".encode())
+        n.file("1k", size=1024)
+        n.file("8m", size=8 * MB)
+        n.file("big", size=megabytes * MB)
+
+
+@pytest.fixture(scope="session")
+def shared(way: str, pytestconfig: pytest.Config) -> Iterator[Cluster]:
+    c = make(way)
+    try:
+        fill(c, pytestconfig.getoption("--megabytes"))
+        yield c
+    finally:
+        c.close()
+
+
+@pytest.fixture
+def cluster(shared: Cluster) -> Iterator[Cluster]:
+    """The shared one; afterwards its daemons must be as sound as before."""
+    assert shared.fe
+    yield shared
+    for daemon in (shared.fe, *shared.be):
+        assert daemon.process.poll() is None, daemon.log.read_text()
