@@ -10,7 +10,7 @@ APT := gcc clang llvm pkg-config libbpf-dev libelf-dev zlib1g-dev libhyperscan-d
 DEB_APT := build-essential clang debhelper dh-python fakeroot libbpf-dev libelf-dev libhyperscan-dev \
 	libnetfilter-queue-dev libssl-dev linux-libc-dev llvm pkg-config python3-dev python3-venv zlib1g-dev
 BENCH_APT := haproxy wrk
-KERNELS_APT := qemu-system-x86 kmod busybox-static cpio zstd xz-utils
+KERNELS_APT := qemu-system-x86 kmod busybox-static cpio zstd xz-utils ipvsadm
 TEST_APT := debootstrap lintian chromium fonts-dejavu-core strace
 SOURCES := $(wildcard tcpha/_fast/*.pyx tcpha/_fast/*.pxd tcpha/_bpf/*.c tcpha/_bpf/*.h) setup.py \
 	pyproject.toml

@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from tests.kernels import images
 from tests.kernels.images import Kernel
-from tests.kernels.machine import Machine
+from tests.kernels.machine import Machine, die_with
 from tests.kernels.results import Result, report
 
 TOP = Path(__file__).parents[2]
@@ -61,6 +63,23 @@ def alone(kernel: Kernel, args: argparse.Namespace) -> Result:
     return result
 
 
+def tests(command: list[str], seconds: float) -> tuple[int, str]:
+    """Run pytest here: status, what it said. It takes away what it made, whatever ends it."""
+    with subprocess.Popen(command, cwd=TOP, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, start_new_session=True, preexec_fn=die_with(signal.SIGINT),
+                          env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}) as process:
+        try:
+            said, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            said, _ = process.communicate()
+        except BaseException:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+            raise
+    return process.returncode, said
+
+
 def together(kernels: list[Kernel], args: argparse.Namespace) -> Result:
     """Three machines: the front end, two back ends."""
     result = Result(", ".join(k.short for k in kernels))
@@ -71,17 +90,15 @@ def together(kernels: list[Kernel], args: argparse.Namespace) -> Result:
         logs.mkdir(exist_ok=True)
         short = ["--megabytes=16", "--downloads=100", "-k", SHORT_TRIPLE] if args.short else [
             "-k", args.k]
-        done = subprocess.run(
+        status, said = tests(
             pytest("outside", f"--junitxml={xml}", f"--logs={logs}", f"--age={args.age}",
                    f"--datapath={args.datapath}",
                    "--versions=" + ",".join(k.version for k in kernels), *short,
-                   str(HERE / "outside")),
-            cwd=TOP, capture_output=True, text=True, timeout=TRIPLE + args.age,
-            env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+                   str(HERE / "outside")), TRIPLE + args.age)
         if xml.exists():
             result.take_junit(xml.read_text())
         else:
-            result.failed.append(f"tests: exit {done.returncode}\n{done.stdout}{done.stderr}")
+            result.failed.append(f"tests: exit {status}\n{said}")
     return result
 
 
@@ -129,9 +146,9 @@ def main() -> int:
         *(k for k in kernels if k != "newest")]
     arrangements = args.arrangement or (ARRANGEMENTS[:1] if args.short else ARRANGEMENTS)
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = list(pool.map(lambda name: timed(lambda: alone(kernels[name], args), name),
+        results = list(pool.map(lambda name: timed(partial(alone, kernels[name], args), name),
                                 [name for name in names if name != "none"]))
-    results += [timed(lambda a=a: together([kernels[n] for n in a.split(",")], args), a)
+    results += [timed(partial(together, [kernels[n] for n in a.split(",")], args), a)
                 for a in arrangements if a != "none"]
     print(report(results))
     print(f"consoles: {LOGS}")

@@ -96,7 +96,7 @@ class Machines:
                  *(f"server = {be.address} 666" for be in self.be),
                  f"rule = {BACKS[1]} jpg$", f"rule = {BACKS[0]} .*", ""]))
             self.fe.start()
-            self.fast = all(m.ctl("status")["datapath"] == "ebpf" for m in self.all)
+            self.fast = all(m.ctl("status")["fastpath"] == "on" for m in self.all)
             self.connected()
         except BaseException:
             self.close()

@@ -2,12 +2,15 @@
 """A virtual machine: another kernel over this machine's root, and a way to run commands in it."""
 from __future__ import annotations
 
+import ctypes
 import json
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,13 @@ from tests.kernels.images import Kernel
 INSIDE = Path(__file__).parent / "inside"
 BOOT = 240.0  # seconds; a slow machine with others on it
 GRACE = 60.0  # for an answer, after a command's time is over
-TIMED_OUT = 124
+PR_SET_PDEATHSIG = 1
+
+
+def die_with(number: int) -> Callable[[], object]:
+    """For a child: be sent this signal when the parent ends, however that does."""
+    libc = ctypes.CDLL(None)
+    return lambda: libc.prctl(PR_SET_PDEATHSIG, number)
 
 
 class Lost(Exception):
@@ -51,7 +60,8 @@ class Machine:
              f"next={INSIDE}/start",
              "-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,"
              "multidevs=remap", *network],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            preexec_fn=die_with(signal.SIGKILL))
         try:
             self.agent = self._connect(paths["agent"])
             self.monitor = self._connect(paths["monitor"])

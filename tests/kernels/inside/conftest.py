@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tcpha.lab import bed
 from tcpha.lab.bed import Cluster
 
 WAYS = {  # forward, datapath of the FE and of the BEs, fastpath
@@ -18,6 +19,9 @@ WAYS = {  # forward, datapath of the FE and of the BEs, fastpath
     "nfqueue-ebpf": ("direct", "nfqueue", "ebpf", True)}
 MB = 1 << 20
 PATIENT = "send_timeout 900s;"  # nginx ends what its client does not read
+# as in tests/conftest.py: hosts of one machine share its clock
+HOUR = 3_600_000_000_000
+bed.CLOCKS[:] = ["0:0", f"{5 * HOUR}:200", f"{11 * HOUR}:-200"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,10 +34,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("way", metafunc.config.getoption("--ways").split(","), scope="session")
 
 
-def make(way: str, **kw: object) -> Cluster:
+def make(way: str, interface: str = "", **kw: object) -> Cluster:
     forward, fe, be, fastpath = WAYS[way]
+    named = f"interface = {interface}\n" if interface else ""
     return Cluster(forward=forward, datapath=(fe, be), fastpath=fastpath, nginx={"http": PATIENT},
-                   fe_conf="headtimeout = 60", **kw)  # type: ignore[arg-type]
+                   fe_conf=f"{named}headtimeout = 60", be_conf=named, **kw)  # type: ignore[arg-type]
 
 
 def fill(c: Cluster, megabytes: int) -> None:
