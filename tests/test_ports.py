@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A port is used again while the server still remembers the connection before: by hosts behind one
-address translator, whose sequence numbers and timestamp clocks have nothing to do with each other."""
+address translator, whose sequence numbers and clocks have nothing to do with each other."""
 from __future__ import annotations
 
 import itertools
