@@ -234,9 +234,9 @@ static __always_inline bool began_with(const struct tcp_sock *tp, __u32 seq)
 }
 
 /*
- * Whether a segment that finds a TIME_WAIT socket is its own, late, and not the first one of a new connection.
- * If that socket's connection was adopted by cookie, another initial sequence number in one that is valid
- * proves a new handshake. Else it is as for a SYN (RFC 6191).
+ * Whether a segment that finds a TIME_WAIT socket is its own, late, and not the first one of a new
+ * connection. If that socket's connection was adopted by cookie, another initial sequence number in one that
+ * is valid proves a new handshake. Else it is as for a SYN (RFC 6191).
  */
 static __always_inline bool belongs_to_past(const struct tcpha_flow *flow, __u32 seq, __u32 rcv_nxt,
 					    const struct options *o, __u32 ts_recent)
