@@ -188,6 +188,7 @@ class Service:
         loop = self.loop = asyncio.get_running_loop()
         try:
             self.host.recover()
+            capabilities.lock_memory()
             capabilities.restrict()  # before there is a second thread
             self._listen_admin()
             self.open()

@@ -86,8 +86,10 @@ def test_much_to_say(pair: Cluster) -> None:
     upload_many(pair, 40, 1 << 20, "-H", "Expect:")
     done = pair.client.run("ab", "-q", "-s", "60", "-n", "4000", "-c", "64",
                            f"http://{pair.VIP}/1k")
+    assert pair.fe
+    left = [d.ctl("status")["counters"] for d in (pair.fe, *pair.be)]
     assert "Complete requests:      4000" in done.stdout
-    assert "Failed requests:        0" in done.stdout, done.stdout
+    assert "Failed requests:        0" in done.stdout, (done.stdout, left)
     settle(pair)
 
 

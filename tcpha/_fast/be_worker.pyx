@@ -28,7 +28,7 @@ from tcpha._fast.message cimport (
     fast_id, fast_isn, message, message_closed, message_flow, message_refused, message_return,
     message_short, refusal_text)
 from tcpha._fast.packet cimport address_bytes, address_text
-from tcpha._fast.peerclock cimport clock_oldest, clock_word
+from tcpha._fast.peerclock cimport clock_oldest, clock_word, clock_youngest
 from tcpha._fast.sys cimport (
     EINTR, ENOBUFS, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLL_CTL_ADD, EPOLL_CTL_MOD, MSG_DONTWAIT,
     add32, add64, errno, htons, load32, now_ns, ntohs, pthread_mutex_destroy,
@@ -48,6 +48,7 @@ cdef enum:
     MANY_ENDS = 32         # in one turn of the timer
 
 cdef uint64_t SETTLED_NS = 1000000000  # older connections surely have a socket, or none any more
+cdef int64_t PATIENCE_NS = 3000000000  # of the front end, until it has our answer to an offer
 cdef uint64_t YOUNG_NS = 20000000   # an adoption so recent may have no socket yet
 
 
@@ -369,12 +370,16 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
 
 
 cdef bint _is_stale(backend_state *b, link *l, message *m) noexcept nogil:
-    """Whether an offer may have been made to another back end by now. It is no older than the
-    control connection that it came by. If our own clock stood still, as that of a virtual machine
-    that is paused does, only the end of the connection tells: the front end has closed it."""
+    """Whether an offer may have been made to another back end before our answer is there. It is no
+    older than the control connection that it came by. If our own clock stood still, as that of a
+    virtual machine that is paused does, only the end of the connection tells: the front end has
+    closed it."""
     cdef uint64_t now = now_ns()
-    cdef int64_t age = min(clock_oldest(&l.clock, m.sent_ns, now), <int64_t>(now - l.since_ns))
-    return age > <int64_t>b.stale_ns or half_closed(l.fd)
+    if half_closed(l.fd):
+        return True
+    return now - l.since_ns > b.stale_ns and (
+        clock_youngest(&l.clock, m.sent_ns, now) > <int64_t>b.stale_ns or
+        clock_oldest(&l.clock, m.sent_ns, now) > PATIENCE_NS)
 
 
 cdef bint _is_known(backend_state *b, worker *w, link *l, message *m) noexcept nogil:

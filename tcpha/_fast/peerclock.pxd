@@ -14,5 +14,6 @@ cdef void clock_told(peer_clock *p, uint64_t theirs, uint64_t on_the_way,
                      uint64_t now) noexcept nogil
 cdef void clock_answered(peer_clock *p, uint64_t asked, uint64_t theirs,
                          uint64_t now) noexcept nogil
+cdef int64_t clock_youngest(const peer_clock *p, uint64_t sent, uint64_t now) noexcept nogil
 cdef int64_t clock_oldest(const peer_clock *p, uint64_t sent, uint64_t now) noexcept nogil
 cdef uint64_t clock_word(const peer_clock *p) noexcept nogil

@@ -49,8 +49,13 @@ cdef void clock_answered(peer_clock *p, uint64_t asked, uint64_t theirs,
         p.high = high
 
 
+cdef int64_t clock_youngest(const peer_clock *p, uint64_t sent, uint64_t now) noexcept nogil:
+    """How old a message is, at least, that the peer sent when its clock said 'sent'."""
+    return <int64_t>(now - sent) + p.low
+
+
 cdef int64_t clock_oldest(const peer_clock *p, uint64_t sent, uint64_t now) noexcept nogil:
-    """How old a message may be, at most, that the peer sent when its clock said 'sent'."""
+    """How old it is at most."""
     return <int64_t>(now - sent) + p.high
 
 
@@ -72,6 +77,10 @@ class PeerClock:
         cdef peer_clock p = self.state
         clock_answered(&p, asked, theirs, now)
         self.state = p
+
+    def youngest(self, uint64_t sent, uint64_t now):
+        cdef peer_clock p = self.state
+        return clock_youngest(&p, sent, now)
 
     def oldest(self, uint64_t sent, uint64_t now):
         cdef peer_clock p = self.state

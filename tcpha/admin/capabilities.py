@@ -2,8 +2,10 @@
 """What the daemons may still do once they have looked after an earlier run: see capabilities(7)."""
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import resource
 from pathlib import Path
 
 KEPT = {  # name: number
@@ -24,6 +26,13 @@ class _Header(ctypes.Structure):
 class _Sets(ctypes.Structure):
     _fields_ = [("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32),
                 ("inheritable", ctypes.c_uint32)]
+
+
+def lock_memory() -> None:
+    """Kernels before 5.11 count what BPF maps take as locked memory, and the limit is low. Raising
+    it takes CAP_SYS_RESOURCE, which is not kept."""
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
 
 
 def restrict() -> None:

@@ -12,7 +12,7 @@ from tcpha._fast.diag import SockDiag
 from tcpha._fast.ebpf import BeEbpf, FeEbpf
 from tcpha.config import ANY, Config
 from tcpha.datapath import ADOPT_KFUNC, DatapathError, Path, allow_adoption
-from tcpha.datapath.fragments import Fragments
+from tcpha.datapath.fragments import Fragments, open_fragments
 from tcpha.net import rules
 from tcpha.net.host import Host, HostError
 from tcpha.net.tap import accept_any_source, open_queues, open_tap
@@ -92,11 +92,8 @@ class EbpfFrontend(_Ebpf):
 
     def _open_fragments(self) -> Fragments | None:
         config, host = self.config, self.host
-        try:
-            fragments = Fragments(config, host)
-        except OSError as error:
-            log.warning("segments in IP fragments are refused, as the kernel has no netfilter "
-                        "queues: %s", error.strerror)
+        fragments = open_fragments(config, host)
+        if fragments is None:
             return None
         try:
             rules.install(host, self.rules, [fragments.rule])

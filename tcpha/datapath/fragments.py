@@ -7,6 +7,7 @@ in once more through a TAP device, in one piece.
 """
 from __future__ import annotations
 
+import logging
 import os
 
 from tcpha._fast.fragments import MARK, Defragmented
@@ -16,17 +17,22 @@ from tcpha.net.host import Host
 from tcpha.net.rules import Rule
 from tcpha.net.tap import accept_any_source, open_tap
 
+log = logging.getLogger("tcpha")
 FIRST_QUEUE = 25900
 OUTER_IP = 20
 
 
 class Fragments:
     """rule: to be put in force before start(). index: of the TAP device. Raises OSError if the
-    kernel has no netfilter queues."""
+    kernel has no netfilter queues, or no TAP devices."""
 
     def __init__(self, config: Config, host: Host):
-        self.queue, = open_queues(1, FIRST_QUEUE)
         self.fd, self.index, name = open_tap(host, "tcphafr")
+        try:
+            self.queue, = open_queues(1, FIRST_QUEUE)
+        except BaseException:
+            os.close(self.fd)
+            raise
         accept_any_source(host, name, self.index, config.vaddr)
         room = min(host.mtu(i) for i in host.ethernet(config.interface))
         self.whole = Defragmented(self.queue, self.fd, host.mac(self.index),
@@ -42,3 +48,13 @@ class Fragments:
     def close(self) -> None:
         self.queue.close()
         os.close(self.fd)
+
+
+def open_fragments(config: Config, host: Host) -> Fragments | None:
+    """None, and a warning, where the kernel lacks what they need."""
+    try:
+        return Fragments(config, host)
+    except OSError as error:
+        log.warning("segments in IP fragments are refused, as the kernel has no netfilter queues "
+                    "or TAP devices: %s", error)
+        return None

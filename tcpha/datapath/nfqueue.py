@@ -22,7 +22,7 @@ from tcpha._fast.nfqueue_be import BeNfqueue
 from tcpha._fast.nfqueue_fe import FeNfqueue
 from tcpha.config import ANY, Config
 from tcpha.datapath import LOCAL_CONNECTIONS, DatapathError, Path
-from tcpha.datapath.fragments import Fragments
+from tcpha.datapath.fragments import open_fragments
 from tcpha.net import rules
 from tcpha.net.host import Host, HostError
 from tcpha.net.rules import Rule
@@ -145,17 +145,20 @@ class NfqueueFrontend(_Nfqueue):
         self.fresh = True
         vip = {"hook": "prerouting", "destination": config.vaddr, "dport": config.port,
                "queue": self._span}
-        self.fragments = Fragments(config, host)
+        self.fragments = open_fragments(config, host)
         self._begin([Rule(**vip, flags=rules.SYN, bypass=True), Rule(**vip),
-                     self._errors(config.vaddr), self.fragments.rule])
-        self.fragments.start()
+                     self._errors(config.vaddr),
+                     *([self.fragments.rule] if self.fragments else [])])
+        if self.fragments:
+            self.fragments.start()
 
     def counters(self) -> dict[str, Any]:
-        return super().counters() | self.fragments.counters()
+        return super().counters() | (self.fragments.counters() if self.fragments else {})
 
     def close(self) -> None:
         super().close()
-        self.fragments.close()
+        if self.fragments:
+            self.fragments.close()
 
     def open_local(self, address: str, port: int) -> NfqueueLocal:
         local = NfqueueLocal(self.config, self.host, address, port)

@@ -17,6 +17,7 @@ IFF_NO_PI = 0x1000
 IFF_VNET_HDR = 0x4000
 IFF_NOARP = 0x0080
 TUN_F_CSUM_TSO46_ECN = 0x01 | 0x02 | 0x04 | 0x08
+TUN = "/dev/net/tun"
 MTU = 65000  # a forged segment carries up to 60,000 bytes
 
 
@@ -30,7 +31,10 @@ def open_tap(host: Host, prefix: str) -> tuple[int, int, str]:
 
 
 def _open_queue(name: bytes, flags: int) -> tuple[int, str]:
-    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fd = os.open(TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise OSError(error.errno, f"{TUN}: {error.strerror}; 'modprobe tun' may help") from None
     try:
         request = struct.pack("16sH22x", name, IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | flags)
         full = fcntl.ioctl(fd, TUNSETIFF, request)[:16].rstrip(b"\0").decode()
