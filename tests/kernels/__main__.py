@@ -52,14 +52,15 @@ def alone(kernel: Kernel, args: argparse.Namespace) -> Result:
         done = python(sys.executable, "-m", "tcpha.lab.demo", seconds=DEMO)
         result.check(done.returncode == 0, f"demo\n{done.stdout}{done.stderr}")
         if not args.short:
-            done = python(*pytest("inside", "--junitxml=/run/results.xml",
+            done = python("bash", "-c", 'exec "$@" >/dev/console 2>&1', "tests",
+                          *pytest("inside", "-v", "--color=no", "--junitxml=/run/results.xml",
                                   f"--ways={','.join(result.ways)}", "-k", args.k,
                                   str(HERE / "inside")), seconds=TESTS)
             xml = m.run("cat", "/run/results.xml", check=False).stdout
             if xml:
                 result.take_junit(xml)
             else:
-                result.failed.append(f"tests: exit {done.returncode}\n{done.stdout}{done.stderr}")
+                result.failed.append(f"tests: exit {done.returncode}; see {m.console}")
     return result
 
 

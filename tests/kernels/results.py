@@ -65,17 +65,18 @@ def expected(number: tuple[int, int], role: str, way: str) -> tuple[str, ...]:
 
 
 def ways(probe: dict[str, dict[str, Any]]) -> list[str]:
-    """Ways of inside/conftest.py that this kernel has."""
+    """Ways of inside/conftest.py that this kernel has and that differ in what they use, the best
+    one first, the one that every kernel has last."""
     def opens(way: str, role: str, key: str = "datapath") -> bool:
         return bool(probe[way][role][key])
     found = ["fast-direct", "fast-tunnel"] if opens("ebpf", "fe", "packet_path") else []
     bare = "ebpf, no packet path"
     if opens(bare, "fe") and opens(bare, "be"):
-        found += ["direct", "nfqueue-ebpf"]
-    if opens(bare, "fe") and opens("nfqueue", "be"):
+        found.append("direct")
+    elif opens(bare, "fe") and opens("nfqueue", "be"):
         found.append("ebpf-nfqueue")
     if opens("nfqueue", "fe") and opens("nfqueue", "be"):
-        found += ["nfqueue-direct", "nfqueue-tunnel"]
+        found.append("nfqueue-direct")
     return found
 
 
