@@ -15,6 +15,7 @@ from tests.kernels.machine import Machine
 VIP = "192.168.1.36"
 FRONT, BACKS = "192.168.1.23", ("192.168.1.33", "192.168.1.38")
 READY = 120.0
+CLIENTS = 2000  # that a back end has at one time
 
 
 class Server(Machine):
@@ -88,7 +89,8 @@ class Machines:
             for be in self.be:
                 be.serve(megabytes)
                 be.configure(f"raddr = {be.address}\nuaddr = 192.168.1.39\nvaddr = {VIP}\n"
-                             f"datapath = {datapath[1]}\nlogfile = /run/tcphabe.log\n")
+                             f"datapath = {datapath[1]}\nmaxclients = {CLIENTS}\n"
+                             "logfile = /run/tcphabe.log\n")
                 be.start()
             self.fe.configure("\n".join(
                 [f"raddr = {FRONT}", f"vaddr = {VIP}", "logfile = /run/tcphafe.log",

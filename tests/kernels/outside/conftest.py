@@ -2,6 +2,7 @@
 """Three machines for the tests here."""
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--versions", help="of kernels: the front end's, then the back ends'")
     parser.addoption("--age", type=float, default=0, help="seconds the first is older")
     parser.addoption("--datapath", default="auto,auto", help="the front end's, the back ends'")
-    parser.addoption("--logs", type=Path, help="where consoles are kept")
+    parser.addoption("--logs", type=Path, help="where consoles and logs are kept")
     parser.addoption("--megabytes", type=int, default=64, help="of a large download")
     parser.addoption("--downloads", type=int, default=500, help="under way when a daemon is killed")
 
@@ -32,7 +33,13 @@ def booted(pytestconfig: pytest.Config) -> Iterator[Machines]:
     m = Machines(kernels, option("--logs"), option("--megabytes"), option("--age"),
                  tuple(option("--datapath").split(",")))
     yield m
-    m.close()
+    try:
+        for machine in m.all:
+            (option("--logs") / f"{machine.name}.log").write_text(
+                machine.run("cat", f"/run/tcpha{machine.role}.log", check=False).stdout +
+                json.dumps(machine.ctl("status"), indent=1))
+    finally:
+        m.close()
 
 
 @pytest.fixture

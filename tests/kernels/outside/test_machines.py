@@ -16,6 +16,7 @@ from tests.kernels.cluster import VIP, Machines, Server
 
 KEEP = REQUEST.replace(b"close", b"keep-alive").replace(b"1k", b"256k")
 SIZE = 256 << 10
+OK = b"HTTP/1.1 200"
 SECONDS = 30  # for requests to be served again
 
 
@@ -72,17 +73,20 @@ def begin(machines: Machines) -> socket.socket:
     """A download that waits for its reader."""
     s = machines.client.connect(VIP, timeout=120)
     s.sendall(KEEP)
-    assert s.recv(1) == b"H"
+    got = b""
+    while len(got) < len(OK):
+        got += s.recv(len(OK) - len(got)) or pytest.fail(f"the connection has ended after {got!r}")
+    assert got == OK, got + s.recv(1 << 10)
     return s
 
 
 
 def finish(s: socket.socket) -> str:
     """Its digest."""
-    data = bytearray(b"H")
+    data = bytearray(OK)
     while (end := data.find(b"\r\n\r\n")) < 0 or len(data) < end + 4 + SIZE:
         got = s.recv(1 << 20)
-        assert got, f"the connection has ended after {len(data)} bytes"
+        assert got, f"the connection has ended after {len(data)} bytes: {data[:200]!r}"
         data += got
     s.close()
     return hashlib.sha256(data[end + 4:]).hexdigest()
