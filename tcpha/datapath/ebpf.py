@@ -168,8 +168,10 @@ class EbpfBackend(_Ebpf):
     def __init__(self, config: Config, host: Host, fastpath: bool):
         super().__init__(config, host, "tcphabe")
         self.fastpath = fastpath
+        self.rules = f"tcphant_{host.handle:04x}_{os.getpid()}"
         listen = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
         try:
+            self._leave_untracked(config.vaddr, host)
             self.table = BeEbpf(_object("be.bpf.o"), (self.tap_fd, self.tap_index), config.vaddr,
                                 config.raddr, listen, config.redirectport, fast=fastpath,
                                 left=host.maps.get(BE_PRIORITY, {}))
@@ -178,8 +180,25 @@ class EbpfBackend(_Ebpf):
             self.close()
             raise
 
+    def _leave_untracked(self, vaddr: str, host: Host) -> None:
+        """Conntrack has not seen the handshake. Where there are NAT rules, too, as docker and
+        firewalld make them, the kernel takes the port of what we adopt for one that was changed,
+        and takes the packet away from its new socket (nf_nat_ipv4_local_in())."""
+        try:
+            rules.install(host, self.rules, [
+                rules.Rule("prerouting", destination=vaddr, untracked=True),
+                rules.Rule("output", source=vaddr, untracked=True)])
+        except HostError as error:
+            log.warning("connections may be reset if this host has NAT rules: %s", error)
+        finally:
+            host.forget_rules()
+
     def allow(self, address: str, allowed: bool) -> None:
         self.table.allow(address, allowed)
+
+    def close(self) -> None:
+        rules.remove(self.rules)
+        super().close()
 
 
 class EbpfLocal(_Ebpf):

@@ -34,9 +34,9 @@ NF_DROP, NF_ACCEPT = 0, 1
 LOOPBACK = "127.0.0.0/8"
 # netfilter's name of each hook, and the priority: raw, before conntrack; mangle, after it
 HOOKS = {"prerouting": ("prerouting", -300), "postrouting": ("postrouting", -150),
-         "numbers": ("postrouting", -149), "input": ("input", -150)}
+         "numbers": ("postrouting", -149), "input": ("input", -150), "output": ("output", -300)}
 IPTABLES_CHAIN = {"prerouting": ("raw", "PREROUTING", "-i"), "input": ("filter", "INPUT", "-i"),
-                  "postrouting": ("mangle", "POSTROUTING", "-o")}
+                  "postrouting": ("mangle", "POSTROUTING", "-o"), "output": ("raw", "OUTPUT", "-o")}
 SYN, SYN_ACK = 0x02, 0x12
 META_PRIORITY, META_MARK, META_IIFNAME, META_OIFNAME = 2, 3, 6, 7
 NETWORK, TRANSPORT = 1, 2
@@ -47,14 +47,15 @@ ARP_OPERATION, ARP_SENDER, ARP_TARGET = 6, 14, 24  # offsets, for Ethernet and I
 @dataclass(frozen=True)
 class Rule:
     """One rule. Packets of lo are left alone, or alone concerned. queue: number of the first and
-    how many (a power of two) share the load by the client's port; None: accept, or drop. bypass:
-    accept if nobody serves the queue. destination: an address, or LOOPBACK for all that begin with
-    127."""
+    how many (a power of two) share the load by the client's port; None: accept, drop, or hide from
+    conntrack (untracked). bypass: accept if nobody serves the queue. destination: an address, or
+    LOOPBACK for all that begin with 127."""
 
     hook: str
     queue: tuple[int, int] | None = None
     bypass: bool = False
     drop: bool = False
+    untracked: bool = False
     mark: int | None = None
     protocol: int | None = socket.IPPROTO_TCP
     source: str | None = None
@@ -83,8 +84,9 @@ def install(host: Host, name: str, rules: list[Rule],
         except (NetlinkError, OSError, subprocess.CalledProcessError) as error:
             tried.append(f"{way}: {getattr(error, 'stderr', None) or error}")
             remove(name)
-    raise HostError("cannot send packets to netfilter queues (" + "; ".join(tried) + "); the "
-                    "kernel needs NFT_QUEUE, or NFT_COMPAT and NETFILTER_XT_TARGET_NFQUEUE")
+    raise HostError("cannot put rules in force (" + "; ".join(tried) + "); the kernel needs "
+                    "NF_TABLES, and for queues NFT_QUEUE, or NFT_COMPAT and "
+                    "NETFILTER_XT_TARGET_NFQUEUE")
 
 
 def remove(name: str) -> None:
@@ -195,6 +197,8 @@ def _expressions(rule: Rule, native: bool) -> list[list[list[dict[str, Any]]]]:
                               mask=bytes([SYN_ACK])))
     if rule.store:
         return [[*steps, *parts] for parts in _store()]
+    if rule.untracked:
+        return [[*steps, [{"attrs": [("NFTA_EXPR_NAME", "notrack")]}]]]
     if rule.queue is None:
         return [[*steps, verdict(NF_DROP if rule.drop else NF_ACCEPT)]]
     first, total = rule.queue
@@ -276,6 +280,8 @@ def _arguments(rule: Rule, device: str) -> list[str]:
             args += [option, str(value)]
     if rule.flags is not None:
         args += ["--tcp-flags", "SYN,ACK", "SYN,ACK" if rule.flags == SYN_ACK else "SYN"]
+    if rule.untracked:
+        return [*args, "-j", "CT", "--notrack"]
     if rule.queue is None:
         return [*args, "-j", "DROP" if rule.drop else "ACCEPT"]
     first, total = rule.queue  # shared by addresses: few kernels have a match for bits of a port
