@@ -56,6 +56,9 @@ struct {
 /* Below the least RTO (RFC 6298; 200 ms in Linux): no retransmission comes so soon, but a copy does. */
 #define COPY_NS 150000000ULL
 
+/* More than the clocks of cookies and of adoptions, in milliseconds of two hosts, can be wrong by. */
+#define OLDER_NS 100000000LL
+
 /* For the front end to hear that we do not have a connection, before its request comes again. */
 #define GIVE_UP_NS 1000000000ULL
 
@@ -142,6 +145,11 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 	}
 	if (i == TCPHA_MAX_FAST || !k)
 		return TC_ACT_SHOT;
+	before = bpf_map_lookup_elem(&adoptions, flow);
+	/* a late copy, of a handshake before the last one on the tuple: that connection is over long since */
+	if (before && before->isn != c.isn && before->state == TCPHA_ADOPTED && (o->found & OPT_TS) &&
+	    (__s64)(__s32)c.rtt_ms * 1000000 > (__s64)(now_ns() - before->at_ns) + OLDER_NS)
+		return TC_ACT_SHOT;
 	if (old) {
 		/* end the older one first; this segment comes again, behind that, by the same way */
 		if (is_again(skb))
@@ -160,7 +168,6 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 			return TC_ACT_SHOT;
 		return into_reset(skb, &again, *old);
 	}
-	before = bpf_map_lookup_elem(&adoptions, flow);
 	if (before && before->isn == c.isn && before->state == TCPHA_ADOPTED &&
 	    now_ns() - before->at_ns < COPY_NS)
 		return TC_ACT_SHOT; /* that connection is over already: do not serve its request again */
@@ -235,8 +242,9 @@ static __always_inline bool began_with(const struct tcp_sock *tp, __u32 seq)
 
 /*
  * Whether a segment that finds a TIME_WAIT socket is its own, late, and not the first one of a new
- * connection. If that socket's connection was adopted by cookie, another initial sequence number in one that
- * is valid proves a new handshake. Else it is as for a SYN (RFC 6191).
+ * connection. If that socket's connection was adopted by cookie, its initial sequence number is known;
+ * whether another one is that of a newer handshake, adopt_by_cookie() can tell. Else it is as for a SYN (RFC
+ * 6191).
  */
 static __always_inline bool belongs_to_past(const struct tcpha_flow *flow, __u32 seq, __u32 rcv_nxt,
 					    const struct options *o, __u32 ts_recent)
@@ -406,6 +414,7 @@ static __always_inline void adopt(struct __sk_buff *skb, struct tcpha_op *op)
 	attrs.rcv_tsecr = op->tsval;
 	op->error = bpf_sk_assign_tcp_reqsk(skb, (struct sock *)listener, &attrs, sizeof(attrs));
 	op->result = op->error ? TCPHA_R_ASSIGN : TCPHA_R_OK;
+	bpf_map_delete_elem(&adoptions, &op->flow); /* what it says is of an older connection */
 out:
 	bpf_sk_release(skc);
 }

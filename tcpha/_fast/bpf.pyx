@@ -105,6 +105,7 @@ cdef int _listen(libbpf_print_level level, const char *fmt, va_list ap) noexcept
     cdef size_t n, room
     cdef int said = 0 if level == LIBBPF_DEBUG else vasprintf(&text, fmt, ap)
     if said <= 0:
+        free(text)
         return said
     n = min(<size_t>said, sizeof(LAST) // 2)
     end = text + said - n

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from pyroute2.netlink.exceptions import NetlinkError
+
 from tcpha._fast.bpf import kernel_has_function
 from tcpha.config import Config
 from tcpha.net.host import Host
@@ -112,15 +114,13 @@ def _open(role: str, config: Config, host: Host,
     show only when it is tried; what a way that failed had changed on the host is put back."""
     ways, why = choose(role, config)
     for way in ways:
-        mark = len(host.undo)
+        before = list(host.undo)
         try:
             datapath = make(way)
-        except OSError as error:
-            host.restore_to(mark)
+        except (OSError, NetlinkError, DatapathError) as error:
+            host.restore_since(before)
             if way == ways[-1]:
-                more = "".join(f"\n    {line}" for line in getattr(error, "log", []))
-                raise DatapathError(f"datapath {way[0]}: {error}; "
-                                    "'datapath = auto' takes what works" + more) from None
+                raise DatapathError(_failure(way[0], config.datapath, why, error)) from None
             what = "with the packet path" if way[1] else way[0]
             why += f"; {what} it fails: {error}"
             continue
@@ -128,6 +128,15 @@ def _open(role: str, config: Config, host: Host,
         log.info("%s", datapath.chosen)
         return datapath
     raise AssertionError("nothing to try")
+
+
+def _failure(name: str, requested: str, why: str, error: Exception) -> str:
+    text = str(error) if isinstance(error, DatapathError) else f"datapath {name}: {error}"
+    if requested == "auto":
+        text += f" ({why})"
+    elif requested == "ebpf":
+        text += "; 'datapath = auto' takes what works"
+    return text + "".join(f"\n    {line}" for line in getattr(error, "log", []))
 
 
 def open_frontend(config: Config, host: Host) -> Frontend:

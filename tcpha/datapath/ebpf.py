@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from importlib import resources
 from typing import Any
 
@@ -97,13 +98,16 @@ class EbpfFrontend(_Ebpf):
             return None
         try:
             rules.install(host, self.rules, [fragments.rule])
+            host.attach(fragments.index, self.table.obj.program_fd("fe_ingress"), FE_PRIORITY)
         except HostError as error:
             log.warning("segments in IP fragments are refused: %s", error)
             fragments.close()
             return None
+        except BaseException:
+            fragments.close()
+            raise
         finally:
             host.forget_rules()
-        host.attach(fragments.index, self.table.obj.program_fd("fe_ingress"), FE_PRIORITY)
         fragments.start()
         return fragments
 
@@ -187,8 +191,10 @@ class EbpfBackend(_Ebpf):
         try:
             rules.install(host, self.rules, [
                 rules.Rule("prerouting", destination=vaddr, untracked=True),
+                rules.Rule("prerouting", protocol=socket.IPPROTO_ICMP, destination=vaddr,
+                           untracked=True),  # errors about what nobody tracks would be 'invalid'
                 rules.Rule("output", source=vaddr, untracked=True)])
-        except HostError as error:
+        except (HostError, OSError) as error:
             log.warning("connections may be reset if this host has NAT rules: %s", error)
         finally:
             host.forget_rules()
@@ -197,8 +203,10 @@ class EbpfBackend(_Ebpf):
         self.table.allow(address, allowed)
 
     def close(self) -> None:
-        rules.remove(self.rules)
-        super().close()
+        try:
+            rules.remove(self.rules)
+        finally:
+            super().close()
 
 
 class EbpfLocal(_Ebpf):

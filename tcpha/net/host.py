@@ -178,6 +178,13 @@ class Host:
             self._undo(self.undo.pop())
             self._write()
 
+    def restore_since(self, before: list[dict[str, Any]]) -> None:
+        """Undo what is not in an earlier copy of our changes, whatever became of those in it."""
+        for change in [c for c in reversed(self.undo) if not any(c is b for b in before)]:
+            self.undo.remove(change)
+            self._undo(change)
+            self._write()
+
     def close(self) -> None:
         self.ipr.close()
 

@@ -91,13 +91,14 @@ def install(host: Host, name: str, rules: list[Rule],
 
 def remove(name: str) -> None:
     """Take everything of that name away, whichever way it was installed."""
-    with contextlib.suppress(NetlinkError):  # a kernel without nf_tables
+    with contextlib.suppress(NetlinkError, OSError):  # a kernel without nf_tables
         _in_thread(partial(_drop_table, name))
-    for table, chain, _ in IPTABLES_CHAIN.values() if shutil.which("iptables") else ():
-        if _ipt("-t", table, "-S", name, check=False).returncode == 0:
-            _ipt("-t", table, "-D", chain, "-j", name, check=False)
-            _ipt("-t", table, "-F", name)
-            _ipt("-t", table, "-X", name)
+    for hook, (table, chain, _) in IPTABLES_CHAIN.items() if shutil.which("iptables") else ():
+        own = _own_chain(name, hook)
+        if _ipt("-t", table, "-S", own, check=False).returncode == 0:
+            _ipt("-t", table, "-D", chain, "-j", own, check=False)
+            _ipt("-t", table, "-F", own)
+            _ipt("-t", table, "-X", own)
 
 
 def hide_in_arp(host: Host, name: str, address: str, instead: str) -> None:
@@ -258,14 +259,20 @@ def _ipt(*args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["iptables", "-w", *args], check=check, capture_output=True, text=True)
 
 
+def _own_chain(name: str, hook: str) -> str:
+    """Two of the hooks are in one table."""
+    return f"{name}_o" if hook == "output" else name
+
+
 def _iptables(name: str, rules: list[Rule]) -> None:
     for hook in dict.fromkeys(r.hook for r in rules):
         table, chain, device = IPTABLES_CHAIN[hook]
-        _ipt("-t", table, "-N", name)
+        own = _own_chain(name, hook)
+        _ipt("-t", table, "-N", own)
         for rule in rules:
             if rule.hook == hook:
-                _ipt("-t", table, "-A", name, *_arguments(rule, device))
-        _ipt("-t", table, "-A", chain, "-j", name)
+                _ipt("-t", table, "-A", own, *_arguments(rule, device))
+        _ipt("-t", table, "-A", chain, "-j", own)
 
 
 def _arguments(rule: Rule, device: str) -> list[str]:
