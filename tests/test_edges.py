@@ -9,7 +9,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -277,9 +277,8 @@ def test_blind_injection(mode: dict[str, Any]) -> None:
 
 
 @contextmanager
-def first_segment(host: Host) -> Iterator[list[bytes]]:
-    """The frame with which the host's next request leaves, whole, and a way to send it once more:
-    the last one in the list is that of the request."""
+def first_frame(host: Host, wanted: Callable[[bytes], bool]) -> Iterator[list[bytes]]:
+    """The next frame to port 80 that leaves the host and is wanted, whole."""
     host.run("ethtool", "-K", "eth0", "tx", "off")  # or the checksum would not be there yet
     s = host.inside(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0003)))
     s.bind(("eth0", 0x0003))
@@ -287,11 +286,10 @@ def first_segment(host: Host) -> Iterator[list[bytes]]:
     frames: list[bytes] = []
 
     def listen() -> None:
-        while True:
+        while not frames:
             frame = s.recv(65536)
-            if frame[36:38] == b"\0P" and b" HTTP/1.1\r\n" in frame:
+            if frame[36:38] == b"\0P" and wanted(frame):
                 frames.append(frame)
-                return
     thread = threading.Thread(target=listen)
     thread.start()
     try:
@@ -323,7 +321,7 @@ def test_a_late_copy_of_the_request(calm: Cluster, acknowledged: int) -> None:
     goes on, and the request is served once."""
     want = (calm.nginx[0].root / "big").read_bytes()
     target = b"/big?once%d" % acknowledged
-    with first_segment(calm.client) as frames:
+    with first_frame(calm.client, lambda frame: b" HTTP/1.1\r\n" in frame) as frames:
         s = calm.client.connect(calm.VIP)
         s.sendall(REQUEST.replace(b"/1k", target))
         wait_for(lambda: frames, "the request")

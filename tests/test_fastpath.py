@@ -9,7 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -34,7 +34,7 @@ from test_bpf import (
     flow,
     state_of,
 )
-from test_edges import Forger
+from test_edges import Forger, first_frame
 from test_nfqueue import OFF_NO_PROBE, TCP_REPAIR
 
 from tcpha.lab.bed import Cluster, Host, wait_for
@@ -225,28 +225,9 @@ def test_every_packet_twice(cluster: Cluster) -> None:
     assert n["handed"] == n["closed"]
 
 
-@contextmanager
-def handshake_ack(host: Host) -> Iterator[list[bytes]]:
+def handshake_ack(host: Host) -> AbstractContextManager[list[bytes]]:
     """The frame of the bare ACK with which the host's next handshake with port 80 ends."""
-    host.run("ethtool", "-K", "eth0", "tx", "off")  # its checksum is in it then
-    s = host.inside(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0003)))
-    s.bind(("eth0", 0x0003))
-    s.settimeout(10)
-    frames: list[bytes] = []
-
-    def listen() -> None:
-        while not frames:
-            frame = s.recv(65536)
-            if frame[36:38] == b"\0P" and frame[47] == ACK:
-                frames.append(frame)
-    thread = threading.Thread(target=listen)
-    thread.start()
-    try:
-        yield frames
-    finally:
-        thread.join()
-        s.close()
-        host.run("ethtool", "-K", "eth0", "tx", "on")
+    return first_frame(host, lambda frame: frame[47] == ACK)
 
 
 def with_data(ack: bytes, data: bytes, damage: int = 0, padding: bytes = b"") -> bytes:
