@@ -191,6 +191,30 @@ def test_back_end_stalls_between_send_and_adopted(pair: Cluster) -> None:
     assert fe["handed"] == fe["closed"]
 
 
+@pytest.mark.socket_path
+def test_back_end_whose_word_is_lost(pair: Cluster) -> None:
+    """It has adopted and answers the client, and the front end does not hear of it: what the client
+    acknowledges tells it, so that nobody else answers."""
+    assert pair.fe
+    settle(pair)
+    pair.fe.ctl("drain", pair.be_hosts[1].address)
+    host, big = pair.be_hosts[0], pair.nginx[0].file("lost", size=8 << 20)
+    host.nft("""table ip lab {
+        chain out { type filter hook output priority 0; tcp sport 666 drop; }
+    }""")
+    try:
+        with pair.client.connect(pair.VIP) as s:
+            s.sendall(REQUEST.replace(b"/1k", b"/lost"))
+            wait_for(lambda: servers(pair)[0]["state"] == "down", "the silence to be noticed")
+            assert body(read_all(s)) == big.read_bytes()
+        assert [r["status"] for r in pair.nginx[0].seen() if "/lost" in r["request"]] == ["200"]
+    finally:
+        host.nft("")
+        pair.fe.ctl("undrain", pair.be_hosts[1].address)
+    wait_for(lambda: servers(pair)[0]["state"] == "up", "the back end in use again", 15)
+    settle(pair)
+
+
 def upload_many_small(c: Cluster) -> None:
     data = os.urandom(40_000)
     s = c.client.connect(c.VIP)

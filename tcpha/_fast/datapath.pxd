@@ -35,6 +35,8 @@ cdef struct fe_datapath:
     # for it at present, and packets are still kept.
     int (*forward)(void *self, tcpha_entry *entry, const snapshot *now, const uint8_t *extra,
                    uint32_t extra_len, bint extra_fin) noexcept nogil
+    # Whether a kept packet acknowledges what our socket has never sent: a back end has answered.
+    bint (*answered)(void *self, uint32_t slot, uint32_t snd_nxt) noexcept nogil
     # Give the flow back to our own stack, kept packets too.
     int (*give_back)(void *self, const tcpha_flow *flow, uint32_t slot) noexcept nogil
     # The back end says that the connection ended. 1: it was this handoff's; entry holds its last

@@ -40,7 +40,7 @@ from tcpha._fast.packet cimport (
     ETH_SIZE, FRAME_HEAD, TCP_ACK, TCP_FIN, TCP_PSH, TCP_RST, VNET_SIZE, address_bytes,
     address_text, forge, segment, segment_from, tap_send)
 from tcpha._fast.repair cimport saved_syn_mss
-from tcpha._fast.rewrite cimport get16, is_sound, tcp_parse_head, tcp_view
+from tcpha._fast.rewrite cimport acks_beyond, get16, is_sound, tcp_parse_head, tcp_view
 from tcpha._fast.snapshot cimport (
     SNAP_ECN, SNAP_FIN, SNAP_SACK, SNAP_TIMESTAMP, SNAP_USEC_TS, SNAP_WSCALE, snapshot)
 from tcpha._fast.sys cimport (
@@ -293,6 +293,22 @@ cdef int _forward(void *self, tcpha_entry *entry, const snapshot *now, const uin
     _release(d, entry.slot, NULL)
     pthread_mutex_unlock(&d.lock)
     return 0
+
+
+cdef bint _answered(void *self, uint32_t slot, uint32_t snd_nxt) noexcept nogil:
+    cdef fe_ebpf *d = <fe_ebpf *>self
+    cdef kept *p
+    cdef tcp_view v
+    cdef bint found = False
+    pthread_mutex_lock(&d.lock)
+    p = d.holders[slot].first
+    while p != NULL and not found:
+        found = tcp_parse_head(p.data + VNET_SIZE + ETH_SIZE, p.len - VNET_SIZE - ETH_SIZE,
+                               p.len - VNET_SIZE - ETH_SIZE, &v) == 0 and \
+            acks_beyond(&v, snd_nxt)
+        p = p.next
+    pthread_mutex_unlock(&d.lock)
+    return found
 
 
 cdef int _give_back(void *self, const tcpha_flow *flow, uint32_t slot) noexcept nogil:
@@ -572,6 +588,7 @@ cdef class FeEbpf(FeDatapath):
         self.table.divert = _divert
         self.table.freeze = _freeze
         self.table.forward = _forward
+        self.table.answered = _answered
         self.table.give_back = _give_back
         self.table.forget = _forget
         self.table.restore = _restore

@@ -421,6 +421,12 @@ cdef void _offer_again(frontend *f, worker *w, conn *k, uint32_t reason) noexcep
     """After a refusal: read the head again (it never left the receive queue) and go on."""
     cdef int one = TCP_RECV_QUEUE
     cdef ssize_t n
+    if f.dp.answered(f.dp.self, k.index, k.snap.snd_nxt):
+        # what was lost is the word of the back end that has it, and none other must answer now
+        say_more(f.c, 1, &k.snap.flow, b"%s has adopted it without a word",
+                 f.backends[k.entry.backend].name, 0)
+        _complete(f, w, k)
+        return
     _undo_offer(f, k, reason)
     setsockopt(k.fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, &one, sizeof(one))
     n = recv(k.fd, w.scratch, SCRATCH, MSG_PEEK | MSG_DONTWAIT)

@@ -30,7 +30,7 @@ from tcpha._fast.packet cimport (
     TCP_SYN, VNET_SIZE, address_bytes, forge, ip_checksum, segment, segment_from)
 from tcpha._fast.repair cimport repair_freeze, saved_syn_mss
 from tcpha._fast.rewrite cimport (
-    ask_offload, get16, get32, icmp_parse, icmp_view, pseudo_sum, sum_bytes, tcp_parse, tcp_view)
+    acks_beyond, ask_offload, get16, get32, icmp_parse, icmp_view, pseudo_sum, sum_bytes, tcp_parse, tcp_view)
 from tcpha._fast.snapshot cimport SNAP_FIN, snapshot
 from tcpha._fast.sys cimport (
     AF_PACKET, EINTR, MSG_DONTWAIT, add64, errno, htonl, htons, iovec, load32, load64, msghdr,
@@ -575,6 +575,20 @@ cdef int _forward(void *self, tcpha_entry *entry, const snapshot *now, const uin
     return 0
 
 
+cdef bint _answered(void *self, uint32_t slot, uint32_t snd_nxt) noexcept nogil:
+    cdef fe_nfqueue *d = <fe_nfqueue *>self
+    cdef kept *k
+    cdef tcp_view v
+    cdef bint found = False
+    pthread_rwlock_wrlock(&d.lock)
+    k = d.holders[slot].first
+    while k != NULL and not found:
+        found = tcp_parse(k.data, k.len, &v) == 0 and acks_beyond(&v, snd_nxt)
+        k = k.next
+    pthread_rwlock_unlock(&d.lock)
+    return found
+
+
 cdef int _give_back(void *self, const tcpha_flow *flow, uint32_t slot) noexcept nogil:
     cdef fe_nfqueue *d = <fe_nfqueue *>self
     cdef kept *k
@@ -675,6 +689,7 @@ cdef class FeNfqueue(FeDatapath):
         self.table.divert = _divert
         self.table.freeze = _freeze
         self.table.forward = _forward
+        self.table.answered = _answered
         self.table.give_back = _give_back
         self.table.forget = _forget
         self.table.restore = _restore
