@@ -354,7 +354,7 @@ int be_ingress(struct __sk_buff *skb)
 	struct tcpha_flow flow;
 	__u32 offset = 0;
 
-	if (skb->pkt_type != PACKET_HOST || skb->protocol != bpf_htons(ETH_P_IP))
+	if (!is_for_us(skb))
 		return TC_ACT_UNSPEC;
 	if (bpf_skb_pull_data(skb, ETH_HLEN + sizeof(*ip)) < 0)
 		return TC_ACT_UNSPEC;

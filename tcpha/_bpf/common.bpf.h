@@ -131,6 +131,22 @@ struct headers {
 	struct tcphdr *tcp;
 };
 
+#define VLAN_ID 0x0fff
+
+/*
+ * Whether a frame is IPv4 and for this host, on this very device. What bears the tag of a VLAN is seen again on
+ * that VLAN's device, and belongs there. The tag of VLAN 0 gives a priority only; it would go out again with
+ * what is sent on, so it is taken away.
+ */
+static __always_inline bool is_for_us(struct __sk_buff *skb)
+{
+	if (skb->pkt_type != PACKET_HOST || skb->protocol != bpf_htons(ETH_P_IP))
+		return false;
+	if (!skb->vlan_present)
+		return true;
+	return !(skb->vlan_tci & VLAN_ID) && bpf_skb_vlan_pop(skb) == 0;
+}
+
 static __always_inline void map_v4(__u8 to[16], __be32 addr)
 {
 	__builtin_memset(to, 0, 10);

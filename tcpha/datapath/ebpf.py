@@ -42,6 +42,10 @@ class _Ebpf:
     def _attach(self, config: Config, host: Host, priority: int, tap: str, ingress: str) -> None:
         self._attach_tap(host, priority, tap)
         for index in host.ethernet(config.interface):
+            if not host.is_ethernet(index):
+                raise DatapathError(f"datapath ebpf: what {host.interface(index)} receives are no "
+                                    "Ethernet frames; take it out of the key 'interface', or write "
+                                    "'datapath = nfqueue'")
             host.attach(index, self.table.obj.program_fd(ingress), priority)
 
     def _attach_tap(self, host: Host, priority: int, program: str) -> None:

@@ -38,6 +38,12 @@ PROBES, PROBE_WAIT = 2, 0.15  # seconds; neighbours answer within one
 TAP_PREFIXES = ("tcphafe", "tcphabe", "tcphaln", "tcphafp", "tcphafr")
 
 
+def _kind(link: Any) -> str:
+    """What kind of virtual device a link is; '' for hardware."""
+    info = link.get_attr("IFLA_LINKINFO")
+    return str(info.get_attr("IFLA_INFO_KIND")) if info else ""
+
+
 class HostError(Exception):
     """The host cannot be set up; the message says what to do."""
 
@@ -274,22 +280,39 @@ class Host:
                      str(answer.get_attr("RTA_PREFSRC") or "0.0.0.0"))
 
     def ethernet(self, names: list[str]) -> list[int]:
-        """Indexes of the named interfaces, or of all Ethernet ones up and not in a bridge."""
+        """Indexes of the interfaces at which our stack takes packets: the named ones, or all
+        Ethernet ones that are up and whose packets no bridge or bond takes first."""
+        links = {int(link["index"]): link for link in self.ipr.get_links()}
         found = []
-        for link in self.ipr.get_links():
+        for index, link in links.items():
             name = link.get_attr("IFLA_IFNAME")
             if name.startswith(TAP_PREFIXES):
                 continue
             usable = link["ifi_type"] == ARPHRD_ETHER and link["flags"] & IFF_UP \
-                and link.get_attr("IFLA_MASTER") is None
+                and not self._is_taken(link, links)
             if name in names or (not names and usable):
-                found.append(int(link["index"]))
+                found.append(index)
         missing = set(names) - {self.interface(i) for i in found}
         if missing:
             raise HostError(f"no interface {', '.join(sorted(missing))}; mend the key 'interface'")
         if not found:
             raise HostError("no Ethernet interface is up; bring one up first")
-        return found
+        return found + self._lower(found, links)
+
+    @staticmethod
+    def _is_taken(link: Any, links: dict[int, Any]) -> bool:
+        """Whether what an interface receives goes to its master (but a VRF only looks on)."""
+        master = links.get(int(link.get_attr("IFLA_MASTER") or 0))
+        return master is not None and _kind(master) != "vrf"
+
+    @staticmethod
+    def _lower(found: list[int], links: dict[int, Any]) -> list[int]:
+        """An ipvlan device gets what is for its own addresses; the virtual address is on lo, so its
+        parent has those packets."""
+        return [parent for index in found if _kind(links[index]) == "ipvlan"
+                and links[index].get_attr("IFLA_LINK_NETNSID") is None
+                and (parent := int(links[index].get_attr("IFLA_LINK") or 0)) in links
+                and parent not in found]
 
     def mtu(self, index: int) -> int:
         return int(self.ipr.get_links(index)[0].get_attr("IFLA_MTU"))

@@ -251,11 +251,23 @@ DEVICES: dict[str, Callable[[Host, str], None]] = {
     "ipvlan": lambda host, device: over_eth0(host, device, "ipvlan", "mode", "l2")}
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["named", "found"])
 @pytest.mark.parametrize("kind", DEVICES)
-def test_device(way: str, kind: str) -> None:
-    """On all hosts: one that the configuration names."""
+def test_device(way: str, kind: str, named: bool) -> None:
+    """On all hosts: one that the configuration names, or that the daemons find by themselves."""
     def prepare(c: Cluster) -> None:
         for host in c.bed.hosts:
             DEVICES[kind](host, "net0")
-    with cluster_on(way, prepare, interface="net0") as c:
+    with cluster_on(way, prepare, interface="net0" if named else "") as c:
+        serves(c)
+
+
+def test_priority_tags(way: str) -> None:
+    """Frames of VLAN 0, as some adapters and hypervisors leave them."""
+    def prepare(c: Cluster) -> None:
+        for host in c.bed.hosts:
+            host.run("tc", "qdisc", "add", "dev", "eth0", "clsact")
+            host.run("tc", "filter", "add", "dev", "eth0", "egress", "matchall", "action", "vlan",
+                     "push", "id", "0", "priority", "5")
+    with cluster_on(way, prepare) as c:
         serves(c)
