@@ -167,12 +167,13 @@ def test_full_disk_for_logs(mode: dict[str, Any], tmp_path: Path) -> None:
 
 
 @contextmanager
-def no_kernel_memory_for_maps(d: Daemon) -> Iterator[None]:
-    """Whatever a daemon asks for by bpf(2) fails, as soon as all its threads are caught."""
+def no_kernel_memory_for_frames(d: Daemon) -> Iterator[None]:
+    """Whatever a daemon writes to its TAP devices fails, as soon as all its threads are caught."""
     pid = d.process.pid
     threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
-    tracer = subprocess.Popen(["strace", "-f", "-p", str(pid), "-e", "trace=bpf", "-e",
-                               "inject=bpf:error=ENOMEM", "-o", "/dev/null"],
+    tracer = subprocess.Popen(["strace", "-f", "-p", str(pid), "-P", "/dev/net/tun", "-e",
+                               "trace=writev", "-e", "inject=writev:error=ENOMEM", "-o",
+                               "/dev/null"],
                               stderr=subprocess.PIPE, text=True)
     try:
         assert tracer.stderr
@@ -190,8 +191,8 @@ def no_kernel_memory_for_maps(d: Daemon) -> Iterator[None]:
 @pytest.mark.modes("direct", "tunnel")
 @pytest.mark.parametrize("dies", [False, True], ids=["server lives", "server dies"])
 def test_no_memory_when_a_back_end_has_adopted(mode: dict[str, Any], dies: bool) -> None:
-    """What clients send is kept until the kernel has memory for the entries that let it pass; and
-    if a connection ends before, it is counted as over."""
+    """What clients send is kept until the kernel has memory for what lets it pass; and if a
+    connection ends before, it is counted as over."""
     with serving(mode, fe_conf="dbglevel = 3") as c:
         assert c.fe
         fe, be, server = c.fe, c.be[0], c.nginx[0]
@@ -200,7 +201,7 @@ def test_no_memory_when_a_back_end_has_adopted(mode: dict[str, Any], dies: bool)
         try:
             clients = [request(c) for _ in range(4)]
             wait_for(lambda: lines(fe, "offered to") == 4, "the offers")
-            with no_kernel_memory_for_maps(fe):
+            with no_kernel_memory_for_frames(fe):
                 be.process.send_signal(signal.SIGCONT)
                 wait_for(lambda: lines(fe, "cannot divert the flow") == 4, "all four adopted")
                 for s in clients:

@@ -168,12 +168,17 @@ static __always_inline int forward(struct __sk_buff *skb, struct tcpha_entry *e)
 	return ret;
 }
 
-/* To user space, which finds the connection by the slot in the destination MAC address. */
-static __always_inline int hold(struct __sk_buff *skb, const struct tcpha_entry *e)
+/*
+ * To user space, which finds the connection by the slot in the destination MAC address. By the count, it
+ * knows whether all have arrived there: until they have gone on, none that follows may go by itself.
+ */
+static __always_inline int hold(struct __sk_buff *skb, struct tcpha_entry *e)
 {
 	__u8 mac[ETH_ALEN] = {TCPHA_MAC_MARK >> 8, TCPHA_MAC_MARK & 0xff};
 	__u32 slot = e->slot;
 
+	if (__sync_fetch_and_add(&e->held, 1) & TCPHA_FLOWING)
+		return forward(skb, e);
 	__builtin_memcpy(mac + 2, &slot, sizeof(slot));
 	if (bpf_skb_store_bytes(skb, 0, mac, sizeof(mac), 0) < 0)
 		return TC_ACT_SHOT;
@@ -686,7 +691,7 @@ int fe_ingress(struct __sk_buff *skb)
 	__u32 seq, ack, length;
 	int verdict;
 
-	if (skb->pkt_type != PACKET_HOST || skb->protocol != bpf_htons(ETH_P_IP))
+	if (!is_for_us(skb))
 		return TC_ACT_UNSPEC;
 	if (parse_tcp(skb, 0, &h) < 0) {
 		mark_fragment(skb);
@@ -739,6 +744,43 @@ static __always_inline void change_entry(struct tcpha_op *op)
 }
 
 /*
+ * A back end has a connection whose packets were held. Packets must not overtake each other: those that user
+ * space has kept go first, while all others still go there. That they may go by themselves is decided
+ * together with whether one more has come.
+ */
+static __always_inline void hand_over(struct tcpha_op *op)
+{
+	struct tcpha_entry *e = bpf_map_lookup_elem(&flows, &op->flow);
+
+	op->result = TCPHA_R_NO_SOCKET;
+	if (!e || e->state != TCPHA_HOLD)
+		return;
+	e->id = e->live = op->id;
+	e->backend = op->backend;
+	e->rule = op->rule;
+	e->flags = op->flags;
+	e->end_seq = op->end_seq;
+	e->ahead_seq = e->ahead_end = 0;
+	op->result = TCPHA_R_OK;
+}
+
+static __always_inline void let_flow(struct tcpha_op *op)
+{
+	struct tcpha_entry *e = bpf_map_lookup_elem(&flows, &op->flow);
+
+	op->result = TCPHA_R_NO_SOCKET;
+	if (!e || e->state != TCPHA_HOLD || e->id != op->id)
+		return;
+	op->result = TCPHA_R_BACKLOG;
+	if (op->held == TCPHA_FLOWING)
+		__sync_lock_test_and_set(&e->held, TCPHA_FLOWING);
+	else if (__sync_val_compare_and_swap(&e->held, op->held, TCPHA_FLOWING) != op->held)
+		return;
+	e->state = TCPHA_FORWARD;
+	op->result = TCPHA_R_OK;
+}
+
+/*
  * Remove an entry that user space has found over, or left behind. Since it looked, a new connection's may
  * have taken its place: that one stays.
  */
@@ -763,6 +805,7 @@ int fe_tap(struct __sk_buff *skb)
 	struct tcpha_flow flow;
 	struct tcpha_op *op;
 	struct headers h;
+	bool kept;
 
 	if (skb->protocol == bpf_htons(TCPHA_ETH_OP)) {
 		op = op_of_frame(skb);
@@ -772,14 +815,19 @@ int fe_tap(struct __sk_buff *skb)
 			change_entry(op);
 		else if (op && op->kind == TCPHA_OP_DROP)
 			drop_entry(op);
+		else if (op && op->kind == TCPHA_OP_HAND_OVER)
+			hand_over(op);
+		else if (op && op->kind == TCPHA_OP_LET_FLOW)
+			let_flow(op);
 		return TC_ACT_SHOT;
 	}
 	if (skb->protocol != bpf_htons(ETH_P_IP) || parse_tcp(skb, 0, &h) < 0)
 		return TC_ACT_SHOT;
+	kept = *(__be16 *)h.eth->h_dest == bpf_htons(TCPHA_MAC_KEPT);
 	flow_of(&h, &flow);
 	e = bpf_map_lookup_elem(&flows, &flow);
 	if (e && is_of(e, &h))
-		return follow_entry(skb, e);
+		return kept && e->state == TCPHA_HOLD ? forward(skb, e) : follow_entry(skb, e);
 	/* given back to our own stack: the frame still bears the mark instead of our address */
 	bpf_skb_change_type(skb, PACKET_HOST);
 	return TC_ACT_OK;

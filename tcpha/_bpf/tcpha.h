@@ -21,6 +21,7 @@
 #define TCPHA_TARGET_MAX 56
 #define TCPHA_ETH_OP 0x88b5	/* IEEE 802 local experimental EtherType: operation frames on the TAP */
 #define TCPHA_MAC_MARK 0x0274	/* first two bytes of the MAC of a frame that BPF put on the TAP */
+#define TCPHA_MAC_KEPT 0x027a	/* and of one that user space has kept and sends on */
 #define TCPHA_IPID_PLAIN 0xffff /* IP id of forged packets that want no adoption */
 /* First two bytes of the MAC of a frame that waits for room at the back end; then, if there is none: 1. */
 #define TCPHA_MAC_ROOM 0x0278
@@ -41,6 +42,8 @@ struct tcpha_flow {
 	__be16 cport;
 	__be16 vport;
 };
+
+#define TCPHA_FLOWING (1U << 31)
 
 /* States of struct tcpha_entry. */
 enum {
@@ -77,7 +80,10 @@ struct tcpha_entry {
 	__u32 ahead_seq; /* what was seen behind a gap; none if both are equal */
 	__u32 ahead_end;
 	__u32 syn_seq;
-	__u32 first_seq; /* TCPHA_F_FAST: of the request */
+	union {
+		__u32 first_seq; /* TCPHA_F_FAST: of the request */
+		__u32 held;	 /* else: packets that went to user space; with TCPHA_FLOWING, no more do */
+	};
 	__u32 first_ack;
 	__u32 rtt_ms; /* TCPHA_F_FAST: of the handshake; 0: not known */
 	__u32 target_len;
@@ -108,6 +114,8 @@ enum {
 	TCPHA_OP_END = 3,	/* the connection of handoff 'id' is over */
 	TCPHA_OP_TAKE_BACK = 4, /* the back end did not take the request of handoff 'id' */
 	TCPHA_OP_DROP = 5,	/* remove an entry, if it still is what was found */
+	TCPHA_OP_HAND_OVER = 6, /* the flow is a back end's; what user space has kept comes now */
+	TCPHA_OP_LET_FLOW = 7,	/* and what follows goes by itself, if no more than 'held' were held */
 };
 
 /* Results of struct tcpha_op. */
@@ -133,11 +141,16 @@ struct tcpha_op {
 	__u32 kind;
 	__u32 result;
 	__s32 error;
-	__u64 id;	      /* END, TAKE_BACK, DROP */
+	__u64 id;	      /* END, TAKE_BACK, DROP, HAND_OVER, LET_FLOW */
 	__u64 start_ns;	      /* DROP: as found, */
 	__u32 entry;	      /* and so is this, the entry's state */
 	__u32 slot;	      /* DROP out: of that entry */
 	__u32 keep;	      /* END: the entry stays, for what the client may still send */
+	__u32 backend;	      /* HAND_OVER, as in the entry, and so are the next three */
+	__u32 rule;
+	__u32 flags;
+	__u32 end_seq;
+	__u32 held; /* LET_FLOW; TCPHA_FLOWING: however many there were */
 	__u8 listen_addr[16]; /* ADOPT: the listener */
 	__be16 listen_port;
 	/* ADOPT in, QUERY out */

@@ -30,11 +30,11 @@ cdef struct fe_datapath:
     # Freeze the socket (idempotent) and read its state. s.flow is given; s.len becomes the number
     # of bytes in the receive queue.
     int (*freeze)(void *self, uint32_t worker, int fd, snapshot *s) noexcept nogil
-    # Hand the flow to its back end, kept packets first. extra: bytes that our stack took after the
-    # snapshot s, which end at 'now'; they are forged anew for the back end. -1: there is no memory
-    # for it at present, and packets are still kept.
-    int (*forward)(void *self, tcpha_entry *entry, const snapshot *now, const uint8_t *extra,
-                   uint32_t extra_len, bint extra_fin) noexcept nogil
+    # Hand the flow to its back end, kept packets first; no packet overtakes another one. extra:
+    # bytes that our stack took after the snapshot s, which end at 'now'; they are forged anew for
+    # the back end. -1: there is no memory for it at present, and packets are still kept.
+    int (*forward)(void *self, uint32_t worker, tcpha_entry *entry, const snapshot *now,
+                   const uint8_t *extra, uint32_t extra_len, bint extra_fin) noexcept nogil
     # Whether a kept packet acknowledges what our socket has never sent: a back end has answered.
     bint (*answered)(void *self, uint32_t slot, uint32_t snd_nxt) noexcept nogil
     # Give the flow back to our own stack, kept packets too.

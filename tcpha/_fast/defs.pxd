@@ -12,6 +12,7 @@ cdef extern from "tcpha.h" nogil:
         TCPHA_TARGET_MAX
         TCPHA_ETH_OP
         TCPHA_MAC_MARK
+        TCPHA_MAC_KEPT
         TCPHA_MAC_FAST
         TCPHA_MARK_FRAGMENT
         TCPHA_MAX_FAST
@@ -43,6 +44,9 @@ cdef extern from "tcpha.h" nogil:
         TCPHA_OP_END
         TCPHA_OP_TAKE_BACK
         TCPHA_OP_DROP
+        TCPHA_OP_HAND_OVER
+        TCPHA_OP_LET_FLOW
+        TCPHA_FLOWING
         TCPHA_R_NONE
         TCPHA_R_OK
         TCPHA_R_NO_LISTENER
@@ -76,6 +80,7 @@ cdef extern from "tcpha.h" nogil:
         uint32_t ahead_end
         uint32_t syn_seq
         uint32_t first_seq
+        uint32_t held
         uint32_t first_ack
         uint32_t rtt_ms
         uint32_t target_len
@@ -99,6 +104,11 @@ cdef extern from "tcpha.h" nogil:
         uint32_t entry
         uint32_t slot
         uint32_t keep
+        uint32_t backend
+        uint32_t rule
+        uint32_t flags
+        uint32_t end_seq
+        uint32_t held
         uint8_t listen_addr[16]
         uint16_t listen_port
         uint16_t mss

@@ -21,10 +21,10 @@ from tcpha._fast.datapath cimport (
     flow_row)
 from tcpha._fast.defs cimport (
     TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_FAST_EARLY, TCPHA_FAST_FIRST, TCPHA_FAST_SOCKET,
-    TCPHA_FORWARD, TCPHA_F_ANSWERED, TCPHA_F_FAST, TCPHA_F_RST, TCPHA_GIVEN_UP, TCPHA_IPID_PLAIN,
-    TCPHA_LOCAL, TCPHA_LOCAL_NODE, TCPHA_MAC_FAST, TCPHA_MAC_MARK, TCPHA_MAC_ROOM,
+    TCPHA_FLOWING, TCPHA_FORWARD, TCPHA_F_ANSWERED, TCPHA_F_FAST, TCPHA_F_RST, TCPHA_GIVEN_UP, TCPHA_IPID_PLAIN,
+    TCPHA_LOCAL, TCPHA_LOCAL_NODE, TCPHA_MAC_FAST, TCPHA_MAC_KEPT, TCPHA_MAC_MARK, TCPHA_MAC_ROOM,
     TCPHA_MAX_BACKENDS, TCPHA_MAX_FAST, TCPHA_MAX_OPS, TCPHA_MAX_RULES, TCPHA_OP_ADOPT,
-    TCPHA_OP_DROP, TCPHA_OP_END, TCPHA_OP_QUERY, TCPHA_OP_TAKE_BACK, TCPHA_PENDING, TCPHA_R_ASSIGN,
+    TCPHA_OP_DROP, TCPHA_OP_END, TCPHA_OP_HAND_OVER, TCPHA_OP_LET_FLOW, TCPHA_OP_QUERY, TCPHA_OP_TAKE_BACK, TCPHA_PENDING, TCPHA_R_ASSIGN,
     TCPHA_R_LIVE, TCPHA_R_NONE, TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_OK,
     TCPHA_R_TIME_WAIT, TCPHA_STATE_VERSION, TCPHA_TUNNEL, tcpha_adoption, tcpha_backend,
     tcpha_be_conf, tcpha_cache, tcpha_counters, tcpha_entry, tcpha_event, tcpha_fe_conf, tcpha_flow,
@@ -59,6 +59,7 @@ cdef enum:
     BATCH = 4096           # entries read by one system call
     CHUNK = 60000          # payload of a forged segment; one skb, so that overhead is small
     ADMIT = 64             # requests that one look for room is for
+    ROUNDS = 64            # until what another CPU has counted must have come
     NEAR = 1 << 24         # a socket with numbers so little ahead is no other connection's
     CHECKED = 3            # virtio-net: the checksum is not made yet, or was verified
     MSS_MIN = 536          # the kernel adopts nothing below (RFC 9293 section 3.7.1)
@@ -108,6 +109,7 @@ cdef struct kept:
 # The kept packets of one connection slot.
 cdef struct holder:
     bint active
+    uint32_t count         # that have come since the flow was diverted
     tcpha_flow flow
     kept *first
     kept *last
@@ -120,6 +122,7 @@ cdef struct fe_ebpf:
     bint tunnel
     tcpha_op *ops
     pthread_mutex_t lock   # the TAP's read side and the holders
+    uint8_t *room          # for a frame, of SCRATCH bytes
     uint32_t nholders
     holder *holders
     ledger book
@@ -174,6 +177,7 @@ cdef int _divert(void *self, uint32_t worker, const tcpha_flow *flow, tcpha_entr
     cdef int rc
     pthread_mutex_lock(&d.lock)
     h.active = True
+    h.count = entry.held = 0
     h.flow = flow[0]
     pthread_mutex_unlock(&d.lock)
     rc = ledger_divert(&d.book, worker, flow, entry, old)
@@ -216,8 +220,9 @@ cdef int _freeze(void *self, uint32_t worker, int fd, snapshot *s) noexcept nogi
     return 0
 
 
-cdef void _drain(fe_ebpf *d, uint8_t *scratch) noexcept nogil:
+cdef void _drain(fe_ebpf *d) noexcept nogil:
     """Take packets off the TAP. d.lock is held."""
+    cdef uint8_t *scratch = d.room
     cdef ssize_t n
     cdef uint32_t slot
     cdef kept *p
@@ -237,12 +242,14 @@ cdef void _drain(fe_ebpf *d, uint8_t *scratch) noexcept nogil:
                 memcmp(&h.flow.caddr[12], scratch + VNET_SIZE + ETH_SIZE + 12, 4) != 0:
             tap_send(d.tap, scratch, <uint32_t>n, NULL, 0)  # decided meanwhile: look again
             continue
+        h.count += 1
         p = <kept *>malloc(sizeof(kept) + <size_t>n)
         if p == NULL:
             continue  # the client sends it again
         p.next = NULL
         p.len = <uint32_t>n
         memcpy(p.data, scratch, <size_t>n)
+        _mark_kept(p.data)
         if h.last != NULL:
             h.last.next = p
         else:
@@ -250,12 +257,15 @@ cdef void _drain(fe_ebpf *d, uint8_t *scratch) noexcept nogil:
         h.last = p
 
 
-cdef void _release(fe_ebpf *d, uint32_t slot, uint8_t *scratch) noexcept nogil:
+cdef inline void _mark_kept(uint8_t *frame) noexcept nogil:
+    frame[VNET_SIZE] = TCPHA_MAC_KEPT >> 8
+    frame[VNET_SIZE + 1] = TCPHA_MAC_KEPT & 0xff
+
+
+cdef void _release(fe_ebpf *d, holder *h) noexcept nogil:
     """Send a slot's kept packets, whose entry says by now where to. d.lock is held."""
-    cdef holder *h = &d.holders[slot]
     cdef kept *p = h.first
     cdef kept *following
-    h.active = False
     h.first = h.last = NULL
     while p != NULL:
         following = p.next
@@ -264,35 +274,53 @@ cdef void _release(fe_ebpf *d, uint32_t slot, uint8_t *scratch) noexcept nogil:
         p = following
 
 
-cdef int _forward(void *self, tcpha_entry *entry, const snapshot *now, const uint8_t *extra,
-                  uint32_t extra_len, bint extra_fin) noexcept nogil:
-    cdef fe_ebpf *d = <fe_ebpf *>self
+cdef void _send_late(fe_ebpf *d, const snapshot *now, const uint8_t *extra, uint32_t extra_len,
+                     bint extra_fin) noexcept nogil:
     cdef uint8_t head[FRAME_HEAD]
-    cdef uint32_t at = 0, chunk, most = now.mss - 12 if now.mss > 100 else MSS_MIN - 12
+    cdef uint32_t at = 0, chunk, length, most = now.mss - 12 if now.mss > 100 else MSS_MIN - 12
     cdef segment s
-    cdef int rc
-    entry.state = TCPHA_FORWARD
+    segment_from(&s, now)
+    s.ip_id = TCPHA_IPID_PLAIN
+    while at < extra_len or extra_fin:
+        chunk = min(extra_len - at, most)
+        s.seq = now.rcv_nxt - (1 if now.flags & SNAP_FIN else 0) - extra_len + at
+        s.len = chunk
+        s.flags = TCP_ACK | TCP_PSH
+        if extra_fin and at + chunk == extra_len:
+            s.flags |= TCP_FIN
+            extra_fin = False
+        length = forge(head, &s)
+        _mark_kept(head)
+        tap_send(d.tap, head, length, extra + at, chunk)
+        at += chunk
+
+
+cdef int _forward(void *self, uint32_t worker, tcpha_entry *entry, const snapshot *now,
+                  const uint8_t *extra, uint32_t extra_len, bint extra_fin) noexcept nogil:
+    cdef fe_ebpf *d = <fe_ebpf *>self
+    cdef tcpha_op *op = &d.ops[worker]
+    cdef holder *h = &d.holders[entry.slot]
+    cdef int rc = -1, i
+    op.id = entry.id
+    op.backend = entry.backend
+    op.rule = entry.rule
+    op.flags = entry.flags
+    op.end_seq = entry.end_seq
     pthread_mutex_lock(&d.lock)
-    rc = bpf_map_update_elem(d.flows, &now.flow, entry, BPF_ANY)
-    if rc < 0:
-        pthread_mutex_unlock(&d.lock)
-        return -1
-    if extra_len or extra_fin:
-        segment_from(&s, now)
-        s.ip_id = TCPHA_IPID_PLAIN
-        while at < extra_len or extra_fin:
-            chunk = min(extra_len - at, most)
-            s.seq = now.rcv_nxt - (1 if now.flags & SNAP_FIN else 0) - extra_len + at
-            s.len = chunk
-            s.flags = TCP_ACK | TCP_PSH
-            if extra_fin and at + chunk == extra_len:
-                s.flags |= TCP_FIN
-                extra_fin = False
-            tap_send(d.tap, head, forge(head, &s), extra + at, chunk)
-            at += chunk
-    _release(d, entry.slot, NULL)
+    if _operate(d.tap, d.ops, worker, &now.flow, TCPHA_OP_HAND_OVER) == 0 and \
+            op.result == TCPHA_R_OK:
+        _send_late(d, now, extra, extra_len, extra_fin)
+        for i in range(ROUNDS + 1):
+            _drain(d)
+            _release(d, h)
+            # one that was counted and does not come was lost on its way
+            op.held = h.count if i < ROUNDS else TCPHA_FLOWING
+            rc = _operate(d.tap, d.ops, worker, &now.flow, TCPHA_OP_LET_FLOW)
+            if rc < 0 or op.result == TCPHA_R_OK:
+                break
+        h.active = rc < 0
     pthread_mutex_unlock(&d.lock)
-    return 0
+    return rc
 
 
 cdef bint _answered(void *self, uint32_t slot, uint32_t snd_nxt) noexcept nogil:
@@ -315,7 +343,8 @@ cdef int _give_back(void *self, const tcpha_flow *flow, uint32_t slot) noexcept 
     cdef fe_ebpf *d = <fe_ebpf *>self
     ledger_remove(&d.book, flow)
     pthread_mutex_lock(&d.lock)
-    _release(d, slot, NULL)
+    d.holders[slot].active = False
+    _release(d, &d.holders[slot])
     pthread_mutex_unlock(&d.lock)
     return 0
 
@@ -340,7 +369,7 @@ cdef void _sweep(void *self, uint32_t worker, uint64_t now) noexcept nogil:
 cdef void _on_packets(void *self, uint8_t *scratch) noexcept nogil:
     cdef fe_ebpf *d = <fe_ebpf *>self
     pthread_mutex_lock(&d.lock)
-    _drain(d, scratch)
+    _drain(d)
     pthread_mutex_unlock(&d.lock)
 
 
@@ -548,7 +577,8 @@ cdef class FeEbpf(FeDatapath):
         if self.d == NULL:
             raise MemoryError
         self.d.holders = <holder *>calloc(slots, sizeof(holder))
-        if self.d.holders == NULL:
+        self.d.room = <uint8_t *>malloc(SCRATCH)
+        if self.d.holders == NULL or self.d.room == NULL:
             raise MemoryError
         self.d.nholders = slots
         pthread_mutex_init(&self.d.lock, NULL)
@@ -665,6 +695,7 @@ cdef class FeEbpf(FeDatapath):
     def __dealloc__(self):
         if self.d != NULL:
             free(self.d.holders)
+            free(self.d.room)
             pthread_rwlock_destroy(&self.d.silent_lock)
             ledger_close(&self.d.book)
             free(self.d)

@@ -535,7 +535,7 @@ cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
     k.entry.end_seq = now.rcv_nxt
     if now.flags & SNAP_FIN:
         k.entry.flags |= TCPHA_F_FIN
-    if f.dp.forward(f.dp.self, &k.entry, &now, w.scratch + k.snap.len, late, fin) < 0:
+    if f.dp.forward(f.dp.self, w.index, &k.entry, &now, w.scratch + k.snap.len, late, fin) < 0:
         if k.state != CONN_TAKEN:
             say_flow(f.c, 0, &k.snap.flow, b"cannot divert the flow, trying again: out of memory")
         set32(&k.state, CONN_TAKEN)

@@ -531,8 +531,8 @@ cdef kept *_take(fe_nfqueue *d, uint32_t slot) noexcept nogil:
     return k
 
 
-cdef int _forward(void *self, tcpha_entry *entry, const snapshot *now, const uint8_t *extra,
-                  uint32_t extra_len, bint extra_fin) noexcept nogil:
+cdef int _forward(void *self, uint32_t worker, tcpha_entry *entry, const snapshot *now,
+                  const uint8_t *extra, uint32_t extra_len, bint extra_fin) noexcept nogil:
     cdef fe_nfqueue *d = <fe_nfqueue *>self
     cdef uint8_t buf[FRAME_HEAD + 65536]
     cdef uint32_t at = 0, most, head

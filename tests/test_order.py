@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Packets of a connection reach its back end in the order in which the client has sent them."""
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tcpha.lab.bed import Cluster, Host
+from test_serve import settle
+
+CONNECTIONS = 2000
+FIN, RST = 1, 4
+Packet = tuple[int, int, int, int]  # SEQ, ACK, flags, bytes of payload
+
+
+def parse(ip: bytes) -> tuple[int, Packet] | None:
+    """(source port, packet) of one for port 80."""
+    at = (ip[0] & 15) * 4
+    if ip[9] == 4:  # tunnelled
+        return parse(ip[at:])
+    source, port, seq, ack, offset, flags = struct.unpack_from("!HHIIBB", ip, at)
+    length = int.from_bytes(ip[2:4]) - at - (offset >> 4) * 4
+    return (source, (seq, ack, flags, length)) if ip[9] == 6 and port == 80 else None
+
+
+@contextmanager
+def arrivals(host: Host) -> Iterator[dict[int, list[Packet]]]:
+    """What comes to a host's port 80, by source port, in the order of its coming."""
+    got: dict[int, list[Packet]] = {}
+    with host.inside(lambda: socket.socket(
+            socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800))) as s:
+        s.setsockopt(socket.SOL_SOCKET, 33, 64 << 20)  # SO_RCVBUFFORCE
+        s.bind(("eth0", 0x0800))
+        s.settimeout(0.2)
+        over = threading.Event()
+
+        def read() -> None:
+            while True:
+                try:
+                    data, where = s.recvfrom(128)
+                except TimeoutError:
+                    if over.is_set():
+                        return
+                    continue
+                if where[2] == socket.PACKET_HOST and (found := parse(data)):
+                    got.setdefault(found[0], []).append(found[1])
+        thread = threading.Thread(target=read)
+        thread.start()
+        yield got
+        over.set()
+        thread.join()
+        dropped = struct.unpack("II", s.getsockopt(263, 6, 8))[1]  # SOL_PACKET, PACKET_STATISTICS
+        assert dropped == 0
+
+
+def before(a: int, b: int) -> bool:
+    return 0 < (b - a) & 0xffffffff < 1 << 31
+
+
+def overtaken(packets: list[Packet]) -> list[tuple[Packet, Packet]]:
+    """Pairs of neighbours of which the second was sent first: it acknowledges less, or begins where
+    the client was before, and is nothing that was sent twice."""
+    found, known = [], set()
+    end = packets[0][0]
+    for x, y in zip(packets, packets[1:], strict=False):
+        known.add(x[0])
+        if before(end, x[0] + x[3] + (x[2] & FIN)):
+            end = x[0] + x[3] + (x[2] & FIN)
+        again = (y[3] or y[2] & FIN) and y[0] in known
+        if not (x[2] | y[2]) & RST and (before(y[1], x[1]) or (before(y[0], end) and not again)):
+            found.append((x, y))
+    return found
+
+
+def counted(host: Host, name: str) -> int:
+    return int(host.run("nstat", "-asz", name).stdout.split()[-2])
+
+
+def test_no_packet_overtakes_another(cluster: Cluster) -> None:
+    """Else its server's TIME_WAIT would answer twice, and the client's kernel with a RST. It does so,
+    too, where a busy server has sent something once more."""
+    client, host = cluster.client, cluster.be_hosts[0]
+    earlier = counted(client, "TcpOutRsts"), counted(host, "TcpRetransSegs")
+    with arrivals(host) as got:
+        done = client.run("ab", "-q", "-s", "60", "-n", str(CONNECTIONS), "-c", "50",
+                          f"http://{cluster.VIP}/1k").stdout
+    assert "Failed requests:        0" in done, done
+    assert len(got) > CONNECTIONS * 0.9
+    late = {port: pairs for port, packets in got.items() if (pairs := overtaken(packets))}
+    assert not late, (len(late), list(late.values())[:3])
+    again = counted(host, "TcpRetransSegs") - earlier[1]
+    assert counted(client, "TcpOutRsts") - earlier[0] <= again
+    settle(cluster)
