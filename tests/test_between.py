@@ -257,6 +257,36 @@ def test_without_offloads(cluster: Cluster, where: str) -> None:
     assert fast(cluster) == before + 18
 
 
+@contextmanager
+def sharer(host: Host, device: str) -> Iterator[None]:
+    """Somebody who wants all IPv4 packets of a device, as DHCP clients do."""
+    with host.inside(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)) as s:
+        s.bind((device, 0x0800))
+        yield
+
+
+def test_somebody_else_gets_the_packets_too(cluster: Cluster) -> None:
+    """The kernel's own stack works on clones of them then, to which no socket can be assigned."""
+    hosts = [cluster.client, cluster.fe_host, *cluster.be_hosts]
+    before, resets = fast(cluster), counters(hosts)["TcpOutRsts"]
+    with sharer(cluster.fe_host, "eth0"), sharer(cluster.be_hosts[0], "eth0"):
+        for _ in range(10):
+            with cluster.client.connect(cluster.VIP) as s:
+                s.sendall(REQUEST)
+                assert len(body(read_all(s))) == 1024
+        upload_many(cluster, 8, 1 << 20, "-H", "Expect:")
+        for _ in range(10):  # the front end makes a socket of these
+            with cluster.client.connect(cluster.VIP) as s:
+                s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
+                s.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+                s.send(REQUEST, socket.MSG_MORE)
+                s.shutdown(socket.SHUT_WR)  # data and FIN in one segment
+                assert len(body(read_all(s))) == 1024
+    settle(cluster)
+    assert fast(cluster) == before + 18
+    assert counters(hosts)["TcpOutRsts"] == resets
+
+
 def counters(hosts: list[Host]) -> dict[str, int]:
     """What a connection that goes wrong would leave, summed over the hosts."""
     names = ("TcpRetransSegs", "TcpExtTCPLossProbes", "TcpExtPAWSActive", "TcpExtPAWSEstab",

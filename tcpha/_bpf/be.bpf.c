@@ -189,6 +189,12 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 		report(event, flow, &c, n, TCPHA_R_FULL, 0);
 		return TC_ACT_SHOT;
 	}
+	if (skb->ifindex != conf.tap && is_shared(skb)) {
+		bpf_ringbuf_discard(event, 0);
+		if (bpf_skb_store_bytes(skb, 0, room, sizeof(room), 0) < 0)
+			return TC_ACT_SHOT;
+		return bpf_redirect(conf.tap, BPF_F_INGRESS);
+	}
 	t.ipv4.saddr = unmap_v4(flow->caddr);
 	t.ipv4.sport = flow->cport;
 	t.ipv4.daddr = unmap_v4(g->listen_addr);

@@ -205,6 +205,36 @@ struct bpf_tcp_req_attrs { /* include/net/tcp.h of the kernel, since 6.9 */
 extern int bpf_sk_assign_tcp_reqsk(struct __sk_buff *skb, struct sock *sk, struct bpf_tcp_req_attrs *attrs,
 				   int attrs__sz) __ksym __weak;
 
+struct list_head {
+	struct list_head *next;
+} __attribute__((preserve_access_index));
+
+struct net_device {
+	struct list_head ptype_specific; /* packet sockets that are bound to it, and to one protocol */
+} __attribute__((preserve_access_index));
+
+struct sk_buff {
+	struct net_device *dev;
+	__u8 ip_summed : 2;
+	__u32 csum;
+} __attribute__((preserve_access_index));
+
+extern void *bpf_cast_to_kern_ctx(void *obj) __ksym __weak;
+
+/*
+ * Whether somebody else gets what a device receives behind our stack: a DHCP client, say. Then the stack works
+ * on a clone, and a clone has no socket assigned: adoption must wait until the packet has gone through a device
+ * of ours.
+ */
+static __always_inline bool is_shared(struct __sk_buff *skb)
+{
+	const struct sk_buff *kernel = bpf_cast_to_kern_ctx(skb);
+	const struct net_device *dev = kernel->dev;
+
+	return (__u64)dev->ptype_specific.next !=
+	       (__u64)dev + bpf_core_field_offset(struct net_device, ptype_specific);
+}
+
 /*
  * Make the segment the last ACK of a handshake with the listener at an address of this host. 0, a
  * refusal as in TCPHA_R_*, or TCPHA_R_BACKLOG. rtt_ms: of the handshake.

@@ -233,13 +233,7 @@ static __always_inline int to_worker(struct __sk_buff *skb, __u8 kind)
 	return bpf_redirect(conf.fast_tap, 0);
 }
 
-struct sk_buff { /* include/linux/skbuff.h of the kernel: CHECKSUM_* */
-	__u8 ip_summed : 2;
-	__u32 csum;
-} __attribute__((preserve_access_index));
-
-extern void *bpf_cast_to_kern_ctx(void *obj) __ksym __weak;
-
+/* include/linux/skbuff.h of the kernel */
 #define CHECKSUM_UNNECESSARY 1
 #define CHECKSUM_COMPLETE 2
 #define CHECKSUM_PARTIAL 3
@@ -452,6 +446,7 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	struct tcpha_keys *k;
 	struct tcpha_flow flow;
 	struct cookie c = {};
+	__u8 accept[3] = {TCPHA_MAC_FAST >> 8, TCPHA_MAC_FAST & 0xff, TCPHA_FAST_ACCEPT};
 	__u32 zero = 0, length, seq, ack, doff, offset, socket, replaced = 0, was = 0;
 	__u8 flags = ((__u8 *)h->tcp)[13];
 	__be16 window;
@@ -586,6 +581,10 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	return DECIDED;
 accept:
 	bpf_map_delete_elem(&shaken, &flow);
+	if (is_shared(skb))
+		return bpf_skb_store_bytes(skb, 0, accept, sizeof(accept), 0) < 0 ?
+			       TC_ACT_SHOT :
+			       bpf_redirect(conf.fast_tap, BPF_F_INGRESS);
 	return cookie_accept(skb, &t, &c, conf.wscale, c.rtt_ms) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
@@ -865,6 +864,24 @@ static __always_inline bool take_offer(struct tcpha_offer *o, struct tcpha_entry
 	return o->result;
 }
 
+/* A segment that could not become a socket on the device that it came from. */
+static __always_inline int accept_here(struct __sk_buff *skb, const struct headers *h,
+				       const struct tcpha_flow *flow, struct bpf_sock_tuple *t)
+{
+	__u32 zero = 0, seq = bpf_ntohl(h->tcp->seq), ack = bpf_ntohl(h->tcp->ack_seq);
+	struct tcpha_state *own = bpf_map_lookup_elem(&state, &zero);
+	struct cookie c = {};
+
+	if (!own ||
+	    read_options(skb, ETH_HLEN + h->ip->ihl * 4 + sizeof(struct tcphdr),
+			 h->tcp->doff * 4 - sizeof(struct tcphdr), &c.opt) < 0 ||
+	    !cookie_check(flow, &own->keys, seq, ack, &c) ||
+	    cookie_accept(skb, t, &c, conf.wscale, c.rtt_ms))
+		return TC_ACT_SHOT;
+	bpf_skb_change_type(skb, PACKET_HOST);
+	return TC_ACT_OK;
+}
+
 SEC("tc")
 int fe_fast(struct __sk_buff *skb)
 {
@@ -887,10 +904,12 @@ int fe_fast(struct __sk_buff *skb)
 	ack = bpf_ntohl(h.tcp->ack_seq);
 	length = payload(&h);
 	e = bpf_map_lookup_elem(&flows, &flow);
+	tuple_of(&flow, &t);
+	if (kind == TCPHA_FAST_ACCEPT)
+		return accept_here(skb, &h, &flow, &t);
 	o = offer_of(skb);
 	if (!o)
 		return TC_ACT_SHOT;
-	tuple_of(&flow, &t);
 	socket = owner(skb, &t);
 	ours = socket && socket != BPF_TCP_LISTEN;
 	if (ours && (kind == TCPHA_FAST_SEND || kind == TCPHA_FAST_SOCKET) && length &&

@@ -279,6 +279,7 @@ enum {
 	TCPHA_FAST_SOCKET = 4, /* written: to a socket of our own */
 	TCPHA_FAST_EARLY =
 		5, /* read, written: a later segment that has come before the request's first one */
+	TCPHA_FAST_ACCEPT = 6, /* neither: from fe_ingress to a socket of our own */
 };
 
 /* A handshake that has ended, without a request yet. */
