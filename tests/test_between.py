@@ -21,6 +21,7 @@ from test_serve import REQUEST, body, read_all, settle, upload_many
 
 pytestmark = pytest.mark.modes("fast-direct", "fast-tunnel")
 BODY = os.urandom(2000)
+SENT = 48 << 20
 PUT = b"PUT /up/between HTTP/1.1\r\nHost: lab\r\nConnection: close\r\nContent-Length: 2000\r\n\r\n"
 
 
@@ -255,6 +256,51 @@ def test_without_offloads(cluster: Cluster, where: str) -> None:
         switch("on")
     settle(cluster)
     assert fast(cluster) == before + 18
+
+
+def let_grow(ns: str, device: str, size: int) -> None:
+    """gso_ipv4_max_size and gro_ipv4_max_size of a device; Debian 12's ip(8) does not know them."""
+    def ask() -> int:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as s:
+            message = struct.pack("=BxHiII", 0, 0, socket.if_nametoindex(device), 0, 0) + \
+                struct.pack("=HHIHHI", 8, 63, size, 8, 64, size)
+            s.send(struct.pack("=IHHII", 16 + len(message), 16, 5, 1, 0) + message)
+            return int(struct.unpack_from("=i", s.recv(4096), 16)[0])
+    error = inside(ns, ask)
+    assert error == 0, os.strerror(-error)
+
+
+def test_packets_above_64_kilobytes(cluster: Cluster) -> None:
+    """BIG TCP: the IP header says 0 of their length. All of an upload is known to have been sent,
+    and so the client's FIN is believed."""
+    assert cluster.fe
+    fe, workers = cluster.fe, cluster.nginx[0].worker_pids()
+    ends = [(h.ns, "eth0") for h in cluster.bed.hosts] + [(cluster.bed.switch, "br0")]
+    ends += [(cluster.bed.switch, h.port) for h in cluster.bed.hosts]
+    for ns, device in ends:
+        let_grow(ns, device, 200_000)
+    cluster.client.nft("""table ip lab {
+        counter big { }
+        chain out { type filter hook output priority 0; meta length > 65535 counter name big; }
+    }""")
+    try:
+        with cluster.client.connect(cluster.VIP) as s:
+            s.sendall(b"PUT /up/big HTTP/1.1\r\nHost: lab\r\n"
+                      b"Content-Length: %d\r\n\r\n" % (SENT + 1))
+            s.sendall(bytes(SENT))
+            wait_for(lambda: [r["state"] for r in fe.ctl("conns") if r["bytes"] > SENT] ==
+                     ["forward"], "all of it")
+            freeze(*workers)
+            s.shutdown(socket.SHUT_WR)
+            wait_for(lambda: [r["state"] for r in fe.ctl("conns")] == ["closing"], "the FIN")
+        assert cluster.client.nft_counter("big") > 20
+    finally:
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+        cluster.client.nft("")
+        for ns, device in ends:
+            let_grow(ns, device, 65536)
+    settle(cluster)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 """Packets of a connection reach its back end in the order in which the client has sent them."""
 from __future__ import annotations
 
+import itertools
 import socket
 import struct
 import threading
@@ -69,7 +70,7 @@ def overtaken(packets: list[Packet]) -> list[tuple[Packet, Packet]]:
     a client on two processors sends at the same time."""
     found, known = [], set()
     end = packets[0][0]
-    for x, y in zip(packets, packets[1:], strict=False):
+    for x, y in itertools.pairwise(packets):
         known.add(x[0])
         if before(end, x[0] + x[3] + (x[2] & FIN)):
             end = x[0] + x[3] + (x[2] & FIN)
@@ -86,8 +87,8 @@ def counted(host: Host, name: str) -> int:
 @pytest.mark.modes("direct", "tunnel", "fast-direct", "fast-tunnel", "nfqueue-direct",
                    "nfqueue-tunnel")
 def test_no_packet_overtakes_another(cluster: Cluster) -> None:
-    """Else its server's TIME_WAIT would answer twice, and the client's kernel with a RST. It does so,
-    too, where a busy server has sent something once more."""
+    """Else its server's TIME_WAIT would answer twice, and the client's kernel with a RST. It does
+    so, too, where a busy server has sent something once more."""
     client, host = cluster.client, cluster.be_hosts[0]
     earlier = counted(client, "TcpOutRsts"), counted(host, "TcpRetransSegs")
     with arrivals(cluster.fe_host) as sent, arrivals(host) as got:

@@ -134,9 +134,9 @@ struct headers {
 #define VLAN_ID 0x0fff
 
 /*
- * Whether a frame is IPv4 and for this host, on this very device. What bears the tag of a VLAN is seen again on
- * that VLAN's device, and belongs there. The tag of VLAN 0 gives a priority only; it would go out again with
- * what is sent on, so it is taken away.
+ * Whether a frame is IPv4 and for this host, on this very device. What bears the tag of a VLAN is seen again
+ * on that VLAN's device, and belongs there. The tag of VLAN 0 gives a priority only; it would go out again
+ * with what is sent on, so it is taken away.
  */
 static __always_inline bool is_for_us(struct __sk_buff *skb)
 {

@@ -222,9 +222,9 @@ struct sk_buff {
 extern void *bpf_cast_to_kern_ctx(void *obj) __ksym __weak;
 
 /*
- * Whether somebody else gets what a device receives behind our stack: a DHCP client, say. Then the stack works
- * on a clone, and a clone has no socket assigned: adoption must wait until the packet has gone through a device
- * of ours.
+ * Whether somebody else gets what a device receives behind our stack: a DHCP client, say. Then the stack
+ * works on a clone, and a clone has no socket assigned: adoption must wait until the packet has gone through
+ * a device of ours.
  */
 static __always_inline bool is_shared(struct __sk_buff *skb)
 {

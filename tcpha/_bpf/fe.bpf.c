@@ -82,7 +82,7 @@ struct {
 static __always_inline int encapsulate(struct __sk_buff *skb, const struct tcpha_backend *be)
 {
 	struct iphdr *inner, outer = {};
-	__u32 sum = 0;
+	__u32 sum = 0, length;
 	int i;
 
 	inner = (void *)(long)skb->data + ETH_HLEN;
@@ -91,7 +91,9 @@ static __always_inline int encapsulate(struct __sk_buff *skb, const struct tcpha
 	outer.version = 4;
 	outer.ihl = 5;
 	outer.tos = inner->tos;
-	outer.tot_len = bpf_htons(bpf_ntohs(inner->tot_len) + sizeof(outer));
+	length = bpf_ntohs(inner->tot_len) ?: skb->len - ETH_HLEN;
+	if (length + sizeof(outer) <= 0xffff) /* else 0, as the kernel has it (BIG TCP) */
+		outer.tot_len = bpf_htons(length + sizeof(outer));
 	outer.frag_off = inner->frag_off; /* keeps DF: path MTU discovery stays honest (RFC 2003) */
 	outer.ttl = 64;
 	outer.protocol = IPPROTO_IPIP;
@@ -194,15 +196,18 @@ static __always_inline void flow_of(const struct headers *h, struct tcpha_flow *
 	flow->vport = h->tcp->dest;
 }
 
-static __always_inline __u32 payload(const struct headers *h)
+/* Bytes of a segment's payload. A total length of 0 stands for one that 16 bits cannot hold (BIG TCP). */
+static __always_inline __u32 payload(const struct __sk_buff *skb, const struct headers *h)
 {
-	return bpf_ntohs(h->ip->tot_len) - h->ip->ihl * 4 - h->tcp->doff * 4;
+	__u32 length = bpf_ntohs(h->ip->tot_len) ?: skb->len - ETH_HLEN;
+
+	return length - h->ip->ihl * 4 - h->tcp->doff * 4;
 }
 
 /* Whether a packet belongs to the flow of an entry of its name, and not to our stack. */
-static __always_inline bool is_of(struct tcpha_entry *e, const struct headers *h)
+static __always_inline bool is_of(const struct __sk_buff *skb, struct tcpha_entry *e, const struct headers *h)
 {
-	switch (tcpha_classify(e, ((__u8 *)h->tcp)[13], bpf_ntohl(h->tcp->seq), payload(h), now_ns())) {
+	switch (tcpha_classify(e, ((__u8 *)h->tcp)[13], bpf_ntohl(h->tcp->seq), payload(skb, h), now_ns())) {
 	case TCPHA_TO_STACK:
 		return false;
 	case TCPHA_TO_LIVE:
@@ -474,7 +479,7 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	}
 	if (!(flags & TCPHA_T_ACK) || h->tcp->doff < 5)
 		return TC_ACT_UNSPEC;
-	length = payload(h);
+	length = payload(skb, h);
 	seq = bpf_ntohl(h->tcp->seq);
 	ack = bpf_ntohl(h->tcp->ack_seq);
 	window = h->tcp->window;
@@ -582,9 +587,9 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 accept:
 	bpf_map_delete_elem(&shaken, &flow);
 	if (is_shared(skb))
-		return bpf_skb_store_bytes(skb, 0, accept, sizeof(accept), 0) < 0 ?
-			       TC_ACT_SHOT :
-			       bpf_redirect(conf.fast_tap, BPF_F_INGRESS);
+		return bpf_skb_store_bytes(skb, 0, accept, sizeof(accept), 0) < 0
+			       ? TC_ACT_SHOT
+			       : bpf_redirect(conf.fast_tap, BPF_F_INGRESS);
 	return cookie_accept(skb, &t, &c, conf.wscale, c.rtt_ms) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
@@ -701,18 +706,18 @@ int fe_ingress(struct __sk_buff *skb)
 	flow_of(&h, &flow);
 	seq = bpf_ntohl(h.tcp->seq);
 	ack = bpf_ntohl(h.tcp->ack_seq);
-	length = h.tcp->syn ? 0 : payload(&h);
+	length = h.tcp->syn ? 0 : payload(skb, &h);
 	e = bpf_map_lookup_elem(&flows, &flow);
 	if (e && (e->flags & TCPHA_F_FAST) && h.tcp->syn && seq + 1 == e->first_seq)
 		return TC_ACT_SHOT; /* a late copy of the SYN that the flow began with */
-	if (!e || !is_of(e, &h)) {
+	if (!e || !is_of(skb, e, &h)) {
 		verdict = PACKET_PATH ? without_flow(skb, &h, e) : TC_ACT_UNSPEC;
 		if (verdict == TC_ACT_UNSPEC && parse_tcp(skb, 0, &h) == 0 && drop_stranger(skb, &h))
 			return TC_ACT_SHOT;
 		if (verdict != DECIDED)
 			return verdict;
 		e = bpf_map_lookup_elem(&flows, &flow);
-		if (!e || parse_tcp(skb, 0, &h) < 0 || !is_of(e, &h))
+		if (!e || parse_tcp(skb, 0, &h) < 0 || !is_of(skb, e, &h))
 			return TC_ACT_SHOT;
 	}
 	if (e->flags & TCPHA_F_FAST)
@@ -825,7 +830,7 @@ int fe_tap(struct __sk_buff *skb)
 	kept = *(__be16 *)h.eth->h_dest == bpf_htons(TCPHA_MAC_KEPT);
 	flow_of(&h, &flow);
 	e = bpf_map_lookup_elem(&flows, &flow);
-	if (e && is_of(e, &h))
+	if (e && is_of(skb, e, &h))
 		return kept && e->state == TCPHA_HOLD ? forward(skb, e) : follow_entry(skb, e);
 	/* given back to our own stack: the frame still bears the mark instead of our address */
 	bpf_skb_change_type(skb, PACKET_HOST);
@@ -875,8 +880,7 @@ static __always_inline int accept_here(struct __sk_buff *skb, const struct heade
 	if (!own ||
 	    read_options(skb, ETH_HLEN + h->ip->ihl * 4 + sizeof(struct tcphdr),
 			 h->tcp->doff * 4 - sizeof(struct tcphdr), &c.opt) < 0 ||
-	    !cookie_check(flow, &own->keys, seq, ack, &c) ||
-	    cookie_accept(skb, t, &c, conf.wscale, c.rtt_ms))
+	    !cookie_check(flow, &own->keys, seq, ack, &c) || cookie_accept(skb, t, &c, conf.wscale, c.rtt_ms))
 		return TC_ACT_SHOT;
 	bpf_skb_change_type(skb, PACKET_HOST);
 	return TC_ACT_OK;
@@ -902,7 +906,7 @@ int fe_fast(struct __sk_buff *skb)
 	flow_of(&h, &flow);
 	seq = bpf_ntohl(h.tcp->seq);
 	ack = bpf_ntohl(h.tcp->ack_seq);
-	length = payload(&h);
+	length = payload(skb, &h);
 	e = bpf_map_lookup_elem(&flows, &flow);
 	tuple_of(&flow, &t);
 	if (kind == TCPHA_FAST_ACCEPT)
@@ -925,15 +929,15 @@ int fe_fast(struct __sk_buff *skb)
 	if (kind == TCPHA_FAST_EARLY && e && e->state == TCPHA_PENDING)
 		return to_worker(skb, TCPHA_FAST_LATER); /* behind the first one, which waits there by now */
 	if (kind == TCPHA_FAST_SEND) {
-		if (!e || seq != e->first_seq || !take_offer(o, e) || !is_of(e, &h))
+		if (!e || seq != e->first_seq || !take_offer(o, e) || !is_of(skb, e, &h))
 			return TC_ACT_SHOT;
 		return fast_flow(skb, e, seq, ack, length);
 	}
 	if (kind == TCPHA_FAST_SOCKET) {
 		own = bpf_map_lookup_elem(&state, &zero);
 		o->result = !length; /* it is no longer silent, unless we find otherwise */
-		if (!own ||
-		    (length ? !e || e->state != TCPHA_PENDING || seq != e->first_seq : e && is_of(e, &h)))
+		if (!own || (length ? !e || e->state != TCPHA_PENDING || seq != e->first_seq
+				    : e && is_of(skb, e, &h)))
 			return TC_ACT_SHOT;
 		if (read_options(skb, ETH_HLEN + h.ip->ihl * 4 + sizeof(struct tcphdr),
 				 h.tcp->doff * 4 - sizeof(struct tcphdr), &c.opt) < 0)
@@ -955,7 +959,7 @@ int fe_fast(struct __sk_buff *skb)
 			o->old = __sync_lock_test_and_set(&e->slot, 0);
 			o->result = 1;
 		}
-	} else if (e && is_of(e, &h)) {
+	} else if (e && is_of(skb, e, &h)) {
 		if (e->flags & TCPHA_F_FAST && e->state == TCPHA_FORWARD)
 			return fast_flow(skb, e, seq, ack, length);
 		return follow_entry(skb, e);

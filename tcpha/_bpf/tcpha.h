@@ -141,16 +141,16 @@ struct tcpha_op {
 	__u32 kind;
 	__u32 result;
 	__s32 error;
-	__u64 id;	      /* END, TAKE_BACK, DROP, HAND_OVER, LET_FLOW */
-	__u64 start_ns;	      /* DROP: as found, */
-	__u32 entry;	      /* and so is this, the entry's state */
-	__u32 slot;	      /* DROP out: of that entry */
-	__u32 keep;	      /* END: the entry stays, for what the client may still send */
-	__u32 backend;	      /* HAND_OVER, as in the entry, and so are the next three */
+	__u64 id;	/* END, TAKE_BACK, DROP, HAND_OVER, LET_FLOW */
+	__u64 start_ns; /* DROP: as found, */
+	__u32 entry;	/* and so is this, the entry's state */
+	__u32 slot;	/* DROP out: of that entry */
+	__u32 keep;	/* END: the entry stays, for what the client may still send */
+	__u32 backend;	/* HAND_OVER, as in the entry, and so are the next three */
 	__u32 rule;
 	__u32 flags;
 	__u32 end_seq;
-	__u32 held; /* LET_FLOW; TCPHA_FLOWING: however many there were */
+	__u32 held;	      /* LET_FLOW; TCPHA_FLOWING: however many there were */
 	__u8 listen_addr[16]; /* ADOPT: the listener */
 	__be16 listen_port;
 	/* ADOPT in, QUERY out */

@@ -30,7 +30,8 @@ from tcpha._fast.packet cimport (
     TCP_SYN, VNET_SIZE, address_bytes, forge, ip_checksum, segment, segment_from)
 from tcpha._fast.repair cimport repair_freeze, saved_syn_mss
 from tcpha._fast.rewrite cimport (
-    acks_beyond, ask_offload, get16, get32, icmp_parse, icmp_view, pseudo_sum, sum_bytes, tcp_parse, tcp_view)
+    acks_beyond, ask_offload, get16, get32, icmp_parse, icmp_view, pseudo_sum, sum_bytes, tcp_parse,
+    tcp_view)
 from tcpha._fast.snapshot cimport SNAP_FIN, snapshot
 from tcpha._fast.sys cimport (
     AF_PACKET, EINTR, MSG_DONTWAIT, add64, errno, htonl, htons, iovec, load32, load64, msghdr,

@@ -3,18 +3,17 @@
 same hooks beside us."""
 from __future__ import annotations
 
-import os
 import platform
 import re
 import socket
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
+from test_between import let_grow
 
 from conftest import make
-from tcpha.lab.bed import Cluster, Host, inside, sh
+from tcpha.lab.bed import Cluster, Host, sh
 from test_serve import REQUEST, body, digest, read_all, settle, upload_many
 
 MB = 1 << 20
@@ -176,18 +175,6 @@ def test_ipvs_beside_us(way: str) -> None:
                 host.run("ipvsadm", "-a", "-t", service, "-r", "192.168.1.99", "-g")
     with cluster_on(way, prepare) as c:
         serves(c)
-
-
-def let_grow(ns: str, device: str, size: int) -> None:
-    """gso_ipv4_max_size and gro_ipv4_max_size of a device; Debian 12's ip(8) does not know them."""
-    def ask() -> int:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as s:
-            message = struct.pack("=BxHiII", 0, 0, socket.if_nametoindex(device), 0, 0) + \
-                struct.pack("=HHIHHI", 8, 63, size, 8, 64, size)
-            s.send(struct.pack("=IHHII", 16 + len(message), 16, 5, 1, 0) + message)
-            return int(struct.unpack_from("=i", s.recv(4096), 16)[0])
-    error = inside(ns, ask)
-    assert error == 0, os.strerror(-error)
 
 
 def counts_big(host: Host) -> None:
