@@ -238,7 +238,7 @@ cdef void _claim(backend_state *b, worker *w, link *l, message *m) noexcept nogi
         # asked again: but it knew this one, under the id that its handoff had
         _set_origin(b, p, l, m.id)
         p.found = False
-    elif p == NULL:
+    elif p == NULL or (p.id != m.id and not p.found):
         a.flow = m.snap.flow
         _set_origin(b, &a, l, m.id)
         _tell_closed(b, w, &a, END_TIME_WAIT if owner == DP_TIME_WAIT else END_GONE)

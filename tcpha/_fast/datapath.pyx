@@ -30,9 +30,8 @@ cdef class FeDatapath:
     def __cinit__(self, *args, **kwargs):
         self.event_fd = -1
 
-    def idle_flows(self, double idle, dead_backends, double dead_idle):
-        return [f for f in self.flows()
-                if f["idle"] > (dead_idle if f["backend"] in dead_backends else idle)]
+    def idle_flows(self, double idle, dict limits):
+        return [f for f in self.flows() if f["idle"] > limits.get(f["backend"], idle)]
 
     def forget_flow(self, bytes flow, uint64_t id):
         """Remove a flow's entry if it still is that handoff's."""

@@ -1465,12 +1465,17 @@ cdef class FrontEnd(Core):
         """Connections accepted and not yet handed over or closed."""
         return self.f.nconns - load32(&self.f.pool_len)
 
-    def expire(self, double idle, dead_backends, double dead_idle):
-        """Forget flows that were silent for 'idle' seconds ('dead_idle' for the given back ends).
-        Returns how many."""
+    def idle(self, double seconds):
+        """Flows that were silent for so long, for ask()."""
+        return [(e["backend"], e["id"], e["flow"], True)
+                for e in self.datapath.idle_flows(seconds, {})]
+
+    def expire(self, double idle, dict limits):
+        """Forget flows that were silent for 'idle' seconds (limits: {back end: seconds} for others
+        than that). Returns how many."""
         cdef FeDatapath d = self.datapath
         n = 0
-        for entry in d.idle_flows(idle, dead_backends, dead_idle):
+        for entry in d.idle_flows(idle, limits):
             if d.forget_flow(entry["flow"], entry["id"]):
                 n += 1
                 add64(&self.f.n.expired, 1)

@@ -8,6 +8,7 @@ import resource
 import socket
 import time
 from collections.abc import Iterable
+from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from tcpha.admin.tablefile import TableFile
 from tcpha.admin.web import Pages, as_json
 from tcpha.config import ANY, Config
 from tcpha.datapath import open_frontend
+from tcpha.frontend.localnode import INDEX as LOCAL_NODE
 from tcpha.frontend.localnode import LocalNode
 from tcpha.frontend.registration import Registrar
 from tcpha.frontend.registry import Registry
@@ -40,6 +42,7 @@ DOUBT = 5.0  # seconds of silence after which a back end is asked whether it got
 SPARE_DESCRIPTORS = 1024  # for all but clients: control connections, maps, files
 SLOW_FOR = 300.0  # seconds for which the slowest handoffs are remembered
 DEAD_IDLE = 60.0  # seconds of silence after which a dead back end's flow is forgotten
+ASKED = 1000  # silent flows about which back ends are asked at one time
 
 
 class FrontEndService(Service):
@@ -61,6 +64,8 @@ class FrontEndService(Service):
         self.core = FrontEnd(config.maxclients, config.headlimit, config.headtimeout)
         self.dtcinterval = config.dtcinterval
         self.expiring = self.asking = False
+        self.table_full = 0
+        self.asked = time.monotonic()
         self.taking = False
         self.emptying = False  # the accept queue, before we unload
         self.began = time.monotonic()
@@ -259,12 +264,22 @@ class FrontEndService(Service):
             self.asking = False
 
     async def _expire(self) -> None:
+        """An entry goes when its back end no longer has the connection: it is asked about silent
+        ones. Without asking go those of back ends that are gone, and when the table is full."""
+        idle = float(self.config.idletimeout)
         try:
-            n = await asyncio.to_thread(self.core.expire, float(self.config.idletimeout),
-                                        self.registry.dead(),
-                                        min(DEAD_IDLE, self.config.idletimeout))
+            full, self.table_full = self.table_full, self.core.counters()["table_full"]
+            limits = dict.fromkeys(self.registry.dead(), min(DEAD_IDLE, idle)) | {LOCAL_NODE: idle}
+            n = await asyncio.to_thread(self.core.expire,
+                                        inf if full == self.table_full else idle, limits)
             if n:
                 log.info("%d idle flows expired", n)
+            if time.monotonic() > self.asked + idle:
+                self.asked = time.monotonic()
+                rows = await asyncio.to_thread(self.core.idle, idle)
+                for i in range(0, len(rows), ASKED):
+                    self.core.ask(rows[i:i + ASKED])
+                    await asyncio.sleep(TICK)
             if self.datapath.fastpath:
                 await asyncio.to_thread(self.core.drop_pending)
             await asyncio.sleep(max(1.0, min(10.0, self.config.idletimeout / 4)))
