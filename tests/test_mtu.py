@@ -3,12 +3,14 @@
 a back end has sent."""
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tcpha.lab.bed import Cluster, Host, Nginx
+from tcpha.lab.bed import Cluster, Host, Nginx, sh
+from test_serve import upload_many
 
 NARROW = 1300
 FAR = "10.9.0.2"
@@ -64,5 +66,46 @@ def test_a_narrow_link_to_the_local_node(datapath: str) -> None:
         server = Nginx(c.fe_host, (8080,))
         c.start()
         check(c, behind_a_router(c), server)
+    finally:
+        c.close()
+
+
+MODES = ("direct", "tunnel", "fast-direct", "fast-tunnel", "nfqueue-direct", "nfqueue-tunnel")
+
+
+def grow(host: Host, mtu: int) -> None:
+    for ns, device in ((host.ns, "eth0"), (host.bed.switch, host.port)):
+        sh("ip", "-n", ns, "link", "set", device, "mtu", str(mtu))
+
+
+@pytest.mark.modes(*MODES)
+def test_back_ends_on_smaller_frames(mode: dict[str, Any]) -> None:
+    """Clients are not offered what does not fit through to the servers."""
+    c = Cluster(1, **mode, rules=[(0, ".*")], start=False)
+    try:
+        for host in (c.client, c.fe_host):
+            grow(host, 9000)
+        c.start()
+        upload_many(c, 4, 1 << 20, "-H", "Expect:")
+        with c.client.connect(c.VIP) as s:
+            assert s.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG) <= 1500 - 52
+    finally:
+        c.close()
+
+
+@pytest.mark.modes(*MODES)
+def test_an_interface_that_nothing_passes_through(mode: dict[str, Any]) -> None:
+    """An overlay's, say, with its small MTU: no business of clients that come by another one."""
+    c = Cluster(1, **mode, rules=[(0, ".*")], start=False)
+    try:
+        c.fe_host.ip("link", "add", "overlay", "mtu", "1280", "type", "veth", "peer", "name", "far")
+        c.fe_host.ip("link", "set", "overlay", "up")
+        c.fe_host.ip("link", "set", "far", "up")
+        c.start()
+        with c.client.connect(c.VIP) as s:
+            s.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            s.recv(1)
+            assert s.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG) == \
+                1500 - 52 - 20 * (c.forward == "tunnel")
     finally:
         c.close()

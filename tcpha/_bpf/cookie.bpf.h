@@ -210,6 +210,7 @@ struct list_head {
 } __attribute__((preserve_access_index));
 
 struct net_device {
+	unsigned int mtu;
 	struct list_head ptype_specific; /* packet sockets that are bound to it, and to one protocol */
 } __attribute__((preserve_access_index));
 

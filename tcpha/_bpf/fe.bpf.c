@@ -278,7 +278,7 @@ static __always_inline bool is_sound(struct __sk_buff *skb, const struct tcpha_f
  * completed that of the SYN, if it was not complete: our TCP header stands where that one stood.
  */
 static __always_inline int answer_syn(struct __sk_buff *skb, const struct headers *h,
-				      const struct tcpha_flow *flow, const struct tcpha_keys *k)
+				      const struct tcpha_flow *flow, const struct tcpha_state *own)
 {
 	struct {
 		__u16 align;
@@ -289,7 +289,9 @@ static __always_inline int answer_syn(struct __sk_buff *skb, const struct header
 	} out = {};
 	const struct sk_buff *kernel = bpf_cast_to_kern_ctx(skb);
 	struct options o;
+	const struct tcpha_keys *k = &own->keys;
 	__u32 key = k->current & 1, meta = key, isn, n = 1, tcp_len, i, found, sum = 0;
+	__u32 mtu = own->mtu;
 	__u64 hash;
 	__s64 check;
 	bool ecn;
@@ -320,7 +322,9 @@ static __always_inline int answer_syn(struct __sk_buff *skb, const struct header
 	meta |= ecn ? META_ECN : 0;
 	hash = cookie_hash(flow, k->key[key][0], k->key[key][1], isn, meta);
 
-	out.opt[0] = bpf_htonl(0x02040000 | conf.mss);
+	if (!mtu || mtu > kernel->dev->mtu)
+		mtu = kernel->dev->mtu;
+	out.opt[0] = bpf_htonl(0x02040000 | ((mtu - conf.headers) & 0xffff));
 	if (found & OPT_TS) {
 		out.opt[1] = bpf_htonl(found & OPT_SACK ? 0x0402080a : 0x0101080a);
 		out.opt[2] = bpf_htonl(clock_ms() + (__u32)(hash >> 32));
@@ -475,7 +479,7 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 		if ((flags & (TCPHA_T_ACK | TCPHA_T_RST | TCPHA_T_FIN)) || h->ip->ihl != 5 ||
 		    h->tcp->doff < 5 || !k->used)
 			return TC_ACT_UNSPEC;
-		return answer_syn(skb, h, &flow, k);
+		return answer_syn(skb, h, &flow, own);
 	}
 	if (!(flags & TCPHA_T_ACK) || h->tcp->doff < 5)
 		return TC_ACT_UNSPEC;

@@ -217,13 +217,14 @@ struct tcpha_keys {
  * The front end's keys, and of whom the maps are that outlive a daemon: flows, backends, shaken and this one.
  * In memory shared with user space. The version changes with the layout of any of these.
  */
-#define TCPHA_STATE_VERSION 2
+#define TCPHA_STATE_VERSION 3
 struct tcpha_state {
 	struct tcpha_keys keys;
 	__u64 key_number; /* of the cookie key in use */
 	__u32 version;
 	__be16 vport;
 	__u16 drop_strangers; /* flows of an earlier run may not be known yet */
+	__u32 mtu;	      /* the least between here and the back ends; 0: not known */
 	__u8 vaddr[16];
 };
 
@@ -333,7 +334,7 @@ struct tcpha_event {
 struct tcpha_fe_conf {
 	__u8 vaddr[16];
 	__be16 vport;
-	__u16 mss; /* packet path: that we offer; 0: no packet path */
+	__u16 headers; /* bytes of each packet that are no payload, on the way to back ends */
 	__u32 tap;
 	__u32 fast_tap;
 	__u16 window; /* of the SYN-ACK */

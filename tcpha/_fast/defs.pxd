@@ -163,6 +163,7 @@ cdef extern from "tcpha.h" nogil:
         uint32_t version
         uint16_t vport
         uint16_t drop_strangers
+        uint32_t mtu
         uint8_t vaddr[16]
 
     struct tcpha_adoption:
@@ -229,7 +230,7 @@ cdef extern from "tcpha.h" nogil:
     struct tcpha_fe_conf:
         uint8_t vaddr[16]
         uint16_t vport
-        uint16_t mss
+        uint16_t headers
         uint32_t tap
         uint32_t fast_tap
         uint16_t window

@@ -595,7 +595,7 @@ cdef class FeEbpf(FeDatapath):
         conf.vport = htons(port)
         conf.tap = tap[1]
         if fast is not None:
-            conf.fast_tap, conf.mss, conf.wscale, conf.options = fast[1:]
+            conf.fast_tap, conf.headers, conf.wscale, conf.options = fast[1:]
             conf.window = WINDOW
         sizes = {"flows": maxflows}
         if fast is None:

@@ -80,6 +80,8 @@ cdef extern from * nogil:
 cdef enum:
     ACCEPT_BATCH = 32
     TCP_REPAIR = 19
+    TCP_MAXSEG = 2
+    MSS_MIN = 536          # RFC 9293 section 3.7.1
     TCP_REPAIR_QUEUE = 20
     TCP_RECV_QUEUE = 1
     SOL_SOCKET = 1
@@ -1227,6 +1229,15 @@ cdef class FrontEnd(Core):
         """See FeEbpf.drop_pending()."""
         for b in self.datapath.drop_pending():
             _count_closed(self.f, b)
+
+    def offer_mtu(self, int mtu, int headers):
+        """Offer clients an MSS that this leaves room for, headers deducted, and no more than their
+        interface has room for. 0: that decides alone."""
+        cdef int mss = max(mtu - headers, MSS_MIN) if mtu else 0
+        if self.f.dp.state != NULL:
+            self.f.dp.state.mtu = mtu
+        if "listener" in self.fds:
+            setsockopt(self.f.listen_fd, IPPROTO_TCP, TCP_MAXSEG, &mss, sizeof(mss))
 
     def accept(self):
         """Begin to accept, if the listener was not closed meanwhile."""

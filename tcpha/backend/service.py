@@ -118,6 +118,11 @@ class BackEndService(Service):
             log.warning("nothing listens on %s:%d; start the application, or mend redirectaddr "
                         "and redirectport", address, config.redirectport)
 
+    def _mtu(self, address: str) -> int:
+        """Of the interface at which a front end reaches us."""
+        index = self.host.holder(address)
+        return 0 if index is None else self.host.mtu(index)
+
     def _meet(self, sock: socket.socket, address: str) -> None:
         self.spawn(self._greet(sock, address))
 
@@ -129,7 +134,8 @@ class BackEndService(Service):
     async def _greet(self, sock: socket.socket, address: str) -> None:
         mine = Hello("be", self.config.vaddr, self.config.port,
                      datapath=self.datapath.name, instance=self.instance,
-                     fastpath=self.datapath.fastpath, server=self.said)
+                     fastpath=self.datapath.fastpath, server=self.said,
+                     mtu=self._mtu(sock.getsockname()[0]))
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -52,6 +52,7 @@ class Hello:
     asks: bool = False  # of a front end: it wants to be told which connections are whose
     fastpath: bool = False  # of a back end: it adopts by cookie
     server: int = 0  # of a back end: as in message SERVER
+    mtu: int = 0  # of a back end: where packets for it arrive
     rule: list[str] = field(default_factory=list)
     error: str = ""
 

@@ -32,6 +32,13 @@ class Path:
     nexthop: str
     address: str
     source: str
+    mtu: int  # the least of both ends'
+
+
+def headers(config: Config) -> int:
+    """Bytes of a packet on its way to a back end that are no payload: without options, as of an
+    MSS (RFC 9293 section 3.7.1), and with the outer header."""
+    return 40 + (20 if config.forward == "tunnel" else 0)
 
 
 class Frontend(Protocol):

@@ -12,7 +12,7 @@ from tcpha._fast.bpf import kernel_has_function
 from tcpha._fast.diag import SockDiag
 from tcpha._fast.ebpf import BeEbpf, FeEbpf
 from tcpha.config import ANY, Config
-from tcpha.datapath import ADOPT_KFUNC, DatapathError, Path, allow_adoption
+from tcpha.datapath import ADOPT_KFUNC, DatapathError, Path, allow_adoption, headers
 from tcpha.datapath.fragments import Fragments, open_fragments
 from tcpha.net import rules
 from tcpha.net.host import Host, HostError
@@ -23,7 +23,6 @@ FE_PRIORITY = 200
 BE_PRIORITY = 201
 MAX_QUEUES = 4  # FAST_QUEUES in _fast/datapath.pxd
 TIMESTAMPS, SACK, WSCALE, ECN = 1, 2, 4, 8  # struct tcpha_fe_conf, options
-IP_TCP, OUTER_IP = 40, 20  # bytes of headers
 
 
 def _object(name: str) -> str:
@@ -127,8 +126,6 @@ class EbpfFrontend(_Ebpf):
         self.queues, self.fast_index, name = open_queues(
             host, "tcphafp", min(os.cpu_count() or 1, MAX_QUEUES))
         accept_any_source(host, name, self.fast_index, config.vaddr)
-        mtu = min(host.mtu(i) for i in host.ethernet(config.interface))
-        mss = mtu - IP_TCP - (OUTER_IP if config.forward == "tunnel" else 0)
         # kernel: tcp_select_initial_window()
         space = max(int(host.read_sysctl("net/ipv4/tcp_rmem").split()[2]),
                     int(host.read_sysctl("net/core/rmem_max") or 0))
@@ -136,7 +133,7 @@ class EbpfFrontend(_Ebpf):
         options = TIMESTAMPS | SACK | WSCALE
         if host.read_sysctl("net/ipv4/tcp_ecn") != "0":
             options |= ECN
-        return self.queues, self.fast_index, mss, wscale, options
+        return self.queues, self.fast_index, headers(config), wscale, options
 
     def set_down(self, index: int, down: bool) -> None:
         self.table.set_down(index, down)

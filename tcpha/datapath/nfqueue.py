@@ -188,7 +188,7 @@ class NfqueueFrontend(_Nfqueue):
             if device not in links:
                 links[device] = self.host.mac(device), self.host.mtu(device)
             ours, mtu = links[device]
-            way = device, path.tunnel, mac, ours, path.address, path.source, mtu
+            way = (device, path.tunnel, mac, ours, path.address, path.source, min(mtu, path.mtu))
             if way != known:
                 self.paths[index] = path, way
                 self.table.set_backend(index, way)

@@ -16,7 +16,7 @@ from tcpha.admin.server import Refused
 from tcpha.config import ANY, Config, Rule, Server
 from tcpha.config.keys import BE_PORT
 from tcpha.control.hello import PATIENCE, Hello, HelloError, call, check, new_instance
-from tcpha.datapath import Path
+from tcpha.datapath import Path, headers
 from tcpha.frontend.cookiekeys import CookieKeys
 from tcpha.frontend.localnode import INDEX as LOCAL_NODE
 from tcpha.frontend.localnode import NAME
@@ -54,6 +54,7 @@ class BackEndEntry:
         self.wake = asyncio.Event()
         self.tried = asyncio.Event()  # at least once, to connect
         self.fastpath = False
+        self.mtu = 0  # of the way to it; 0: not known yet
 
 
 class Registry:
@@ -96,6 +97,7 @@ class Registry:
             if wanted.get(address) != entry.server:
                 del self.entries[address]
                 self._remove(entry)
+                self.offer_mtu()
         for address, server in wanted.items():
             if address not in self.entries:
                 self.entries[address] = self._add(server)
@@ -235,7 +237,8 @@ class Registry:
                     and not self.core.backend_stats(entry.index)["told"])
                 hello, channel = await call(sock, mine, self.secret)
             check(hello, "be", self.config.vaddr)
-            self._set_path(entry, sock.getsockname()[0])
+            self._set_path(entry, sock.getsockname()[0], hello.mtu)
+            self.offer_mtu()
             if entry.instance != hello.instance:
                 # before there is a link: requests of the packet path would go to who has no key
                 self.core.backend_server(entry.index, hello.server)
@@ -254,17 +257,24 @@ class Registry:
             sock.close()
             raise
 
-    def _set_path(self, entry: BackEndEntry, source: str) -> None:
+    def offer_mtu(self) -> None:
+        """A client's packets must fit the way to each back end that may get them."""
+        self.core.offer_mtu(min([e.mtu for e in self.entries.values() if e.mtu], default=0),
+                            headers(self.config))
+
+    def _set_path(self, entry: BackEndEntry, source: str, mtu: int) -> None:
         """Tell the datapath how to reach a back end. source: our end of the control connection,
-        from which the back end expects tunnelled packets."""
+        from which the back end expects tunnelled packets. mtu: the back end's, or 0."""
         address = entry.server.address
         route = self.host.route(address)
         tunnel = self.config.forward == "tunnel"
         if not tunnel and not route.on_link(address):
             raise HostError(f"is behind a router ({route.nexthop}), and forward is direct; "
                             "write 'forward = tunnel'")
+        ours = self.host.mtu(route.ifindex)
+        entry.mtu = min(ours, mtu or ours)
         self.datapath.set_backend(entry.index, Path(route.ifindex, tunnel, route.nexthop, address,
-                                                    source))
+                                                    source, entry.mtu))
 
     def look_rebuilt(self) -> None:
         """Once all back ends have said what they have of an earlier run of ours, which had no time

@@ -29,7 +29,6 @@ from tcpha.service import TICK, Service, number
 
 log = logging.getLogger("tcpha")
 TCP_SAVE_SYN = 27
-TUNNEL_OVERHEAD = 20
 # What our stack acknowledges before a handoff must fit into the socket that adopts it.
 RECEIVE_BUFFER = 65536
 COLUMNS = ("client", "vaddr", "target", "rule", "server", "state", "age", "idle", "packets",
@@ -155,11 +154,6 @@ class FrontEndService(Service):
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.setsockopt(socket.IPPROTO_TCP, TCP_SAVE_SYN, 1)
-            if config.forward == "tunnel":
-                # a client's full-size packet and the outer header must fit the way to the BEs
-                mtu = min(host.mtu(i) for i in host.ethernet(config.interface))
-                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG,
-                                    mtu - 40 - TUNNEL_OVERHEAD)
             try:
                 listener.bind((config.vaddr, config.port))
             except OSError as error:
