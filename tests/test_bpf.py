@@ -151,6 +151,10 @@ class Bpf:
                                          "key", *map(str, key)).stdout)
         return bytes(int(byte, 16) for byte in found["value"])
 
+    def count(self, name: str) -> int:
+        return len(json.loads(self.host.run("bpftool", "-j", "map", "dump", "id",
+                                            self.maps[name]).stdout))
+
     def drop(self, name: str, key: bytes) -> None:
         self.host.run("bpftool", "map", "delete", "id", self.maps[name], "key", *map(str, key),
                       check=False)

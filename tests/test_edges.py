@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from test_bpf import Bpf
 from test_nfqueue import OFF_NO_PROBE, TCP_REPAIR, TCP_TIMESTAMP, numbers, option
 
 from tcpha.lab.bed import Cluster, Host, wait_for
@@ -334,3 +335,26 @@ def test_a_late_copy_of_the_request(calm: Cluster, acknowledged: int) -> None:
     assert body(got) == want
     settle(calm)
     assert sum(target.decode() in r["request"] for r in calm.nginx[0].seen()) == 1
+
+
+@pytest.mark.modes("fast-direct", "fast-tunnel")
+def test_a_copy_of_the_request_when_all_is_over(calm: Cluster) -> None:
+    """Its cookie is good for two minutes, and nobody has an entry for it any more."""
+    assert calm.fe
+    settle(calm)
+    bpf = Bpf(calm.fe_host, ("fe_ingress",))
+    before = calm.fe.ctl("status")["counters"]["accepted"]
+    with first_frame(calm.client, lambda frame: b" HTTP/1.1\r\n" in frame) as frames:
+        with calm.client.connect(calm.VIP) as s:
+            s.sendall(REQUEST.replace(b"/1k", b"/1k?over"))
+            assert len(body(read_all(s))) == 1024
+        wait_for(lambda: frames, "the request")
+    wait_for(lambda: bpf.count("flows") == 0, "the end of its entry")
+    for _ in range(3):
+        send_again(calm.client, frames[0])
+    with calm.client.connect(calm.VIP) as s:  # behind the copies
+        s.sendall(REQUEST)
+        assert len(body(read_all(s))) == 1024
+    settle(calm)
+    assert calm.fe.ctl("status")["counters"]["accepted"] == before + 2
+    assert sum("/1k?over" in r["request"] for r in calm.nginx[0].seen()) == 1

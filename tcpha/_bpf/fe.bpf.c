@@ -63,6 +63,14 @@ struct {
 	__type(value, struct tcpha_shaken);
 } shaken SEC(".maps");
 
+/* Ids of flows of the packet path that are over: a late copy of the request must not be served again. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct tcpha_flow);
+	__type(value, __u64);
+} served SEC(".maps");
+
 /* When data first came of a connection that nobody knows. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -442,6 +450,12 @@ static __always_inline int claim(struct tcpha_entry *e, struct tcpha_flow *flow,
 	return bpf_map_lookup_elem(&flows, flow) ? -1 : 0;
 }
 
+/* As in _fast/message.pyx. */
+static __always_inline __u64 fast_id(const struct cookie *c)
+{
+	return 1ULL << 63 | (__u64)c->isn << 31 | c->ours >> 1;
+}
+
 /*
  * A packet to the VIP that belongs to no back end; e: the entry of an older flow of its name, or 0.
  * Whatever is unusual goes to our stack.
@@ -459,7 +473,7 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	__u32 zero = 0, length, seq, ack, doff, offset, socket, replaced = 0, was = 0;
 	__u8 flags = ((__u8 *)h->tcp)[13];
 	__be16 window;
-	__u64 old = 0;
+	__u64 old = 0, id, *over;
 	long failed;
 	int claimed;
 	bool hit;
@@ -514,6 +528,10 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 		bpf_map_delete_elem(&shaken, &flow);
 		return TC_ACT_SHOT;
 	}
+	id = fast_id(&c);
+	over = bpf_map_lookup_elem(&served, &flow);
+	if (over && *over == id)
+		return TC_ACT_SHOT;
 	/*
 	 * Our daemon was killed, and this client had our SYN-ACK by then. The next run serves it, when it
 	 * repeats this.
@@ -557,7 +575,7 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	hit = is_sound(skb, &flow, doff + length) && decide(skb, offset, length, fresh);
 	if (hit) {
 		fresh->state = TCPHA_FORWARD;
-		fresh->id = fresh->live = 1ULL << 63 | (__u64)c.isn << 31 | c.ours >> 1; /* fast_id() */
+		fresh->id = fresh->live = id;
 	}
 	if (e) {
 		old = __sync_lock_test_and_set(&e->live, 0);
@@ -733,8 +751,20 @@ int fe_ingress(struct __sk_buff *skb)
  * What user space wants of an entry. It could not do so itself: between its look and its update, a packet
  * may change the entry or put another in its place.
  */
+static __always_inline void remove_entry(const struct tcpha_flow *flow, const struct tcpha_entry *e,
+					 __u32 state)
+{
+	__u64 id = e->id;
+
+	if (PACKET_PATH && (e->flags & TCPHA_F_FAST) && state == TCPHA_FORWARD)
+		bpf_map_update_elem(&served, flow, &id, BPF_ANY);
+	bpf_map_delete_elem(&flows, flow);
+}
+
 static __always_inline void change_entry(struct tcpha_op *op)
 {
+	__u32 was;
+
 	struct tcpha_entry *e = bpf_map_lookup_elem(&flows, &op->flow);
 
 	op->result = TCPHA_R_NO_SOCKET;
@@ -746,8 +776,10 @@ static __always_inline void change_entry(struct tcpha_op *op)
 		e->slot = 0;
 		e->flags = TCPHA_F_FAST;
 		e->state = TCPHA_PENDING;
-	} else if (!op->keep && __sync_lock_test_and_set(&e->state, TCPHA_GONE) != TCPHA_GONE) {
-		bpf_map_delete_elem(&flows, &op->flow);
+	} else if (!op->keep) {
+		was = __sync_lock_test_and_set(&e->state, TCPHA_GONE);
+		if (was != TCPHA_GONE)
+			remove_entry(&op->flow, e, was);
 	}
 }
 
@@ -803,7 +835,7 @@ static __always_inline void drop_entry(struct tcpha_op *op)
 		return;
 	op->slot = __sync_lock_test_and_set(&e->slot, 0);
 	op->result = TCPHA_R_OK;
-	bpf_map_delete_elem(&flows, &op->flow);
+	remove_entry(&op->flow, e, op->entry);
 }
 
 SEC("tc")
