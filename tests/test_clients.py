@@ -84,16 +84,29 @@ def test_head_over_the_limit(cluster: Cluster) -> None:
     assert status(s) == 431
 
 
-def test_silent_and_slow_clients_get_408_and_hold_up_nobody(cluster: Cluster) -> None:
-    silent = [cluster.client.connect(cluster.VIP) for _ in range(50)]
-    slow = cluster.client.connect(cluster.VIP)
-    slow.sendall(REQUEST[:20])
-    assert cluster.get("/") == "index of be1\n"
+def test_silent_and_slow_clients_hold_up_nobody(cluster: Cluster) -> None:
+    """408 is for half a head. Who has not begun one waits for no answer, and a client that keeps
+    the connection for later would read it as the answer to its first request."""
     assert cluster.fe
     fe = cluster.fe
+    before = fe.ctl("status")["counters"]
+    silent = [cluster.client.connect(cluster.VIP) for _ in range(50)]
+    blank = [cluster.client.connect(cluster.VIP) for _ in range(2)]
+    slow = [cluster.client.connect(cluster.VIP) for _ in range(2)]
+    blank[0].sendall(b"\r\n")
+    blank[1].sendall(b"\r\n\r\n\r")
+    slow[0].sendall(REQUEST[:20])
+    slow[1].sendall(b"\r\nG")
+    assert cluster.get("/") == "index of be1\n"
     wait_for(lambda: fe.ctl("status")["workers"]["idle"] >= 2, "workers that are idle")
-    for s in [*silent, slow]:
+    for s in [*silent, *blank]:
+        assert read_all(s) == b""
+        s.close()
+    for s in slow:
         assert status(s) == 408
+    after = fe.ctl("status")["counters"]
+    assert after["silent"] - before["silent"] == 52
+    assert after["answered_408"] - before["answered_408"] == 2
 
 
 @pytest.mark.parametrize("data", [
@@ -114,10 +127,12 @@ def test_end_before_the_head_is_complete(cluster: Cluster) -> None:
     s.sendall(REQUEST[:-2])
     s.shutdown(socket.SHUT_WR)
     assert status(s) == 400
-    s = cluster.client.connect(cluster.VIP)
-    s.shutdown(socket.SHUT_WR)
-    assert read_all(s) == b""
-    s.close()
+    for nothing in (b"", b"\r\n"):
+        s = cluster.client.connect(cluster.VIP)
+        s.sendall(nothing)
+        s.shutdown(socket.SHUT_WR)
+        assert read_all(s) == b""
+        s.close()
 
 
 # TCP options

@@ -83,6 +83,7 @@ cdef struct fe_counters:
     uint64_t closed
     uint64_t refused       # offers that came to nothing; the connection went elsewhere
     uint64_t lost          # connections that ended in our hands: reset or closed by the client
+    uint64_t silent        # closed by us, as no request had begun within headtimeout
     uint64_t expired
     uint64_t answered_400
     uint64_t answered_408

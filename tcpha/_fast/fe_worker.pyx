@@ -21,7 +21,7 @@ from tcpha._fast.defs cimport (
     TCPHA_FORWARD, TCPHA_HEAD_MAX, TCPHA_HOLD, TCPHA_LINE_MAX, TCPHA_LOCAL_NODE, TCPHA_MAX_BACKENDS,
     TCPHA_MAX_RULES, TCPHA_TARGET_MAX, tcpha_cache, tcpha_entry, tcpha_flow, tcpha_load,
     tcpha_offer, tcpha_siphash, tcpha_verdict)
-from tcpha._fast.http cimport HTTP_BAD, HTTP_DONE, HTTP_MORE, http_head, http_parse
+from tcpha._fast.http cimport HTTP_BAD, HTTP_DONE, HTTP_MORE, http_begun, http_head, http_parse
 from tcpha._fast.match cimport (
     HS_SUCCESS, choice, hs_clone_scratch, hs_free_scratch, hs_scratch_t, match_scan, ruleset,
     ruleset_free, ruleset_new)
@@ -190,6 +190,13 @@ cdef void _answer(frontend *f, conn *k, const char *text, uint64_t *counter) noe
     set32(&k.state, CONN_LINGER)
     set64(&k.deadline_ns, now_ns() + LINGER_NS)
     _watch_client(f, k)
+
+
+cdef void _leave_silent(frontend *f, conn *k) noexcept nogil:
+    """Close without a word. Where no request has begun, nobody waits for an answer: a client that
+    keeps the connection for later would take it for the answer to its first request."""
+    _discard(k)                # empty lines, perhaps
+    _close(f, k)
 
 
 # Choosing a back end
@@ -600,6 +607,9 @@ cdef void _read_head(frontend *f, worker *w, conn *k) noexcept nogil:
     elif k.seen >= f.headlimit:
         say_flow(f.c, 1, &k.snap.flow, b"request head over headlimit: 431")
         _answer(f, k, ANSWER_431, &f.n.answered_431)
+    elif ended and not http_begun(&k.head):
+        add64(&f.n.lost, 1)
+        _leave_silent(f, k)
     elif ended:
         say_flow(f.c, 1, &k.snap.flow, b"the client ended in its request head: 400")
         _answer(f, k, ANSWER_400, &f.n.answered_400)
@@ -1035,7 +1045,11 @@ cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
         if pthread_mutex_trylock(&k.lock) != 0:
             continue
         if k.state != CONN_FREE and k.deadline_ns <= now:
-            if k.state == CONN_READ:
+            if k.state == CONN_READ and not http_begun(&k.head):
+                say_flow(c, 2, &k.snap.flow, b"no request in headtimeout: closed")
+                add64(&f.n.silent, 1)
+                _leave_silent(f, k)
+            elif k.state == CONN_READ:
                 say_flow(c, 1, &k.snap.flow, b"no complete request head in headtimeout: 408")
                 _answer(f, k, ANSWER_408, &f.n.answered_408)
             elif k.state == CONN_LINGER:
@@ -1464,7 +1478,7 @@ cdef class FrontEnd(Core):
             closed += load64(<uint64_t *>&self.f.loads[i].closed)
         return {"accepted": n.accepted + cached, "handed": n.handed + cached,
                 "closed": n.closed + closed,
-                "refused": n.refused, "lost": n.lost, "expired": n.expired,
+                "refused": n.refused, "lost": n.lost, "silent": n.silent, "expired": n.expired,
                 "restored": n.restored,
                 "answered_400": n.answered_400, "answered_408": n.answered_408,
                 "fast": n.fast + cached, "answered_431": n.answered_431,

@@ -23,4 +23,5 @@ cdef struct http_head:
     const char *error      # static text after HTTP_BAD
 
 
+cdef bint http_begun(const http_head *h) noexcept nogil
 cdef int http_parse(http_head *h, const uint8_t *buf, uint32_t length) noexcept nogil

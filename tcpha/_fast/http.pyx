@@ -151,6 +151,11 @@ cdef int _target(http_head *h, const uint8_t *buf) noexcept nogil:
     return _bad(h, b"request-target is of no known form")
 
 
+cdef bint http_begun(const http_head *h) noexcept nogil:
+    """Whether more than empty lines were parsed (RFC 9112 section 2.2)."""
+    return h.state > S_START_LF
+
+
 cdef int http_parse(http_head *h, const uint8_t *buf, uint32_t length) noexcept nogil:
     """Parse buf[h.pos:length]. buf holds the connection's bytes from the first one.
 

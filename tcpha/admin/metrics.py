@@ -99,9 +99,10 @@ def frontend(status: Mapping[str, Any], rules: list[dict[str, Any]],
                                         labels=["code"]),
                     [([code], counters[f"answered_{code}"]) for code in ANSWERS])
     yield _labelled(CounterMetricFamily("tcpha_troubles", "What the front end ran out of, and "
-                                        "connections that were lost in its hands or expired.",
+                                        "connections that were lost in its hands, were silent, or "
+                                        "expired.",
                                         labels=["what"]),
-                    [([k], counters[k]) for k in ("lost", "expired", "no_descriptors",
+                    [([k], counters[k]) for k in ("lost", "silent", "expired", "no_descriptors",
                                                   "table_full", "access_lost")])
     yield _gauge("in_hand", "Connections accepted and not yet handed over: maxclients at most.",
                  status["in_hand"])

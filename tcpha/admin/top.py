@@ -153,7 +153,7 @@ class Screen:
     def _answers(self, c: dict[str, int]) -> list[RenderableType]:
         shown = [(k.removeprefix("answered_"), c[k]) for k in
                  ("answered_400", "answered_408", "answered_431", "answered_503", "lost",
-                  "expired", "table_full", "no_descriptors") if c[k]]
+                  "silent", "expired", "table_full", "no_descriptors") if c[k]]
         if not shown:
             return []
         return [Text("own answers and errors: " + "  ".join(f"{k} {amount(v)}" for k, v in shown)),
