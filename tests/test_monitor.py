@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from tcpha.lab.bed import Cluster, Host, wait_for
-from test_serve import settle
+from test_serve import read_all, settle
 
 pytestmark = pytest.mark.modes("direct", "fast-direct", "nfqueue-direct")
 FE, BE = "http://127.0.0.1:9110", "http://127.0.0.1:9111"
@@ -187,6 +190,80 @@ def test_what_a_request_would_meet(watched: Cluster) -> None:
                   f"http://{c.VIP}/a.jpg").stdout == "200 be1"
     c.be[1].start()
     c.connected()
+
+
+# What rules see of a request-target, and where it goes then
+
+SEEN = [(1, "^/img/"), (0, "^/$"), (1, r"^/\?"), (0, r"^\*$"), (1, ":443$"), (0, "^/")]
+METHODS = st.sampled_from(["GET", "HEAD", "OPTIONS", "CONNECT"])
+PATHS = st.sampled_from(["", "/", "/img/x", "/x", "//img/", "/x/img/", "/http://a/"])
+QUERIES = st.sampled_from(["", "?", "?x", "?/img/", "?http://a/img/"])
+AUTHORITIES = st.sampled_from(["a", "a:80", "a:443", "[::1]", "[::1]:443", "192.168.1.36", "img",
+                               "user@a", "user:word@[::1]:80", ""])
+SCHEMES = st.sampled_from(["http://", "HTTP://", "hTtPs://", "ftp://", "http:/"])
+TARGETS = st.one_of(
+    st.tuples(SCHEMES, AUTHORITIES, PATHS, QUERIES).map("".join), AUTHORITIES, st.just("*"),
+    st.tuples(PATHS, QUERIES).map("".join))
+
+
+def origin_form(method: str, target: str) -> str | None:
+    """What rules see, by RFC 9112 section 3.2; None: such a request is refused."""
+    if method == "CONNECT":
+        return target if re.fullmatch(r"[^/?@]+", target) else None
+    if target.startswith("/") or (method, target) == ("OPTIONS", "*"):
+        return target
+    parts = re.fullmatch(r"(?i:https?)://([^/?@]+)(/[^?]*|)([?].*|)", target)
+    if parts is None:
+        return None
+    if method == "OPTIONS" and not parts[2] + parts[3]:
+        return "*"
+    return (parts[2] or "/") + parts[3]
+
+
+def test_rules_see_path_and_query_of_any_form(mode: dict[str, Any]) -> None:
+    """What a worker decides, the packet path's program (once it has seen a request twice) and
+    'test-request' are of one opinion."""
+    c = Cluster(2, **mode, rules=SEEN)
+    try:
+        assert c.fe
+        fe = c.fe
+
+        def used() -> dict[int, int]:
+            return {row["rule"]: row["handed"] for row in fe.ctl("rules")}
+
+        def sent(method: str, target: str) -> bytes:
+            with c.client.connect(c.VIP) as s:
+                s.sendall(f"{method} {target} HTTP/1.1\r\nHost: lab\r\n"
+                          "Connection: close\r\n\r\n".encode())
+                return read_all(s)
+
+        @settings(max_examples=80)
+        @given(METHODS, TARGETS)
+        @example("GET", "http://a/img/x")
+        @example("GET", "http://a")
+        @example("GET", "HTTP://[::1]:443?x")
+        @example("OPTIONS", "https://a")
+        @example("OPTIONS", "https://a/")
+        def agree(method: str, target: str) -> None:
+            said = fe.ctl("test-request", method, target, "Host: lab", "Connection: close")
+            see = origin_form(method, target)
+            assert said.get("rules_see") == see
+            want = [n for n, (_, pattern) in enumerate(SEEN) if re.search(pattern, see or "")]
+            assert said.get("rule") == (want[0] if want else None)
+            before = used()
+            answers = [sent(method, target) for _ in range(4)]
+            if want:
+                wait_for(lambda: sum(used().values()) == sum(before.values()) + 4, "the count")
+                before[want[0]] += 4
+            else:
+                status = b"400" if see is None else b"503"
+                assert all(a.startswith(b"HTTP/1.1 " + status) for a in answers)
+            assert used() == before
+        agree()
+        assert (fe.ctl("status")["packets"].get("cached", 0) > 40) == c.fastpath
+        assert c.nginx[1].seen()[0]["request"] == "GET http://a/img/x HTTP/1.1"
+    finally:
+        c.close()
 
 
 def test_admin_address_in_use(watched: Cluster) -> None:

@@ -3,10 +3,10 @@
  * The verdict cache: a request that is like earlier ones needs no process.
  *
  * A head that is whole in its packet is taken as two strings: method and request-target, up to the space
- * behind them, and all the rest. Of the first, user space has said which back ends may take it; of the
- * second, that the parser accepts it behind any target. Both are looked up by SipHash-2-4 with a secret key,
- * so nobody can make one string pass for another. Where a head ends is part of what was accepted: behind
- * one that ends earlier, or later, comes another string.
+ * behind them, and all the rest. Of the first, as it was sent and in whatever form, user space has said which
+ * back ends may take it; of the second, that the parser accepts it behind any target. Both are looked up by
+ * SipHash-2-4 with a secret key, so nobody can make one string pass for another. Where a head ends is part of
+ * what was accepted: behind one that ends earlier, or later, comes another string.
  */
 #ifndef VERDICT_BPF_H
 #define VERDICT_BPF_H

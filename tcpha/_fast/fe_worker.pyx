@@ -23,7 +23,7 @@ from tcpha._fast.defs cimport (
     tcpha_offer, tcpha_siphash, tcpha_verdict)
 from tcpha._fast.http cimport HTTP_BAD, HTTP_DONE, HTTP_MORE, http_begun, http_head, http_parse
 from tcpha._fast.match cimport (
-    HS_SUCCESS, choice, hs_clone_scratch, hs_free_scratch, hs_scratch_t, match_scan, ruleset,
+    HS_SUCCESS, choice, hs_clone_scratch, hs_free_scratch, hs_scratch_t, match_target, ruleset,
     ruleset_free, ruleset_new)
 from tcpha._fast.message cimport (
     END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED, MSG_FLOW, MSG_HANDOFF_FIXED, MSG_KEYED, MSG_KEYS_SIZE,
@@ -264,7 +264,7 @@ cdef fe_worker *_of_worker(worker *w) noexcept nogil:
     return <fe_worker *>w.role
 
 
-cdef bint _by_rules(frontend *f, worker *w, conn *k, const uint8_t *buf) noexcept nogil:
+cdef bint _by_rules(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
     """Match the rules and pick a back end. False: there is none."""
     cdef ruleset *rules = <ruleset *>loadp(<void **>&f.rules)
     cdef fe_worker *fw = _of_worker(w)
@@ -284,13 +284,13 @@ cdef bint _by_rules(frontend *f, worker *w, conn *k, const uint8_t *buf) noexcep
         if fw.bits == NULL:
             return False
     fw.rules = rules
-    if match_scan(rules, fw.scratch, buf + k.head.target, k.head.target_len, fw.bits) < 0:
+    if match_target(rules, fw.scratch, &k.head, buf, fw.bits) < 0:
         return False
     # The application of a back end may be back without our knowing yet: it refuses, or has it.
     return _pick(f, k, rules, fw.bits, False) or _pick(f, k, rules, fw.bits, True)
 
 
-cdef bint _choose(frontend *f, worker *w, conn *k, const uint8_t *buf) noexcept nogil:
+cdef bint _choose(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
     """Pick who takes the request: a back end, or the Local Node. False: nobody."""
     if _by_rules(f, w, k, buf):
         return True
@@ -1337,9 +1337,11 @@ cdef class FrontEnd(Core):
         return slow_read(&self.f.slow, seconds)
 
     def consider(self, bytes head):
-        """What would become of a request with this head: (what is wrong with it, target, indexes of
-        the rules that match, in the order in which they are tried). Raises MemoryError."""
+        """What would become of a request with this head: (what is wrong with it, target, what rules
+        see of that, indexes of those that match, in the order in which they are tried). Raises
+        MemoryError."""
         cdef http_head h
+        cdef bytearray buf = bytearray(head)
         cdef ruleset *rules
         cdef hs_scratch_t *scratch = NULL
         cdef uint32_t g, i
@@ -1349,16 +1351,17 @@ cdef class FrontEnd(Core):
         if rc != HTTP_DONE:
             error = h.error.decode() if rc == HTTP_BAD else \
                 "longer than headlimit" if len(head) >= self.f.headlimit else "not complete"
-            return error, "", []
-        target = head[h.target:h.target + h.target_len]
+            return error, "", "", []
+        target = head[h.target:h.target + h.target_len].decode("ascii")
+        seen = (chr(h.root) if h.root else "") + target[h.origin - h.target:]
         rules = self.f.rules   # the loop's thread publishes them, and runs this
         matched = []
         if rules != NULL and rules.groups:
             bits = bytearray(rules.words * 8)
             if hs_clone_scratch(rules.scratch, &scratch) != HS_SUCCESS:
                 raise MemoryError
-            rc = match_scan(rules, scratch, target, <uint32_t>len(target),
-                            <uint64_t *><char *>bits)
+            rc = match_target(rules, scratch, &h, <uint8_t *><char *>buf,
+                              <uint64_t *><char *>bits)
             hs_free_scratch(scratch)
             if rc < 0:
                 raise MemoryError
@@ -1366,7 +1369,7 @@ cdef class FrontEnd(Core):
                 if bits[g >> 3] >> (g & 7) & 1:
                     for i in range(rules.first[g], rules.first[g + 1]):
                         matched.append(rules.choices[i].rule)
-        return None, target.decode("ascii"), matched
+        return None, target, seen, matched
 
     # Back ends, by index
 

@@ -20,6 +20,8 @@ cdef struct http_head:
     uint32_t method
     uint32_t target        # offset of the request-target
     uint32_t target_len
+    uint32_t origin        # offset of path and query in it; of an asterisk or authority, its own
+    uint8_t root           # what origin form begins with, if the target does not have it; or 0
     const char *error      # static text after HTTP_BAD
 
 

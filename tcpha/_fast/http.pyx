@@ -124,11 +124,13 @@ cdef uint32_t _authority(const uint8_t *p, uint32_t n) noexcept nogil:
 
 
 cdef int _target(http_head *h, const uint8_t *buf) noexcept nogil:
-    """The four forms of RFC 9112 section 3.2."""
+    """The four forms of RFC 9112 section 3.2, and where origin form begins in them."""
     cdef const uint8_t *t = buf + h.target
     cdef const uint8_t *m = buf + h.method
     cdef uint32_t n = h.target_len, scheme = 0, end
     cdef bint connect = h.method_len == 7 and _is(m, 7, b"connect", 7)
+    cdef bint options = h.method_len == 7 and _is(m, 7, b"options", 7)
+    h.origin = h.target
     if n == 0:
         return _bad(h, b"no request-target")
     if connect:
@@ -137,7 +139,7 @@ cdef int _target(http_head *h, const uint8_t *buf) noexcept nogil:
         return HTTP_MORE
     if t[0] == c'/':
         return HTTP_MORE
-    if n == 1 and t[0] == c'*' and h.method_len == 7 and _is(m, 7, b"options", 7):
+    if n == 1 and t[0] == c'*' and options:
         return HTTP_MORE
     if n > 7 and _is(t, 7, b"http://", 7):
         scheme = 7
@@ -147,6 +149,11 @@ cdef int _target(http_head *h, const uint8_t *buf) noexcept nogil:
         end = scheme + _authority(t + scheme, n - scheme)
         if end == scheme or (end < n and t[end] != c'/' and t[end] != c'?'):
             return _bad(h, b"no host in the request-target")
+        h.origin += end
+        if end == n:  # of the whole server, for OPTIONS (section 3.2.4)
+            h.root = c'*' if options else c'/'
+        elif t[end] == c'?':
+            h.root = c'/'
         return HTTP_MORE
     return _bad(h, b"request-target is of no known form")
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
+from tcpha._fast.http cimport http_head
+
 
 cdef extern from "hs.h" nogil:
     ctypedef struct hs_database_t:
@@ -51,5 +53,7 @@ cdef struct ruleset:
 
 cdef int match_scan(const ruleset *rules, hs_scratch_t *scratch, const uint8_t *target,
                     uint32_t length, uint64_t *bits) noexcept nogil
+cdef int match_target(const ruleset *rules, hs_scratch_t *scratch, const http_head *h, uint8_t *buf,
+                      uint64_t *bits) noexcept nogil
 cdef ruleset *ruleset_new(list groups, uint64_t generation) except NULL
 cdef void ruleset_free(ruleset *rules) noexcept nogil

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Rule patterns, matched all at once by Hyperscan (or Vectorscan, which has the same interface).
 
-A pattern is searched anywhere in the request-target, as sent. The scan takes no lock, allocates
-nothing and its time depends little on the number of patterns, and never on backtracking.
+A pattern is searched anywhere in path and query of the request-target, as sent. The scan takes no
+lock, allocates nothing and its time depends little on the number of patterns, and never on
+backtracking.
 """
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
@@ -33,6 +34,23 @@ cdef int match_scan(const ruleset *rules, hs_scratch_t *scratch, const uint8_t *
     if hs_scan(rules.db, <const char *>target, length, 0, scratch, _on_match, bits) != HS_SUCCESS:
         return -1
     return 0
+
+
+cdef int match_target(const ruleset *rules, hs_scratch_t *scratch, const http_head *h, uint8_t *buf,
+                      uint64_t *bits) noexcept nogil:
+    """match_scan() for the target of a head in buf, in origin form (RFC 9112 section 3.2.1). What
+    that has more than the target takes the place of the last character of the host meanwhile."""
+    cdef uint8_t *origin = buf + h.origin
+    cdef uint32_t n = h.target + h.target_len - h.origin
+    cdef uint8_t host
+    cdef int rc
+    if not h.root:
+        return match_scan(rules, scratch, origin, n, bits)
+    host = origin[-1]
+    origin[-1] = h.root
+    rc = match_scan(rules, scratch, origin - 1, n + 1, bits)
+    origin[-1] = host
+    return rc
 
 
 cdef hs_database_t *_compile(list patterns) except? NULL:

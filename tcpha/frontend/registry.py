@@ -406,7 +406,7 @@ class Registry:
 
     def explain(self, head: bytes) -> dict[str, Any]:
         """What would become of a request, and why. head: all of it, up to the empty line."""
-        error, target, matched = self.core.consider(head)
+        error, target, seen, matched = self.core.consider(head)
         if error:
             status = 431 if "headlimit" in error else 400
             return {"outcome": str(status), "reason": f"request head: {error}", "rules": []}
@@ -435,7 +435,7 @@ class Registry:
                        "reason": f"{why}; the Local Node listens"}
             else:
                 out = {"outcome": "503", "reason": f"{why}, and no Local Node listens"}
-        return out | {"target": target, "rules": rows}
+        return out | {"target": target, "rules_see": seen, "rules": rows}
 
     def _index(self, server: str) -> int:
         entry = self.entries.get(server)

@@ -57,6 +57,8 @@ def head(bytes data):
     assert h.method == g.method and h.method_len == g.method_len
     assert h.target == g.target and h.target_len == g.target_len and h.minor == g.minor
     assert 0 < h.method_len and h.method + h.method_len < h.target
+    assert h.origin == g.origin and h.root == g.root and h.target <= h.origin
+    assert h.origin <= h.target + h.target_len and (h.root == 0 or h.target < h.origin)
     assert 0 < h.target_len and h.target + h.target_len + 9 <= h.pos
     return True
 
