@@ -11,6 +11,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from tcpha.lab.bed import Cluster, freeze, sh, wait_for
 from test_clients import connect_from
 from test_serve import REQUEST, body, read_all, settle, upload_many
 
+KEEP = REQUEST.replace(b"close", b"keep-alive")
 UNAVAILABLE = "Service Unavailable\n503"
 PAIR = [(0, "^/"), (1, "^/"), (1, ".*")]
 
@@ -45,6 +47,12 @@ def pair(owned: Cluster) -> Cluster:
     wait_for(lambda: owned.fe and [s["state"] for s in owned.fe.ctl("servers")] == ["up"] * 2,
              "both back ends up", 15)
     return owned
+
+
+def request(c: Cluster, data: bytes = REQUEST) -> socket.socket:
+    s = c.client.connect(c.VIP)
+    s.sendall(data)
+    return s
 
 
 def servers(c: Cluster) -> list[dict[str, object]]:
@@ -101,37 +109,82 @@ def test_nobody_listening_is_503(pair: Cluster) -> None:
     wait_for(lambda: names(pair, 4) == {"be1", "be2"}, "both in use again")
 
 
-def test_full_accept_queue(pair: Cluster) -> None:
-    """A stopped server's queue fills: what is in it is served later, the rest is told at once."""
-    assert pair.fe
-    host, server = pair.be_hosts[0], pair.nginx[0]
+ROOM = 5  # in an accept queue with a backlog of 4
+
+
+@contextmanager
+def crowded(c: Cluster) -> Iterator[tuple[list[int], list[socket.socket]]]:
+    """The first back end's server stands still, and its accept queue is full: its workers, and the
+    clients in the queue. The second back end is drained."""
+    assert c.fe
+    host, server = c.be_hosts[0], c.nginx[0]
     somaxconn = host.sysctl("net.core.somaxconn")
-    host.sysctl("net.core.somaxconn", "4")
-    pair.fe.ctl("drain", pair.be_hosts[1].address)
+    host.sysctl("net.core.somaxconn", str(ROOM - 1))
+    c.fe.ctl("drain", c.be_hosts[1].address)
     try:
         server.stop()
         server.start()
+        wait_for(lambda: names(c, 1) == {"be1"}, "be1 in use")
+        settle(c)
         workers = server.worker_pids()
         freeze(*workers)
-        clients = []
-        for _ in range(12):
-            s = pair.client.connect(pair.VIP)
-            s.sendall(REQUEST)
-            clients.append(s)
-        refused = wait_for(lambda: pair.be[0].ctl("status")["counters"]["refusals"].get(
-            "accept queue full"), "a refusal for the full queue")
-        for pid in workers:
-            os.kill(pid, signal.SIGCONT)
-        codes = [int(read_all(s).split()[1]) for s in clients]
-        assert codes.count(200) >= 4 and codes.count(200) + codes.count(503) == 12, codes
-        assert refused >= 1
-        assert pair.fastpath or codes.count(503) >= 1  # there, the client asks once more
+        clients = [request(c) for _ in range(ROOM)]
+        wait_for(lambda: c.be[0].ctl("status")["live"] == ROOM, "a full accept queue")
+        yield workers, clients
     finally:
         host.sysctl("net.core.somaxconn", somaxconn)
         server.stop()
         server.start()
-        pair.fe.ctl("undrain", pair.be_hosts[1].address)
-    settle(pair)
+        c.fe.ctl("undrain", c.be_hosts[1].address)
+    settle(c)
+
+
+def crowds(c: Cluster) -> int:
+    """Offers that the first back end refused for its full accept queue."""
+    return int(c.be[0].ctl("status")["counters"]["refusals"].get("accept queue full", 0))
+
+
+def test_accept_queue_that_is_full_for_a_moment(pair: Cluster) -> None:
+    """Who finds no room waits for it, as with TCP. Nobody is refused."""
+    before = crowds(pair)
+    with crowded(pair) as (workers, clients):
+        clients += [request(pair) for _ in range(8)]
+        wait_for(lambda: crowds(pair) > before, "a refusal for the full queue")
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+        assert [len(body(read_all(s))) for s in clients] == [1024] * (ROOM + 8)
+
+
+def test_accept_queue_that_stays_full(pair: Cluster) -> None:
+    """Another back end that may take the request is asked at once. Else it is 503 after a while; a
+    client that goes away meanwhile is forgotten. Who is in the queue is served later."""
+    assert pair.fe
+    fe, (be1, be2) = pair.fe, (h.address for h in pair.be_hosts)
+    with crowded(pair) as (workers, clients):
+        before, lost = crowds(pair), fe.ctl("status")["counters"]["lost"]
+        fe.ctl("drain", be1)
+        fe.ctl("undrain", be2)
+        held = [request(pair, KEEP) for _ in range(ROOM + 2)]  # more than be1 has
+        wait_for(lambda: servers(pair)[1]["live"] == ROOM + 2, "connections of be2")
+        fe.ctl("undrain", be1)
+        assert len(body(read_all(request(pair)))) == 1024
+        assert crowds(pair) == before + 1
+        for s in held:
+            s.close()
+        wait_for(lambda: servers(pair)[1]["live"] == 0, "their end")
+        fe.ctl("drain", be2)
+        waiting = [request(pair) for _ in range(4)]
+        wait_for(lambda: fe.ctl("status")["in_hand"] == 4, "four that wait")
+        gone = waiting.pop()
+        gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        gone.close()
+        wait_for(lambda: fe.ctl("status")["in_hand"] == 3, "one to be forgotten")
+        assert all(read_all(s).startswith(b"HTTP/1.1 503 ") for s in waiting)
+        after = fe.ctl("status")["counters"]
+        assert after["lost"] == lost + 1 and crowds(pair) >= before + 3 * 7
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+        assert [len(body(read_all(s))) for s in clients] == [1024] * ROOM
 
 
 def test_server_that_ends_with_connections_in_its_accept_queue(pair: Cluster) -> None:

@@ -22,6 +22,7 @@ cdef enum conn_state:
     CONN_SENT = 2          # offered to a back end, waiting for its answer
     CONN_LINGER = 3        # answered by ourselves, waiting for the client to close
     CONN_TAKEN = 4         # a back end has it, and the kernel no memory to let its packets go there
+    CONN_WAIT = 5          # to be offered again, since accept queues were full
 
 cdef enum:                 # stages of a handoff, as measured
     STAGE_HEAD = 0         # from accept() until the request head is whole
@@ -55,6 +56,8 @@ cdef struct conn:
     snapshot snap
     tcpha_entry entry      # its id, backend and rule are those of the current offer
     uint64_t tried[TRIED_WORDS]
+    uint64_t crowded[TRIED_WORDS]  # those of them whose accept queue was full
+    uint64_t crowded_ns    # since when it waits for room in one of these; or 0
 
 
 cdef struct backend:

@@ -28,8 +28,8 @@ from tcpha._fast.match cimport (
 from tcpha._fast.message cimport (
     END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED, MSG_FLOW, MSG_HANDOFF_FIXED, MSG_KEYED, MSG_KEYS_SIZE,
     MSG_MISSED, MSG_OWNED_SIZE, MSG_PONG, MSG_REFUSED, MSG_RETURN, MSG_SERVER, MSG_TOLD,
-    REFUSE_FULL, REFUSE_LINK, REFUSE_LOST, REFUSE_TIMEOUT, REFUSE_UNSUPPORTED, fast_id, message,
-    message_doubt, message_handoff, message_keys, message_owned, refusal_text)
+    REFUSE_BACKLOG, REFUSE_FULL, REFUSE_LINK, REFUSE_LOST, REFUSE_TIMEOUT, REFUSE_UNSUPPORTED,
+    fast_id, message, message_doubt, message_handoff, message_keys, message_owned, refusal_text)
 from tcpha._fast.meter cimport (
     histogram_add, histogram_read, slow_close, slow_note, slow_open, slow_read)
 from tcpha._fast.packet cimport address_bytes, flow_text
@@ -37,9 +37,9 @@ from tcpha._fast.repair cimport repair_received
 from tcpha._fast.rewrite cimport get32, tcp_view
 from tcpha._fast.snapshot cimport SNAP_FIN, snapshot
 from tcpha._fast.sys cimport (
-    EAGAIN, EINTR, EMFILE, ENFILE, EPOLLET, EPOLLIN, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
-    EPOLL_CTL_MOD, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, MSG_TRUNC, SEEK_CUR,
-    SHUT_WR, SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, add32, add64, close, errno, ftruncate,
+    EAGAIN, EINTR, EMFILE, ENFILE, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLRDHUP, EPOLL_CTL_ADD,
+    EPOLL_CTL_DEL, EPOLL_CTL_MOD, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, MSG_TRUNC,
+    SEEK_CUR, SHUT_WR, SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, add32, add64, close, errno, ftruncate,
     getsockopt, htons, iovec, load32, load64, loadp, lseek, now_ns, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, raise64,
     read_counters, realtime_ns, recv, send, set32, set64, setsockopt, shutdown, sockaddr,
@@ -92,6 +92,9 @@ cdef enum:
 
 cdef uint64_t LINGER_NS = 2000000000     # after an answer of our own, for the client to close
 cdef uint64_t REVIVE_NS = 2000000000     # for a back end that was killed to come back
+cdef uint64_t ROOM_NS = 5000000000       # for room in an accept queue
+cdef uint64_t ROOM_SOON_NS = 50000000    # between looks for it: at first,
+cdef uint64_t ROOM_LATE_NS = 200000000   # and at last
 cdef uint64_t FULL_NS = 100000000        # a back end that said FULL is not asked for so long
 # Edge-triggered: what was only peeked at stays in the queue and must not wake us again.
 cdef uint32_t CLIENT_EVENTS = EPOLLIN | EPOLLRDHUP | EPOLLET
@@ -167,10 +170,9 @@ cdef bint _discard(conn *k) noexcept nogil:
         return n < 0 and errno == EAGAIN
 
 
-cdef void _answer(frontend *f, conn *k, const char *text, uint64_t *counter) noexcept nogil:
-    """Send a response and close in the lingering way."""
+cdef void _thaw(frontend *f, conn *k) noexcept nogil:
+    """The connection is our own stack's again, if it was frozen for an offer."""
     cdef int off = -1, one = 1  # -1: without a window probe
-    cdef size_t n
     if k.frozen:
         setsockopt(k.fd, IPPROTO_TCP, TCP_REPAIR, &off, sizeof(off))
         # The kernel takes this from a socket that was in repair mode, which would keep our next run
@@ -180,6 +182,12 @@ cdef void _answer(frontend *f, conn *k, const char *text, uint64_t *counter) noe
     if k.diverted:
         f.dp.give_back(f.dp.self, &k.snap.flow, k.index)
         k.diverted = False
+
+
+cdef void _answer(frontend *f, conn *k, const char *text, uint64_t *counter) noexcept nogil:
+    """Send a response and close in the lingering way."""
+    cdef size_t n
+    _thaw(f, k)
     add64(counter, 1)
     _discard(k)
     n = strlen(text)
@@ -339,7 +347,10 @@ cdef void _refused(frontend *f, uint32_t b, const tcpha_flow *flow, uint32_t rea
 
 cdef void _undo_offer(frontend *f, conn *k, uint32_t reason) noexcept nogil:
     """The current offer came to nothing."""
-    k.tried[k.entry.backend >> 6] |= <uint64_t>1 << (k.entry.backend & 63)
+    cdef uint64_t bit = <uint64_t>1 << (k.entry.backend & 63)
+    k.tried[k.entry.backend >> 6] |= bit
+    if reason == REFUSE_BACKLOG and k.entry.backend != TCPHA_LOCAL_NODE:  # that has waited itself
+        k.crowded[k.entry.backend >> 6] |= bit
     _refused(f, k.entry.backend, &k.snap.flow, reason)
 
 
@@ -366,9 +377,33 @@ cdef bint _send_offer(frontend *f, worker *w, conn *k, const uint8_t *data) noex
     return False
 
 
+cdef bint _await_room(frontend *f, conn *k) noexcept nogil:
+    """Where an accept queue was full, offer it again a little later, as TCP does with a SYN that
+    finds no room. False: there was none, or it has waited long enough; or half of our slots are in
+    use, which requests for other back ends need."""
+    cdef uint64_t crowded = 0, waited, now = now_ns()
+    cdef uint32_t i
+    for i in range(TRIED_WORDS):
+        crowded |= k.crowded[i]
+        k.tried[i] &= ~k.crowded[i]
+        k.crowded[i] = 0
+    if k.crowded_ns == 0:
+        k.crowded_ns = now
+    waited = now - k.crowded_ns
+    if crowded == 0 or waited > ROOM_NS or load32(&f.pool_len) < f.nconns // 2:
+        return False
+    say_number(f.c, 3, &k.snap.flow, b"an accept queue is full, waiting since %ld ms",
+               waited // 1000000)
+    _thaw(f, k)                # our stack acknowledges meanwhile, and hears of the client's end
+    set64(&k.deadline_ns, now + min(max(waited, ROOM_SOON_NS), ROOM_LATE_NS))
+    set32(&k.state, CONN_WAIT)
+    _watch_client(f, k)
+    return True
+
+
 cdef void _offer(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
-    """Freeze and offer the connection to back ends in turn until one has it, or answer 503.
-    buf (SCRATCH bytes) holds the head; k.seen bytes of the connection were peeked into it."""
+    """Freeze and offer the connection to back ends in turn until one has it; or wait, or answer
+    503. buf (SCRATCH bytes) holds the head; k.seen bytes of the connection were peeked into it."""
     cdef int rc, one = TCP_RECV_QUEUE
     cdef ssize_t n
     cdef tcpha_entry old
@@ -422,6 +457,9 @@ cdef void _offer(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
                      f.backends[k.entry.backend].name, k.snap.len)
             return
         _undo_offer(f, k, REFUSE_LINK)
+    else:
+        if _await_room(f, k):
+            return
     say_flow(f.c, 1, &k.snap.flow, b"no back end takes the request: 503")
     _answer(f, k, ANSWER_503, &f.n.answered_503)
 
@@ -443,6 +481,17 @@ cdef void _offer_again(frontend *f, worker *w, conn *k, uint32_t reason) noexcep
     if k.seen < k.head.pos:
         _answer(f, k, ANSWER_503, &f.n.answered_503)
         return
+    _offer(f, w, k, w.scratch)
+
+
+cdef void _offer_later(frontend *f, worker *w, conn *k) noexcept nogil:
+    """There may be room now."""
+    cdef ssize_t n = recv(k.fd, w.scratch, SCRATCH, MSG_PEEK | MSG_DONTWAIT)
+    if n < <ssize_t>k.head.pos:  # reset
+        add64(&f.n.lost, 1)
+        _close(f, k)
+        return
+    k.seen = <uint32_t>n
     _offer(f, w, k, w.scratch)
 
 
@@ -646,6 +695,8 @@ cdef void _accept(frontend *f, worker *w) noexcept nogil:
         memset(&k.snap, 0, sizeof(k.snap))
         memset(&k.entry, 0, sizeof(k.entry))
         memset(k.tried, 0, sizeof(k.tried))
+        memset(k.crowded, 0, sizeof(k.crowded))
+        k.crowded_ns = 0
         k.snap.flow.caddr[10] = k.snap.flow.caddr[11] = 0xff
         memcpy(k.snap.flow.caddr + 12, &peer.sin_addr, 4)
         memcpy(k.snap.flow.vaddr, f.vaddr, 16)
@@ -839,6 +890,9 @@ cdef void _on_event(core *c, worker *w, int kind, uint32_t index, uint32_t gen,
             elif k.state == CONN_LINGER:
                 if not _discard(k):
                     _close(f, k)
+            elif k.state == CONN_WAIT and events & EPOLLHUP:  # reset
+                add64(&f.n.lost, 1)
+                _close(f, k)
         pthread_mutex_unlock(&k.lock)
 
 
@@ -1057,6 +1111,8 @@ cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
                 _close(f, k)
             elif k.state == CONN_TAKEN:
                 _complete(f, w, k)
+            elif k.state == CONN_WAIT:
+                _offer_later(f, w, k)
             elif load32(&c.links[k.link].gen) == k.link_gen and \
                     load32(&c.links[k.link].state) == LINK_UP:
                 _stalled(f, k)
