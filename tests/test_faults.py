@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import select
 import signal
 import socket
@@ -18,6 +20,7 @@ import pytest
 from test_between import nft_on_switch
 
 from tcpha._fast import message
+from tcpha._fast.packet import forge_segment
 from tcpha.lab.bed import Cluster, freeze, sh, wait_for
 from test_clients import connect_from
 from test_serve import REQUEST, body, read_all, settle, upload_many
@@ -185,6 +188,44 @@ def test_accept_queue_that_stays_full(pair: Cluster) -> None:
         for pid in workers:
             os.kill(pid, signal.SIGCONT)
         assert [len(body(read_all(s))) for s in clients] == [1024] * ROOM
+
+
+def strays(c: Cluster, port: int) -> None:
+    """Packets of a client's connection that were kept when it was in one of the front end's slots,
+    and come when another one is. What they acknowledge says nothing of that one."""
+    mark, slots = 0x0274, 256  # TCPHA_MAC_MARK, maxclients
+    tap, = [link["ifname"] for link in json.loads(c.fe_host.ip("-j", "link", "show", "type", "tun"))
+            if re.fullmatch(r"tcphafe\d+", link["ifname"])]
+    raw = c.fe_host.inside(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
+
+    def read() -> int:
+        return int(json.loads(c.fe_host.ip("-j", "-s", "link", "show", tap))[0][
+            "stats64"]["tx"]["packets"])
+    before = read()
+    with raw:
+        raw.bind((tap, 0))
+        for slot in range(slots):
+            for ack in (0, 1 << 31):
+                frame = forge_segment(c.client.address, port, c.VIP, 80,
+                                      {"seq": 1, "ack": ack, "window": 512, "flags": 16})[10:]
+                raw.send(struct.pack("=HI", socket.htons(mark), slot) + frame[6:])
+    wait_for(lambda: read() >= before + 2 * slots, "all of them to be read")
+
+
+@pytest.mark.modes("direct", "tunnel")
+def test_packets_of_whoever_had_the_slot_before(pair: Cluster) -> None:
+    """They are no sign that the back end has adopted what it then refuses."""
+    with crowded(pair) as (workers, clients):
+        before = crowds(pair)
+        freeze(pair.be[0].process.pid)
+        clients.append(request(pair))
+        wait_for(lambda: servers(pair)[0]["live"] == ROOM + 1, "the offer")
+        strays(pair, clients[-1].getsockname()[1] ^ 1)
+        os.kill(pair.be[0].process.pid, signal.SIGCONT)
+        wait_for(lambda: crowds(pair) > before, "a refusal for the full queue")
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+        assert [len(body(read_all(s))) for s in clients] == [1024] * (ROOM + 1)
 
 
 def test_server_that_ends_with_connections_in_its_accept_queue(pair: Cluster) -> None:

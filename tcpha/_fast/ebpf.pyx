@@ -220,6 +220,14 @@ cdef int _freeze(void *self, uint32_t worker, int fd, snapshot *s) noexcept nogi
     return 0
 
 
+cdef bint _is_of(const holder *h, uint8_t *ip, uint32_t length) noexcept nogil:
+    """Whether a packet is the flow's that a slot holds now. One that was on its way when the slot
+    changed hands may be of any other connection, of the same client, too."""
+    cdef tcp_view v
+    return h.active and tcp_parse_head(ip, length, length, &v) == 0 and \
+        memcmp(&h.flow.caddr[12], v.ip + 12, 4) == 0 and memcmp(&h.flow.cport, v.tcp, 2) == 0
+
+
 cdef void _drain(fe_ebpf *d) noexcept nogil:
     """Take packets off the TAP. d.lock is held."""
     cdef uint8_t *scratch = d.room
@@ -238,8 +246,8 @@ cdef void _drain(fe_ebpf *d) noexcept nogil:
             continue  # something the kernel itself sent out of the device
         memcpy(&slot, scratch + VNET_SIZE + 2, 4)
         h = &d.holders[slot] if slot < d.nholders else NULL
-        if h == NULL or not h.active or \
-                memcmp(&h.flow.caddr[12], scratch + VNET_SIZE + ETH_SIZE + 12, 4) != 0:
+        if h == NULL or not _is_of(h, scratch + VNET_SIZE + ETH_SIZE,
+                                   <uint32_t>n - VNET_SIZE - ETH_SIZE):
             tap_send(d.tap, scratch, <uint32_t>n, NULL, 0)  # decided meanwhile: look again
             continue
         h.count += 1
