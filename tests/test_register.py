@@ -95,6 +95,38 @@ def test_joins_serves_and_leaves(half: Cluster) -> None:
     settle(half)
 
 
+def test_drained_back_ends_that_register_stay_so(half: Cluster) -> None:
+    """While they are away, too; then they can be undrained."""
+    secret = f"secret = {secret_file(half, 'secret')}"
+    address = half.be_hosts[1].address
+    start_front(half, secret)
+    start_back(half, 0, secret)
+    be = start_back(half, 1, secret, REGISTER, "rule = jpg$")
+    wait_for(lambda: joined(half) == [address], "the registration")
+    front(half).ctl("drain", address)
+
+    def drained() -> bool:
+        return any(s["server"] == address and s["state"] == "draining" and s["connperbe"] == 2
+                   for s in front(half).ctl("servers"))
+
+    def away() -> bool:
+        return all(s["server"] != address for s in front(half).ctl("servers"))
+    be.stop()
+    wait_for(away, "the end of the registration")
+    be.start()
+    wait_for(drained, "the registration, drained")
+    assert picture(half) == UNAVAILABLE
+    front(half).kill()
+    front(half).start()
+    wait_for(drained, "the registration, drained")
+    be.stop()
+    wait_for(away, "the end of the registration")
+    front(half).ctl("undrain", address)
+    be.start()
+    wait_for(lambda: joined(half) == [address], "the registration")
+    assert picture(half) == "be2\n200"
+
+
 def test_registers_again(half: Cluster) -> None:
     secret = f"secret = {secret_file(half, 'secret')}"
     address = half.be_hosts[1].address

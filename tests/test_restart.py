@@ -224,3 +224,51 @@ def test_tables_of_another_version_are_not_read(busy: Cluster) -> None:
         finish(s, want)
     assert busy.get("/1k", "-o", "/dev/null", "-w", "%{http_code}") == "200"
     settle(busy)
+
+
+# Back ends that were drained
+
+def states(c: Cluster) -> list[str]:
+    """Once both are connected."""
+    c.connected()
+    return [s["state"] for s in front(c).ctl("servers")]
+
+
+@pytest.mark.modes("tunnel", "fast-direct", "nfqueue-direct")
+def test_drained_back_ends_stay_so(busy: Cluster) -> None:
+    first = busy.be_hosts[0].address
+    text = front(busy).config.read_text()
+    assert states(busy) == ["up", "up"]
+    front(busy).ctl("drain", first)
+    front(busy).ctl("reload")
+    assert states(busy) == ["draining", "up"]
+    for end in (front(busy).stop, lambda: kill(busy)):
+        end()
+        front(busy).start()
+        assert states(busy) == ["draining", "up"]
+        assert busy.get("/1k", "-o", "/dev/null", "-w", "%{http_code}") == "503"
+    # taken out of the configuration while nobody looks: forgotten
+    front(busy).stop()
+    front(busy).config.write_text(text.replace(f"server = {first} 666\n", "").replace(
+        f"rule = {first} .*\n", ""))
+    front(busy).start()
+    front(busy).config.write_text(text)
+    front(busy).ctl("reload")
+    assert states(busy) == ["up", "up"]
+    front(busy).ctl("drain", first)
+    front(busy).ctl("undrain", first)
+    front(busy).stop()
+    front(busy).start()
+    assert states(busy) == ["up", "up"]
+    settle(busy)
+
+
+@pytest.mark.modes("tunnel")
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"192.168.1.33": 1}', "\0"])
+def test_a_damaged_list_of_drained_back_ends(busy: Cluster, text: str) -> None:
+    front(busy).ctl("drain", busy.be_hosts[0].address)
+    front(busy).stop()
+    (front(busy).run_dir / "tcphafe.drained").write_text(text)
+    front(busy).start()
+    assert states(busy) == ["up", "up"]
+    assert front(busy).log.read_text().count("tcphafe.drained is damaged") == 1

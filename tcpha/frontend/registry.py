@@ -18,6 +18,7 @@ from tcpha.config.keys import BE_PORT
 from tcpha.control.hello import PATIENCE, Hello, HelloError, call, check, new_instance
 from tcpha.datapath import Path, headers
 from tcpha.frontend.cookiekeys import CookieKeys
+from tcpha.frontend.drained import Drained
 from tcpha.frontend.localnode import INDEX as LOCAL_NODE
 from tcpha.frontend.localnode import NAME
 from tcpha.net.host import Host, HostError
@@ -42,7 +43,6 @@ class BackEndEntry:
     def __init__(self, index: int, server: Server):
         self.index = index
         self.server = server
-        self.draining = False
         self.health = ""  # as last logged: "up", or what is dead
         self.why = "not connected yet"
         self.cause = PROCESS  # what is dead if there is no control connection
@@ -61,13 +61,15 @@ class Registry:
     """All back ends. Used in the loop's thread only."""
 
     def __init__(self, core: Any, datapath: Any, host: Host, config: Config,
-                 secret: bytes | None, spawn: Callable[[Any], asyncio.Task[Any]]):
+                 secret: bytes | None, spawn: Callable[[Any], asyncio.Task[Any]],
+                 drained: Drained):
         self.core = core
         self.datapath = datapath
         self.host = host
         self.config = config
         self.secret = secret
         self.spawn = spawn
+        self.drained = drained
         self.instance = new_instance()
         self.entries: dict[str, BackEndEntry] = {}
         self.gone: list[BackEndEntry] = []
@@ -92,6 +94,7 @@ class Registry:
         """Take over servers and rules. Connections to back ends that stay are kept."""
         self.config = config
         wanted = {address: server for address, (server, _, _) in self.registered.items()}
+        self.drained.configured({s.address for s in config.server}, set(wanted))
         wanted |= {s.address: s for s in config.server}
         for address, entry in list(self.entries.items()):
             if wanted.get(address) != entry.server:
@@ -148,6 +151,9 @@ class Registry:
         # what it said to an earlier run of connections that ended may be lost
         entry.missed = self.core.backend_stats(index)["live"] > 0
         self.core.backend_open(index, server.address)
+        if server.address in self.drained:
+            self.core.backend_flags(index, draining=True)
+            log.info("back end %s: still draining", server.address)
         if self.started:
             entry.task = self.spawn(self._keep_connected(entry))
         return entry
@@ -495,10 +501,17 @@ class Registry:
 
     def drain(self, address: str, draining: bool) -> dict[str, Any]:
         entry = self.entries.get(address)
+        if entry is None and address in self.drained and not draining:
+            self.drained.forget(address)  # it may register again
+            return {"server": address, "draining": False, "live": 0}
         if entry is None:
             raise Refused(f"{address} is no server; the servers are "
                           f"{', '.join(self.entries) or 'none'}")
         self.core.backend_flags(entry.index, draining=draining)
+        if draining:
+            self.drained.add(address, any(s.address == address for s in self.config.server))
+        else:
+            self.drained.forget(address)
         log.info("back end %s: %s", address, "draining" if draining else "taking connections again")
         return {"server": address, "draining": draining,
                 "live": self.core.backend_stats(entry.index)["live"]}

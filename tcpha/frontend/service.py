@@ -20,6 +20,7 @@ from tcpha.admin.tablefile import TableFile
 from tcpha.admin.web import Pages, as_json
 from tcpha.config import ANY, Config
 from tcpha.datapath import open_frontend
+from tcpha.frontend.drained import Drained
 from tcpha.frontend.localnode import INDEX as LOCAL_NODE
 from tcpha.frontend.localnode import LocalNode
 from tcpha.frontend.registration import Registrar
@@ -92,7 +93,8 @@ class FrontEndService(Service):
         except BaseException:
             self.datapath.close()
             raise
-        self.registry = Registry(self.core, self.datapath, host, config, self.secret, self.spawn)
+        self.registry = Registry(self.core, self.datapath, host, config, self.secret, self.spawn,
+                                 Drained(self.run_dir.path / f"{self.run_dir.name}.drained"))
         self.registry.configure(config)
         self.registry.keep_left()
         self.registrations = self._registrations(device) if self._registers() else None
