@@ -23,6 +23,7 @@ from tcpha.admin.web import Admin, Pages
 from tcpha.config import Config, ConfigError, load
 from tcpha.control.secret import read_secret
 from tcpha.net.host import Host, HostError
+from tcpha.net.keeper import Keeper
 from tcpha.supervisor import Supervisor
 
 log = logging.getLogger("tcpha")
@@ -68,6 +69,7 @@ class Service:
         self.troubles = Troubles(self.TROUBLES)
         self.tasks: list[asyncio.Task[Any]] = []
         self.admin: Admin | None = None
+        self.keeper = Keeper(self.host, self.look_at_links)
 
     # For the roles
 
@@ -85,6 +87,9 @@ class Service:
 
     def on_notice(self) -> None:
         """The workers have something for us."""
+
+    def look_at_links(self) -> None:
+        """Interfaces or addresses may have changed. In a thread that may wait for netlink."""
 
     def live(self) -> int:
         """Connections that unload waits for."""
@@ -218,6 +223,7 @@ class Service:
         loop.add_signal_handler(signal.SIGHUP, self._hup)
         loop.add_signal_handler(signal.SIGUSR1, self.reopen)
         try:
+            self.keeper.begin()
             await self.begin()
             self.spawn(self._tick())
             if self.admin:
@@ -232,6 +238,7 @@ class Service:
             sd_notify("STOPPING=1")
             for task in self.tasks:
                 task.cancel()
+            await self.keeper.end()
             if self.admin:
                 await asyncio.to_thread(self.admin.close)
             await server.close()
@@ -293,6 +300,7 @@ class Service:
                         if up:
                             self.core.ping(index)
                     self.troubles.look(self.trouble_counts(), loop.time())
+                    self.keeper.tick()
                     self.every_second()
             except Exception as error:  # out of file descriptors or memory: the next may do better
                 if repr(error) != said:

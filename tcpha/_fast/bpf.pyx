@@ -74,6 +74,7 @@ cdef extern from "<bpf/libbpf.h>" nogil:
 
 cdef extern from "<bpf/bpf.h>" nogil:
     struct bpf_prog_info:
+        uint32_t id
         uint32_t nr_map_ids
         uint64_t map_ids
     struct bpf_map_info:
@@ -239,28 +240,51 @@ def possible_cpus():
     return libbpf_num_possible_cpus()
 
 
+cdef void _at_ingress(bpf_tc_hook *hook, bpf_tc_opts *opts, int ifindex, uint32_t priority,
+                      uint32_t handle) noexcept:
+    """Name a place of tc_attach()'s to libbpf."""
+    memset(hook, 0, sizeof(hook[0]))
+    memset(opts, 0, sizeof(opts[0]))
+    hook.sz = sizeof(hook[0])
+    hook.ifindex = ifindex
+    hook.attach_point = BPF_TC_INGRESS
+    opts.sz = sizeof(opts[0])
+    opts.handle = handle
+    opts.priority = priority
+
+
+def tc_attached(int ifindex, uint32_t priority, uint32_t handle):
+    """Id of the program at a place of tc_attach()'s; 0: there is none."""
+    cdef bpf_tc_hook hook
+    cdef bpf_tc_opts opts
+    _at_ingress(&hook, &opts, ifindex, priority, handle)
+    if bpf_tc_query(&hook, &opts) < 0:
+        _said()
+        return 0
+    return opts.prog_id
+
+
+def program_id(int fd):
+    """The kernel's id of a program."""
+    cdef bpf_prog_info program
+    cdef uint32_t length = sizeof(program)
+    memset(&program, 0, sizeof(program))
+    _check(bpf_obj_get_info_by_fd(fd, &program, &length), "BPF program")
+    return program.id
+
+
 def attached_maps(int ifindex, uint32_t priority, uint32_t handle):
     """{name: (descriptor, size of a key, of a value)} of the maps of the program that tc_attach()
     put there, perhaps in another process. The descriptors are the caller's to close."""
-    cdef bpf_tc_hook hook
-    cdef bpf_tc_opts opts
     cdef bpf_prog_info program
     cdef bpf_map_info info
     cdef uint32_t ids[64]
     cdef uint32_t length = sizeof(program), i
     cdef int fd
-    memset(&hook, 0, sizeof(hook))
-    memset(&opts, 0, sizeof(opts))
     memset(&program, 0, sizeof(program))
-    hook.sz = sizeof(hook)
-    hook.ifindex = ifindex
-    hook.attach_point = BPF_TC_INGRESS
-    opts.sz = sizeof(opts)
-    opts.handle = handle
-    opts.priority = priority
     found = {}
-    if bpf_tc_query(&hook, &opts) < 0 or (fd := bpf_prog_get_fd_by_id(opts.prog_id)) < 0:
-        _said()
+    if (attached := tc_attached(ifindex, priority, handle)) == 0 or \
+            (fd := bpf_prog_get_fd_by_id(attached)) < 0:
         return found
     program.nr_map_ids = 64
     program.map_ids = <uint64_t>&ids[0]
@@ -282,19 +306,12 @@ def tc_attach(int ifindex, int prog_fd, uint32_t priority, uint32_t handle):
     cdef bpf_tc_hook hook
     cdef bpf_tc_opts opts
     cdef int rc
-    memset(&hook, 0, sizeof(hook))
-    memset(&opts, 0, sizeof(opts))
-    hook.sz = sizeof(hook)
-    hook.ifindex = ifindex
-    hook.attach_point = BPF_TC_INGRESS
+    _at_ingress(&hook, &opts, ifindex, priority, handle)
     rc = bpf_tc_hook_create(&hook)
     if rc < 0 and rc != -17:  # EEXIST
         _check(rc, f"clsact qdisc on interface {ifindex}")
     _said()
-    opts.sz = sizeof(opts)
     opts.prog_fd = prog_fd
-    opts.handle = handle
-    opts.priority = priority
     opts.flags = BPF_TC_F_REPLACE
     _check(bpf_tc_attach(&hook, &opts), f"tc filter on interface {ifindex}")
     return rc == 0

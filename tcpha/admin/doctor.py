@@ -11,6 +11,7 @@ import platform
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tcpha._fast.bpf import kernel_has_function
 from tcpha._fast.diag import SockDiag
@@ -23,6 +24,7 @@ Finding = dict[str, str]
 GOOD, WARNING, FAULT = "good", "warning", "fault"
 PATIENCE = 2.0  # seconds for a peer to accept a connection
 TUNNEL_OVERHEAD = 20
+RECENT = 3600.0  # seconds for which it matters that something was taken away
 # without these, options that the front end agreed on with a client cannot be kept
 OPTIONS = ("tcp_timestamps", "tcp_sack", "tcp_window_scaling")
 
@@ -94,6 +96,7 @@ def _daemon(role: str, run_dir: Path) -> Iterator[Row]:
         return
     yield ("daemon", GOOD, f"{name} runs, {status['live']} live connections, "
            f"{status['chosen']}", "")
+    yield from _kept(status["host"])
     for server in status.get("servers", []):
         if server["state"] != "up":
             yield ("back end", FAULT if server["state"] == "down" else WARNING,
@@ -102,6 +105,19 @@ def _daemon(role: str, run_dir: Path) -> Iterator[Row]:
                    "run 'tcphactl doctor' on that host")
     if status.get("application") == "dead":
         yield "application", FAULT, "tcphabe finds nobody listening", "start the web server"
+
+
+def _kept(host: dict[str, list[dict[str, Any]]]) -> Iterator[Row]:
+    """What the daemon has put on this host, as it found it when it last looked."""
+    for lack in host["missing"]:
+        yield "in place", FAULT, f"{lack['what']}: {lack['why']}", "the daemon tries again"
+    for loss in host["taken"]:
+        if loss["ago"] < RECENT:
+            yield ("in place", WARNING, f"{loss['what']}: taken away {loss['times']} times, "
+                   f"{loss['ago']:.0f} seconds ago for the last time; the daemon put it back",
+                   "find out who does that: a network manager, an agent, a firewall's reload?")
+    if not host["missing"]:
+        yield "in place", GOOD, "all that the daemon has put on this host", ""
 
 
 def _kernel(role: str, config: Config) -> Iterator[Row]:
@@ -166,6 +182,8 @@ def _addresses(role: str, config: Config, host: Host) -> Iterator[Row]:
             mac := _quietly(lambda: host.holder_on_link(index, config.vaddr))):
         yield ("vaddr", FAULT, f"{config.vaddr} is in use: {mac} answers for it",
                "another front end runs, or a back end answers ARP: stop it, or run doctor there")
+    elif role == "fe" and config.announce == "off":
+        yield "vaddr", GOOD, f"{config.vaddr} is not here, and announce is off", ""
     else:
         yield "vaddr", GOOD, f"{config.vaddr} is free; the daemon adds it", ""
     try:

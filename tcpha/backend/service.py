@@ -59,7 +59,7 @@ class BackEndService(Service):
         try:
             self.datapath = open_backend(config, host)
             # only now, behind the guard
-            host.add_address(config.vaddr, socket.if_nametoindex("lo"))
+            host.add_address(config.vaddr, lambda: socket.if_nametoindex("lo"))
             self.core.start(self.datapath.table)
         except BaseException:
             self.listener.close()
@@ -230,7 +230,8 @@ class BackEndService(Service):
             "minspareservers": config.minspareservers,
             "maxspareservers": config.maxspareservers, "maxclients": config.maxclients,
             "dregister": config.dregister, "registered": self.registration.registered,
-            "unloading": self.unloading, "workers": self.workers.stats(),
+            "unloading": self.unloading, "host": self.keeper.report(),
+            "workers": self.workers.stats(),
             "application": "listening" if self.listens else "dead",
             "live": self.live(), "counters": self.core.counters(),
             "packets": self.datapath.counters(),

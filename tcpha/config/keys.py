@@ -129,6 +129,7 @@ KEYS: dict[str, dict[str, Key]] = {
         "port": Key(port, 80),
         "maxclients": Key(integer(1, 65535), 256),
         "connperbe": Key(integer(1, 16), 2),
+        "announce": Key(choice("on", "off"), "on"),
         "verdictcache": Key(choice("on", "off"), "on"),
         "redirectaddr": Key(address, ANY),
         "redirectport": Key(port, 8080),

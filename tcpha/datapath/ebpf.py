@@ -45,7 +45,7 @@ class _Ebpf:
                 raise DatapathError(f"datapath ebpf: what {host.interface(index)} receives are no "
                                     "Ethernet frames; take it out of the key 'interface', or write "
                                     "'datapath = nfqueue'")
-            host.attach(index, self.table.obj.program_fd(ingress), priority)
+        host.attach_everywhere(config.interface, self.table.obj.program_fd(ingress), priority)
 
     def _attach_tap(self, host: Host, priority: int, program: str) -> None:
         host.attach(self.tap_index, self.table.obj.program_fd(program), priority)
@@ -100,7 +100,7 @@ class EbpfFrontend(_Ebpf):
         if fragments is None:
             return None
         try:
-            rules.install(host, self.rules, [fragments.rule])
+            rules.keep(host, self.rules, [fragments.rule])
             host.attach(fragments.index, self.table.obj.program_fd("fe_ingress"), FE_PRIORITY)
         except HostError as error:
             log.warning("segments in IP fragments are refused: %s", error)
@@ -190,7 +190,7 @@ class EbpfBackend(_Ebpf):
         firewalld make them, the kernel takes the port of what we adopt for one that was changed,
         and takes the packet away from its new socket (nf_nat_ipv4_local_in())."""
         try:
-            rules.install(host, self.rules, [
+            rules.keep(host, self.rules, [
                 rules.Rule("prerouting", destination=vaddr, untracked=True),
                 rules.Rule("prerouting", protocol=socket.IPPROTO_ICMP, destination=vaddr,
                            untracked=True),  # errors about what nobody tracks would be 'invalid'

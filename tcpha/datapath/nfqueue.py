@@ -100,7 +100,7 @@ class _Nfqueue:
                                 "NETFILTER_NETLINK_QUEUE, and the daemon CAP_NET_ADMIN") from None
 
     def _begin(self, table: list[Rule]) -> None:
-        way = rules.install(self.host, self.rules, table, rules.NFT if self.heads else rules.WAYS)
+        way = rules.keep(self.host, self.rules, table, rules.NFT if self.heads else rules.WAYS)
         log.info("packets reach their queues by %s%s", way,
                  "; of what leaves, heads only" if self.heads else "")
         # Where the rules of a killed run are still in force, packets pass both: none may be

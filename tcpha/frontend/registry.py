@@ -21,7 +21,7 @@ from tcpha.frontend.cookiekeys import CookieKeys
 from tcpha.frontend.drained import Drained
 from tcpha.frontend.localnode import INDEX as LOCAL_NODE
 from tcpha.frontend.localnode import NAME
-from tcpha.net.host import Host, HostError
+from tcpha.net.host import Host, HostError, Route
 
 log = logging.getLogger("tcpha")
 MAX_BACKENDS = 255  # and the Local Node
@@ -54,7 +54,8 @@ class BackEndEntry:
         self.wake = asyncio.Event()
         self.tried = asyncio.Event()  # at least once, to connect
         self.fastpath = False
-        self.mtu = 0  # of the way to it; 0: not known yet
+        self.path: Path | None = None  # as the datapath knows it
+        self.mtu = 0  # that it has told us; 0: none
 
 
 class Registry:
@@ -244,7 +245,6 @@ class Registry:
                 hello, channel = await call(sock, mine, self.secret)
             check(hello, "be", self.config.vaddr)
             self._set_path(entry, sock.getsockname()[0], hello.mtu)
-            self.offer_mtu()
             if entry.instance != hello.instance:
                 # before there is a link: requests of the packet path would go to who has no key
                 self.core.backend_server(entry.index, hello.server)
@@ -265,22 +265,45 @@ class Registry:
 
     def offer_mtu(self) -> None:
         """A client's packets must fit the way to each back end that may get them."""
-        self.core.offer_mtu(min([e.mtu for e in self.entries.values() if e.mtu], default=0),
+        self.core.offer_mtu(min([e.path.mtu for e in self.entries.values() if e.path], default=0),
                             headers(self.config))
 
     def _set_path(self, entry: BackEndEntry, source: str, mtu: int) -> None:
         """Tell the datapath how to reach a back end. source: our end of the control connection,
         from which the back end expects tunnelled packets. mtu: the back end's, or 0."""
+        entry.mtu = mtu
+        self._take_route(entry, self.host.route(entry.server.address), source)
+        self.offer_mtu()
+
+    def _take_route(self, entry: BackEndEntry, route: Route, source: str) -> None:
         address = entry.server.address
-        route = self.host.route(address)
         tunnel = self.config.forward == "tunnel"
         if not tunnel and not route.on_link(address):
             raise HostError(f"is behind a router ({route.nexthop}), and forward is direct; "
                             "write 'forward = tunnel'")
         ours = self.host.mtu(route.ifindex)
-        entry.mtu = min(ours, mtu or ours)
-        self.datapath.set_backend(entry.index, Path(route.ifindex, tunnel, route.nexthop, address,
-                                                    source, entry.mtu))
+        path = Path(route.ifindex, tunnel, route.nexthop, address, source,
+                    min(ours, entry.mtu or ours))
+        if path != entry.path:
+            entry.path = path
+            self.datapath.set_backend(entry.index, path)
+
+    def routes(self) -> dict[str, Route]:
+        """The present ones to back ends. To be called in another thread; see reroute()."""
+        found = {}
+        for address in [e.server.address for e in self._all() if e.path]:
+            with contextlib.suppress(HostError):
+                found[address] = self.host.route(address)
+        return found
+
+    def reroute(self, routes: dict[str, Route]) -> None:
+        """Interfaces or routes have changed: what is handed over already has to follow, too."""
+        for entry in self._all():
+            route = routes.get(entry.server.address)
+            if route and entry.path:
+                with contextlib.suppress(HostError):  # said when it is connected to anew
+                    self._take_route(entry, route, entry.path.source)
+        self.offer_mtu()
 
     def look_rebuilt(self) -> None:
         """Once all back ends have said what they have of an earlier run of ours, which had no time

@@ -30,6 +30,7 @@ from tcpha.service import TICK, Service, number
 
 log = logging.getLogger("tcpha")
 TCP_SAVE_SYN = 27
+IP_FREEBIND = 15
 # What our stack acknowledges before a handoff must fit into the socket that adopts it.
 RECEIVE_BUFFER = 65536
 COLUMNS = ("client", "vaddr", "target", "rule", "server", "state", "age", "idle", "packets",
@@ -87,8 +88,8 @@ class FrontEndService(Service):
         log.info("forward %s", config.forward)
         try:
             # only now: our stack would answer packets of connections that back ends have with a RST
-            self.before_address = len(host.undo)
-            host.add_address(config.vaddr, device)
+            if config.announce == "on":
+                host.add_address(config.vaddr, self._device_now)
             self._serve_at(device)
         except BaseException:
             self.datapath.close()
@@ -104,7 +105,8 @@ class FrontEndService(Service):
         config = self.config
         listener = self._listen()
         try:
-            self.host.announce(config.vaddr, device)
+            if self.config.announce == "on":
+                self.host.announce(config.vaddr, device)
             self._open_access_log(config.accesslog)
             self.local = LocalNode(config, self.core, self.datapath, self.host)
             self.core.start(self.datapath.table, listener, config.vaddr)
@@ -122,6 +124,13 @@ class FrontEndService(Service):
             return index
         index = self.host.holder(self.config.vaddr)
         return index if index is not None else self.host.route(self.config.vaddr).ifindex
+
+    def _device_now(self) -> int | None:
+        """The same while we run, as it may change: None while there is none."""
+        try:
+            return self._device()
+        except (HostError, OSError):
+            return None
 
     def _registers(self) -> bool:
         return self.secret is not None or self.config.registration == "open"
@@ -150,12 +159,14 @@ class FrontEndService(Service):
         # would lower the window scale that clients get for the whole connection.
         mark = len(host.undo)
         low, initial, high = host.read_sysctl("net/ipv4/tcp_rmem").split()
-        host.sysctl("net/ipv4/tcp_rmem", f"{low} {min(int(initial), RECEIVE_BUFFER)} {high}")
+        host.set_sysctl("net/ipv4/tcp_rmem", f"{low} {min(int(initial), RECEIVE_BUFFER)} {high}")
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         host.restore_to(mark)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.setsockopt(socket.IPPROTO_TCP, TCP_SAVE_SYN, 1)
+            # somebody else may add the address later
+            listener.setsockopt(socket.SOL_IP, IP_FREEBIND, int(config.announce == "off"))
             try:
                 listener.bind((config.vaddr, config.port))
             except OSError as error:
@@ -186,7 +197,7 @@ class FrontEndService(Service):
     def close(self) -> None:
         self.local.close(self.end_log)
         # while the datapath still takes their packets: connections go on if we are started again
-        self.host.restore_to(self.before_address)
+        self.host.withdraw()
 
     def _table(self) -> Iterable[str]:
         return render.table([self._row(f) for f in self.datapath.flows()], COLUMNS)
@@ -225,6 +236,9 @@ class FrontEndService(Service):
         if self.datapath.fastpath and not self.taking:
             self.taking = True
             self.spawn(self._take_silent())
+
+    def look_at_links(self) -> None:
+        self.loop.call_soon_threadsafe(self.registry.reroute, self.registry.routes())
 
     def trouble_counts(self) -> dict[str, int]:
         return {**super().trouble_counts(), **self.core.counters()}
@@ -353,7 +367,8 @@ class FrontEndService(Service):
             "dbglevel": self.core.dbglevel, "dtcinterval": self.dtcinterval,
             "startservers": config.startservers, "minspareservers": config.minspareservers,
             "maxspareservers": config.maxspareservers, "maxclients": config.maxclients,
-            "unloading": self.unloading, "workers": self.workers.stats(),
+            "unloading": self.unloading, "host": self.keeper.report(),
+            "workers": self.workers.stats(),
             "in_hand": self.core.in_hand(),
             "live": self.registry.live() + self.local.live(), "localnode": self.local.status(),
             "counters": self.core.counters(), "packets": self.datapath.counters(),

@@ -92,18 +92,30 @@ class Host:
         self.dir.mkdir()
         self.processes: list[subprocess.Popen[str]] = []
         port = f"{bed.prefix}{len(bed.hosts)}"
-        sh("ip", "netns", "add", self.ns)
-        sh("ip", "-n", bed.switch, "link", "add", port, "type", "veth",
-           "peer", "name", "eth0", "netns", self.ns)
-        sh("ip", "-n", bed.switch, "link", "set", port, "master", "br0", "mtu", str(mtu), "up")
         self.port = port
+        self.mtu = mtu
+        sh("ip", "netns", "add", self.ns)
+        self.plug("eth0", port)
         for scope in ("all", "default"):  # no addresses that come by themselves
             self.sysctl(f"net.ipv6.conf.{scope}.disable_ipv6", "1")
         self.ip("link", "set", "lo", "up")
         self.ip("addr", "add", f"{address}/24", "dev", "eth0")
-        self.ip("link", "set", "eth0", "mtu", str(mtu), "up")
-        wait_for(lambda: "state UP" in self.ip("link", "show", "eth0"), f"the cable of {name}")
+        self.link_up("eth0")
         bed.hosts.append(self)
+
+    def plug(self, device: str, port: str) -> None:
+        """Give it an interface on the switch, which is not up yet."""
+        sh("ip", "-n", self.bed.switch, "link", "add", port, "type", "veth",
+           "peer", "name", device, "netns", self.ns)
+        sh("ip", "-n", self.bed.switch, "link", "set", port, "master", "br0", "mtu", str(self.mtu),
+           "up")
+
+    def link_up(self, device: str) -> None:
+        self.ip("link", "set", device, "mtu", str(self.mtu), "up")
+        wait_for(lambda: "state UP" in self.ip("link", "show", device), f"the cable of {self.name}")
+
+    def mac(self, device: str = "eth0") -> str:
+        return str(json.loads(self.ip("-j", "link", "show", device))[0]["address"])
 
     def now_ns(self) -> int:
         """This host's CLOCK_MONOTONIC, as the daemons on it see it (tcpha/_bpf/clock.h)."""

@@ -36,6 +36,10 @@ TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_CLOSING = 8, 9, 11
 MAPPED = "::ffff:"
 PROBES, PROBE_WAIT = 2, 0.15  # seconds; neighbours answer within one
 TAP_PREFIXES = ("tcphafe", "tcphabe", "tcphaln", "tcphafp", "tcphafr")
+# what tells changes of each kind apart
+IDENTITY = {"sysctl": ("name",), "address": ("address",), "rules": ("name",), "arp": ("name",),
+            "filter": ("interface", "priority", "handle")}
+LINK, NFT, POLLED, SLOW = "link", "nft", "polled", "slow"  # how a loss of what is kept shows
 
 
 def _kind(link: Any) -> str:
@@ -61,6 +65,18 @@ class Route:
         return self.nexthop == address
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Something that has to stay as it is while we run. what: its name, for people. kind: LINK or
+    NFT, a notification tells of its loss; POLLED, a cheap look each second does; SLOW, a dear one.
+    """
+
+    what: str
+    kind: str
+    missing: Callable[[], bool]
+    restore: Callable[[], None]
+
+
 class _Netlink:
     """pyroute2's IPRoute in a thread of its own: it runs an event loop, and so do its callers."""
 
@@ -81,6 +97,10 @@ class _Netlink:
         self._thread.shutdown()
 
 
+def _identity(change: dict[str, Any]) -> tuple[Any, ...]:
+    return change["what"], *(change[key] for key in IDENTITY[change["what"]])
+
+
 class Host:
     """This network namespace, seen through netlink and /proc. Not for several threads at once."""
 
@@ -89,6 +109,10 @@ class Host:
         self.undo: list[dict[str, Any]] = []
         self.inherited: list[dict[str, Any]] = []
         self.maps: dict[int, dict[str, tuple[int, int, int]]] = {}
+        # by kind of the change and what tells it apart
+        self.kept: dict[tuple[Any, ...], Kept] = {}
+        # names (none: all), program and priority of what is attached to the network's interfaces
+        self.everywhere: tuple[list[str], int, int] | None = None
         # distinguishes the tc filters of instances with other run directories
         self.handle = zlib.crc32(str(journal).encode()) % 0xFFFE + 1
 
@@ -155,11 +179,28 @@ class Host:
         return None
 
     def will_undo(self, **change: Any) -> None:
-        """Note a change that is about to be made."""
-        self.undo.append(change)
+        """Note a change that is about to be made, in the place of one that has to be made again."""
+        for n, old in enumerate(self.undo):
+            if _identity(old) == _identity(change) and old not in self.inherited:
+                self.undo[n] = change
+                break
+        else:
+            self.undo.append(change)
+        self._write()
+
+    def keep(self, key: tuple[Any, ...], kept: Kept) -> None:
+        """See to it that something stays until it is undone (see net/keeper.py). key: the identity
+        of its change, whether or not one had to be made."""
+        self.kept[key] = kept
+
+    def forget(self, *key: Any) -> None:
+        """What was kept is gone for good, and there is nothing to be undone."""
+        self.kept.pop(key, None)
+        self.undo = [change for change in self.undo if _identity(change) != key]
         self._write()
 
     def _undo(self, change: dict[str, Any]) -> None:
+        self.kept.pop(_identity(change), None)
         try:
             getattr(self, "_undo_" + change["what"])(change)
         except (OSError, NetlinkError, KeyError, IndexError) as error:
@@ -173,8 +214,16 @@ class Host:
             os.fsync(f.fileno())
         os.replace(scratch, self.journal)
 
+    def withdraw(self) -> None:
+        """Take addresses away, before that which would miss their packets."""
+        for change in [c for c in self.undo if c["what"] == "address"]:
+            self.undo.remove(change)
+            self._undo(change)
+            self._write()
+
     def restore(self) -> None:
         """Put everything back, latest change first."""
+        self.withdraw()
         self.restore_to(0)
         self.journal.unlink(missing_ok=True)
 
@@ -197,27 +246,43 @@ class Host:
     # sysctl
 
     def sysctl(self, name: str, value: str) -> None:
-        """Set a sysctl (slashes in its name), if it is not so already."""
+        """Set a sysctl (slashes in its name), if it is not so already, and keep it so."""
+        if self.set_sysctl(name, value):
+            self._keep_sysctl(name, value, lambda now: now.split() != value.split())
+
+    def sysctl_on(self, name: str) -> None:
+        """Set a sysctl to 1, if it is 0: other values mean more than that. Keep it from 0."""
+        value = self.read_sysctl(name)
+        if value and self.set_sysctl(name, "1" if value == "0" else value):
+            self._keep_sysctl(name, "1", lambda now: now == "0")
+
+    def _keep_sysctl(self, name: str, value: str, wrong: Callable[[str], bool]) -> None:
+        self.keep(("sysctl", name), Kept(
+            f"sysctl {name.replace('/', '.')} = {value}", POLLED,
+            lambda: wrong(self.read_sysctl(name)), lambda: self._set_again(name, value)))
+
+    def _set_again(self, name: str, value: str) -> None:
+        """Somebody has changed it, and that is what it shall be when we are gone."""
+        self.will_undo(what="sysctl", name=name, old=self.read_sysctl(name))
+        (Path("/proc/sys") / name).write_text(value)
+
+    def set_sysctl(self, name: str, value: str) -> bool:
+        """Set a sysctl, if it is not so already. Returns whether there is such a one."""
         path = Path("/proc/sys") / name
         try:
             old = path.read_text().strip()
         except FileNotFoundError:
-            return
+            return False
         inherited = self.inherit(what="sysctl", name=name)
         if old.split() == value.split():
-            return
+            return True
         if inherited:
             path.write_text(value)
-            return
+            return True
         log.info("sysctl %s: %s, was %s", name.replace("/", "."), value, old)
         self.will_undo(what="sysctl", name=name, old=old)
         path.write_text(value)
-
-    def sysctl_on(self, name: str) -> None:
-        """Set a sysctl to 1, if it is 0: other values mean more than that."""
-        value = self.read_sysctl(name)
-        if value:
-            self.sysctl(name, "1" if value == "0" else value)
+        return True
 
     def read_sysctl(self, name: str) -> str:
         try:
@@ -236,9 +301,10 @@ class Host:
         return str(socket.if_indextoname(index))
 
     def holder(self, address: str) -> int | None:
-        """Index of the interface that holds an address."""
+        """Index of the interface that holds an address, other than our TAP devices."""
         for entry in self.ipr.get_addr(family=socket.AF_INET):
-            if entry.get_attr("IFA_LOCAL") == address:
+            if entry.get_attr("IFA_LOCAL") == address and not str(
+                    entry.get_attr("IFA_LABEL") or "").startswith(TAP_PREFIXES):
                 return int(entry["index"])
         return None
 
@@ -249,18 +315,42 @@ class Host:
                 return str(entry.get_attr("IFA_LOCAL"))
         return None
 
-    def add_address(self, address: str, index: int) -> None:
-        """Add address/32, unless an interface holds it (the administrator's then, and kept)."""
-        name = self.interface(index)
-        inherited = self.inherit(what="address", address=address, interface=name)
+    def add_address(self, address: str, where: Callable[[], int | None]) -> None:
+        """Add address/32, unless another interface holds it (the administrator's then, and kept),
+        and keep it there. where: finds the interface, which may be another one later, or none."""
+        index = where()
+        if index is not None:
+            self.inherit(what="address", address=address)
+            self._place_address(address, index)
+        self.keep(("address", address), Kept(
+            f"address {address}", LINK,
+            lambda: (index := where()) is not None and self._misplaced(address, index),
+            lambda: self._place_address(address, where())))
+
+    def _ours(self, address: str) -> str | None:
+        """The interface that we added an address to."""
+        return next((str(c["interface"]) for c in self.undo
+                     if _identity(c) == ("address", address)), None)
+
+    def _misplaced(self, address: str, index: int) -> bool:
+        """Whether nobody holds an address, or an interface where we added it and which is not the
+        right one any more."""
+        held = self.holder(address)
+        return held is None or (held != index and self.interface(held) == self._ours(address))
+
+    def _place_address(self, address: str, index: int | None) -> None:
+        if index is None or not self._misplaced(address, index):
+            return
         if self.holder(address) is not None:
-            elsewhere = not inherited and self.inherit(what="address", address=address)
-            if not elsewhere:
-                return
-            self._undo(self.undo.pop())
-        if not inherited:
-            self.will_undo(what="address", address=address, interface=name)
+            self._undo_address({"address": address, "interface": self._ours(address)})
+        self.will_undo(what="address", address=address, interface=self.interface(index))
         self.ipr.addr("add", index=index, address=address, prefixlen=32)
+
+    def ensure_address(self, address: str, index: int) -> None:
+        """On a device of ours, which takes it along when it goes."""
+        if not any(entry.get_attr("IFA_LOCAL") == address
+                   for entry in self.ipr.get_addr(family=socket.AF_INET, index=index)):
+            self.ipr.addr("add", index=index, address=address, prefixlen=32)
 
     def _undo_address(self, change: dict[str, Any]) -> None:
         try:
@@ -408,7 +498,59 @@ class Host:
     # Filters
 
     def attach(self, index: int, program_fd: int, priority: int) -> None:
-        """Put a BPF program on an interface's tc ingress, beside whatever is there."""
+        """Put a BPF program on an interface's tc ingress, beside whatever is there, and keep it
+        there as long as there is this interface."""
+        name = self.interface(index)
+        key = "filter", name, priority, self.handle
+        self._attach(index, program_fd, priority)
+        self.keep(key, Kept(
+            f"tc filter on {name}", LINK,
+            lambda: self._detached(index, program_fd, priority, key),
+            lambda: self._attach(index, program_fd, priority)))
+
+    def attach_everywhere(self, names: list[str], program_fd: int, priority: int) -> None:
+        """The same for the named interfaces, or all Ethernet ones; and see late()."""
+        for index in self.ethernet(names):
+            self.attach(index, program_fd, priority)
+        self.everywhere = names, program_fd, priority
+
+    def late(self) -> list[int]:
+        """Interfaces that have come since, and are to have the same."""
+        if self.everywhere is None:
+            return []
+        names, _, priority = self.everywhere
+        return [index for index in self._present(names)
+                if ("filter", self.interface(index), priority, self.handle) not in self.kept]
+
+    def join(self, index: int) -> None:
+        """Attach to one of these what the others have."""
+        assert self.everywhere is not None
+        _, program_fd, priority = self.everywhere
+        self.attach(index, program_fd, priority)
+        log.info("interface %s: in use from now on", self.interface(index))
+
+    def _present(self, names: list[str]) -> list[int]:
+        """As ethernet(), of what there is."""
+        there = [name for name in names if (Path("/sys/class/net") / name).exists()]
+        try:
+            return self.ethernet(there) if there or not names else []
+        except HostError:
+            return []
+
+    def _detached(self, index: int, program_fd: int, priority: int, key: tuple[Any, ...]) -> bool:
+        """Whether a program is not where it was attached. Nothing is missing, and nothing to be
+        undone, if the interface is gone, or has another name, under which it comes again."""
+        from tcpha._fast.bpf import program_id, tc_attached
+        try:
+            gone = self.interface(index) != key[1]
+        except OSError:
+            gone = True
+        if gone:
+            self.forget(*key)
+            return False
+        return bool(tc_attached(index, priority, self.handle) != program_id(program_fd))
+
+    def _attach(self, index: int, program_fd: int, priority: int) -> None:
         from tcpha._fast.bpf import tc_attach
         place = {"interface": self.interface(index), "priority": priority, "handle": self.handle}
         if self.inherit(what="filter", **place):  # the new program takes the old one's place

@@ -14,6 +14,7 @@ import shutil
 import socket
 import struct
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.nftables.expressions import genex, verdict
 from pyroute2.nftables.main import NFTables
 
-from tcpha.net.host import Host, HostError
+from tcpha.net.host import NFT as BY_NFT
+from tcpha.net.host import SLOW, Host, HostError, Kept
 
 T = TypeVar("T")
 NATIVE, COMPAT, IPTABLES = "nft queue", "nft with the NFQUEUE target", "iptables"
@@ -42,6 +44,11 @@ META_PRIORITY, META_MARK, META_IIFNAME, META_OIFNAME = 2, 3, 6, 7
 NETWORK, TRANSPORT = 1, 2
 NFPROTO_ARP = 3
 ARP_OPERATION, ARP_SENDER, ARP_TARGET = 6, 14, 24  # offsets, for Ethernet and IPv4
+ARP_RULES = 3
+NETLINK_NETFILTER, NLM_F_REQUEST, NLA_TYPE_MASK = 12, 1, 0x3FFF
+NFT_MSG_NEWCHAIN, NFT_MSG_GETCHAIN = 0x0A03, 0x0A04
+NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_USE = 1, 3, 6
+ANSWER = 5.0  # seconds; the kernel answers within the call
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,28 @@ def install(host: Host, name: str, rules: list[Rule],
                     "NETFILTER_XT_TARGET_NFQUEUE")
 
 
+def keep(host: Host, name: str, rules: list[Rule], ways: tuple[str, ...] = WAYS) -> str:
+    """Put rules in force as install() does, and keep them so."""
+    way = install(host, name, rules, ways)
+
+    def again() -> None:
+        if way == IPTABLES:
+            remove(name)
+            _iptables(name, rules)
+        else:
+            _in_thread(partial(_nft_again, name, rules, way == NATIVE))
+    if way == IPTABLES:
+        host.keep(("rules", name), Kept(f"chains {name} of iptables", SLOW,
+                                        lambda: not _iptables_stand(name, rules), again))
+    else:
+        whole = Counter(r.hook for r in rules for _ in _expressions(r, way == NATIVE))
+        host.keep(("rules", name), Kept(
+            f"nft table {name}", BY_NFT,
+            lambda: any(_chain_use(socket.AF_INET, name, hook) != n for hook, n in whole.items()),
+            again))
+    return way
+
+
 def remove(name: str) -> None:
     """Take everything of that name away, whichever way it was installed."""
     with contextlib.suppress(NetlinkError, OSError):  # a kernel without nf_tables
@@ -119,6 +148,9 @@ def hide_in_arp(host: Host, name: str, address: str, instead: str) -> None:
                           genex("payload", {"sreg": 1, "base": NETWORK, "offset": ARP_SENDER,
                                             "len": 4, "csum_type": 0, "csum_offset": 0})]]):
             nft.rule("add", table=name, chain="output", expressions=expressions)
+    def again() -> None:
+        show_in_arp(name)
+        _in_thread(work, NFPROTO_ARP)
     if host.inherit(what="arp", name=name):
         host.restore_to(len(host.undo) - 1)
     host.will_undo(what="arp", name=name)
@@ -126,6 +158,9 @@ def hide_in_arp(host: Host, name: str, address: str, instead: str) -> None:
         _in_thread(work, NFPROTO_ARP)
     except NetlinkError as error:
         raise HostError(f"the kernel cannot filter ARP by nft: {error}") from None
+    host.keep(("arp", name), Kept(f"nft table {name} (ARP)", BY_NFT,
+                                  lambda: _chain_use(NFPROTO_ARP, name, "output") != ARP_RULES,
+                                  again))
 
 
 def _drop_table(name: str, nft: Any) -> None:
@@ -152,6 +187,32 @@ def _in_thread(work: Callable[[Any], T], family: int = socket.AF_INET) -> T:
 
 
 # nft
+
+def _chain_use(family: int, table: str, chain: str) -> int:
+    """How many rules a chain has; -1: there is none. Asked by hand: the kernel then sends this one
+    alone, and not those of all that have rules here."""
+    names = b"".join(struct.pack("=HH", 4 + len(raw), kind) + raw + b"\0" * (-len(raw) % 4)
+                     for kind, raw in ((NFTA_CHAIN_TABLE, table.encode() + b"\0"),
+                                       (NFTA_CHAIN_NAME, chain.encode() + b"\0")))
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as s:
+        s.settimeout(ANSWER)
+        s.send(struct.pack("=IHHII BBH", 20 + len(names), NFT_MSG_GETCHAIN, NLM_F_REQUEST, 0, 0,
+                           family, 0, 0) + names)
+        answer = s.recv(65536)
+    length, kind = struct.unpack_from("=IH", answer)
+    at = 20
+    while kind == NFT_MSG_NEWCHAIN and at + 4 <= length:
+        size, attribute = struct.unpack_from("=HH", answer, at)
+        if attribute & NLA_TYPE_MASK == NFTA_CHAIN_USE:
+            return int(struct.unpack_from("!I", answer, at + 4)[0])
+        at += size + -size % 4
+    return -1
+
+
+def _nft_again(name: str, rules: list[Rule], native: bool, nft: Any) -> None:
+    _drop_table(name, nft)
+    _nft(name, rules, native, nft)
+
 
 def _compare(load: dict[str, Any], value: bytes, equal: bool = True,
              mask: bytes | None = None) -> list[dict[str, Any]]:
@@ -273,6 +334,18 @@ def _iptables(name: str, rules: list[Rule]) -> None:
             if rule.hook == hook:
                 _ipt("-t", table, "-A", own, *_arguments(rule, device))
         _ipt("-t", table, "-A", chain, "-j", own)
+
+
+def _iptables_stand(name: str, rules: list[Rule]) -> bool:
+    """Whether our chains are as they were made, and are gone through."""
+    for hook, count in Counter(r.hook for r in rules).items():
+        table, chain, _ = IPTABLES_CHAIN[hook]
+        own = _own_chain(name, hook)
+        listed = _ipt("-t", table, "-S", own, check=False).stdout.splitlines()
+        if len(listed) != count + 1 or \
+                _ipt("-t", table, "-C", chain, "-j", own, check=False).returncode:
+            return False
+    return True
 
 
 def _arguments(rule: Rule, device: str) -> list[str]:

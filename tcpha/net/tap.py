@@ -7,7 +7,7 @@ import os
 import struct
 from pathlib import Path
 
-from tcpha.net.host import IFF_UP, Host
+from tcpha.net.host import IFF_UP, POLLED, Host, Kept
 
 TUNSETIFF = 0x400454CA
 TUNSETOFFLOAD = 0x400454D0
@@ -68,13 +68,22 @@ def open_queues(host: Host, prefix: str, count: int) -> tuple[list[int], int, st
 
 
 def accept_any_source(host: Host, name: str, index: int, address: str) -> None:
-    """Let forged packets pass reverse-path filtering, whatever conf.all says.
+    """Let forged packets pass reverse-path filtering, whatever conf.all says, now or later.
 
     The effective value is the higher of 'all' and the device's; 2 (loose) passes only on a device
     that has an address.
     """
-    if host.read_sysctl("net/ipv4/conf/all/rp_filter") == "0":
-        Path(f"/proc/sys/net/ipv4/conf/{name}/rp_filter").write_text("0")
-        return
-    Path(f"/proc/sys/net/ipv4/conf/{name}/rp_filter").write_text("2")
-    host.ipr.addr("add", index=index, address=address, prefixlen=32)
+    path = f"net/ipv4/conf/{name}/rp_filter"
+
+    def wanted() -> str:
+        return "0" if host.read_sysctl("net/ipv4/conf/all/rp_filter") == "0" else "2"
+
+    def set_up() -> None:
+        value = wanted()
+        (Path("/proc/sys") / path).write_text(value)
+        if value == "2":
+            host.ensure_address(address, index)
+    set_up()
+    # nothing to be missed once the device is gone, and its sysctls with it
+    host.keep(("tap", name), Kept(f"sysctl {path.replace('/', '.')}", POLLED,
+                                  lambda: host.read_sysctl(path) not in ("", wanted()), set_up))

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What others take away from a host while we run is put back at once, and said.
+
+Network managers, agents of container networks and administrators reload what they know of, and
+what we added is none of that. The kernel tells of links, addresses, tc and nft; sysctls are looked
+at.
+"""
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from tcpha.net.host import LINK, NFT, POLLED, SLOW, Host, Kept
+
+log = logging.getLogger("tcpha")
+NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
+SOL_NETLINK, NETLINK_ADD_MEMBERSHIP = 270, 1
+RTNLGRP_LINK, RTNLGRP_TC, RTNLGRP_IPV4_IFADDR, NFNLGRP_NFTABLES = 1, 4, 5, 7
+GROUPS = {LINK: (NETLINK_ROUTE, (RTNLGRP_LINK, RTNLGRP_TC, RTNLGRP_IPV4_IFADDR)),
+          NFT: (NETLINK_NETFILTER, (NFNLGRP_NFTABLES,))}
+PAUSE_FIRST, PAUSE_MOST = 0.02, 0.5  # seconds between two looks; doubled while there is much told
+SLOWLY = 10.0  # seconds between two dear looks, which are at all there is
+QUIET = 60.0   # seconds between two lines about the same thing
+
+
+@dataclass
+class Loss:
+    """What became of something that was missing. error: why it is not back."""
+
+    times: int = 0
+    last: float = 0.0
+    said: float = float("-inf")
+    untold: int = 0
+    error: str = ""
+
+
+class Keeper:
+    """Belongs to the loop's thread but for look(), which runs in another one: it asks netlink.
+    also: called after each look at links, there."""
+
+    def __init__(self, host: Host, also: Callable[[], None]):
+        self.host = host
+        self.also = also
+        self.losses: dict[str, Loss] = {}
+        self.kinds = {LINK}  # to look at next; there was a time when nobody watched
+        self.wake = asyncio.Event()
+        self.ending = asyncio.Event()
+        self.next_slow = 0.0
+        self.sockets: list[socket.socket] = []
+        self.task: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        loop = asyncio.get_running_loop()
+        for kind, (protocol, groups) in GROUPS.items():
+            try:
+                s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC
+                                  | socket.SOCK_NONBLOCK, protocol)
+            except OSError:
+                continue  # a kernel without nf_tables has none of its tables
+            self.sockets.append(s)
+            s.bind((0, 0))
+            for group in groups:
+                s.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
+            loop.add_reader(s.fileno(), self._told, s, kind)
+        self._ask(LINK, NFT)
+        self.task = loop.create_task(self._run())
+
+    async def end(self) -> None:
+        """When this returns nothing is put back any more."""
+        for s in self.sockets:
+            asyncio.get_running_loop().remove_reader(s.fileno())
+            s.close()
+        self.ending.set()
+        self.wake.set()
+        if self.task:
+            await self.task
+
+    def tick(self) -> None:
+        """To be called every second."""
+        if any(k.missing() for k in list(self.host.kept.values()) if k.kind == POLLED):
+            self._ask(POLLED)
+        if time.monotonic() >= self.next_slow:
+            self.next_slow = time.monotonic() + SLOWLY
+            self._ask(LINK, NFT, SLOW)
+
+    def _ask(self, *kinds: str) -> None:
+        self.kinds |= {*kinds}
+        self.wake.set()
+
+    def _told(self, s: socket.socket, kind: str) -> None:
+        """Something has changed; what, the look will show."""
+        while True:
+            try:
+                s.recv(1)
+            except BlockingIOError:
+                break
+            except OSError:
+                continue  # ENOBUFS: more than there was room for
+        self._ask(kind)
+
+    async def _run(self) -> None:
+        pause = PAUSE_FIRST
+        while not self.ending.is_set():
+            pause = min(pause * 2, PAUSE_MOST) if self.wake.is_set() else PAUSE_FIRST
+            await self.wake.wait()
+            self.wake.clear()
+            kinds, self.kinds = self.kinds, set()
+            await asyncio.to_thread(self.look, kinds)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.ending.wait(), pause)
+
+    def look(self, kinds: set[str]) -> None:
+        """Put back what is missing."""
+        if LINK in kinds:
+            for index in self.host.late():
+                self._try(f"interface {index}", partial(self.host.join, index))
+        for kept in list(self.host.kept.values()):
+            if kept.kind in kinds:
+                self._try(kept.what, partial(self._look_at, kept))
+        if LINK in kinds:
+            self._try("links", self.also)
+
+    def _try(self, what: str, work: Callable[[], None]) -> None:
+        loss = self.losses.get(what)
+        try:
+            work()
+        except Exception as error:  # whatever it is, there are other things to look at
+            loss = self.losses.setdefault(what, Loss())
+            if not loss.error:
+                log.error("%s: cannot be put in place: %s", what, error)
+            loss.error = str(error)
+        else:
+            if loss:
+                loss.error = ""
+
+    def _look_at(self, kept: Kept) -> None:
+        if kept.missing():
+            kept.restore()
+            self._back(kept.what)
+
+    def _back(self, what: str) -> None:
+        now = time.monotonic()
+        loss = self.losses.setdefault(what, Loss())
+        loss.times += 1
+        loss.untold += 1
+        loss.last = now
+        if now < loss.said + QUIET:
+            return
+        often = f", {loss.untold} times since this was said" if loss.untold > 1 else ""
+        log.warning("%s: somebody took it away%s; it is back", what, often)
+        loss.said, loss.untold = now, 0
+
+    def report(self) -> dict[str, Any]:
+        """What is missing and why, and what was put back: for 'status' and 'doctor'."""
+        now = time.monotonic()
+        losses = dict(self.losses)
+        return {"missing": [{"what": what, "why": x.error} for what, x in losses.items()
+                            if x.error],
+                "taken": [{"what": what, "times": x.times, "ago": round(now - x.last, 1)}
+                          for what, x in losses.items() if x.times]}
