@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from tcpha.admin.troubles import Troubles
 from tcpha.admin.web import Admin, Pages
 from tcpha.config import Config, ConfigError, load
 from tcpha.control.secret import read_secret
+from tcpha.net.announcer import Announcer, Place
 from tcpha.net.host import Host, HostError
 from tcpha.net.keeper import Keeper
 from tcpha.supervisor import Supervisor
@@ -70,6 +72,7 @@ class Service:
         self.tasks: list[asyncio.Task[Any]] = []
         self.admin: Admin | None = None
         self.keeper = Keeper(self.host, self.look_at_links)
+        self.announcers: list[Announcer] = []
 
     # For the roles
 
@@ -90,6 +93,15 @@ class Service:
 
     def look_at_links(self) -> None:
         """Interfaces or addresses may have changed. In a thread that may wait for netlink."""
+        self.loop.call_soon_threadsafe(self.announce, self.look_at_places())
+
+    def look_at_places(self) -> list[Place | None]:
+        return [announcer.look() for announcer in self.announcers]
+
+    def announce(self, places: list[Place | None]) -> None:
+        """Let neighbours know where our addresses are, if that is new."""
+        for announcer, place in zip(self.announcers, places, strict=True):
+            announcer.take(place, time.monotonic())
 
     def live(self) -> int:
         """Connections that unload waits for."""
@@ -301,6 +313,8 @@ class Service:
                             self.core.ping(index)
                     self.troubles.look(self.trouble_counts(), loop.time())
                     self.keeper.tick()
+                    for announcer in self.announcers:
+                        announcer.tick(time.monotonic())
                     self.every_second()
             except Exception as error:  # out of file descriptors or memory: the next may do better
                 if repr(error) != said:

@@ -25,6 +25,7 @@ from tcpha.frontend.localnode import INDEX as LOCAL_NODE
 from tcpha.frontend.localnode import LocalNode
 from tcpha.frontend.registration import Registrar
 from tcpha.frontend.registry import Registry
+from tcpha.net.announcer import Announcer
 from tcpha.net.host import HostError
 from tcpha.service import TICK, Service, number
 
@@ -90,7 +91,8 @@ class FrontEndService(Service):
             # only now: our stack would answer packets of connections that back ends have with a RST
             if config.announce == "on":
                 host.add_address(config.vaddr, self._device_now)
-            self._serve_at(device)
+                self.announcers.append(Announcer(host, config.vaddr, self._device_now))
+            self._serve_at()
         except BaseException:
             self.datapath.close()
             raise
@@ -101,12 +103,11 @@ class FrontEndService(Service):
         self.registrations = self._registrations(device) if self._registers() else None
         self.registry.registers = self.registrations is not None
 
-    def _serve_at(self, device: int) -> None:
+    def _serve_at(self) -> None:
         config = self.config
         listener = self._listen()
         try:
-            if self.config.announce == "on":
-                self.host.announce(config.vaddr, device)
+            self.announce(self.look_at_places())
             self._open_access_log(config.accesslog)
             self.local = LocalNode(config, self.core, self.datapath, self.host)
             self.core.start(self.datapath.table, listener, config.vaddr)
@@ -239,6 +240,7 @@ class FrontEndService(Service):
 
     def look_at_links(self) -> None:
         self.loop.call_soon_threadsafe(self.registry.reroute, self.registry.routes())
+        super().look_at_links()
 
     def trouble_counts(self) -> dict[str, int]:
         return {**super().trouble_counts(), **self.core.counters()}

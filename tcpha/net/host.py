@@ -30,7 +30,7 @@ CLSACT_INGRESS = 0xFFFFFFF2
 ETH_P_ALL = 0x0003
 ETH_P_ARP = 0x0806
 ARPHRD_ETHER = 1
-IFF_UP = 1
+IFF_UP, IFF_RUNNING = 1, 64
 TCP_ESTABLISHED, TCP_SYN_RECV, TCP_FIN_WAIT1, TCP_FIN_WAIT2 = 1, 3, 4, 5
 TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_CLOSING = 8, 9, 11
 MAPPED = "::ffff:"
@@ -407,11 +407,15 @@ class Host:
     def mtu(self, index: int) -> int:
         return int(self.ipr.get_links(index)[0].get_attr("IFLA_MTU"))
 
-    def announce(self, address: str, index: int) -> None:
+    def running_mac(self, index: int) -> bytes | None:
+        """The MAC address of an Ethernet interface whose link is up."""
+        link = self.ipr.get_links(index)[0]
+        if link["ifi_type"] != ARPHRD_ETHER or not link["flags"] & IFF_RUNNING:
+            return None
+        return bytes.fromhex(link.get_attr("IFLA_ADDRESS").replace(":", ""))
+
+    def announce(self, address: str, index: int, mac: bytes) -> None:
         """Gratuitous ARP (RFC 5227 section 3): neighbours learn who holds an address now."""
-        if not self.is_ethernet(index):
-            return
-        mac = self.mac(index)
         ip = socket.inet_aton(address)
         frame = b"\xff" * 6 + mac + struct.pack("!HHHBBH", ETH_P_ARP, 1, 0x0800, 6, 4, 1) \
             + mac + ip + b"\0" * 6 + ip
