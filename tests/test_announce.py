@@ -84,3 +84,19 @@ def test_it_is_said_now_and_then(one: Cluster) -> None:
     with arp_sent_by(fe) as seen:
         fe.inside(two_minutes)
     assert seen == [(1, fe.address, fe.address)] * 4
+
+
+@pytest.mark.modes("direct", "fast-direct", "fast-tunnel", "nfqueue-direct", "nfqueue-tunnel")
+@pytest.mark.parametrize("role", ["fe", "be"])
+def test_connections_live_through_another_mac_address(one: Cluster, role: str) -> None:
+    """As after a bond's failover, or a virtual machine's move. Clients wait as long as many do."""
+    host = one.fe_host if role == "fe" else one.be_hosts[0]
+    one.start()
+    file = one.client.dir / "big"
+    download = one.client.start("curl", "-sS", "--limit-rate", "8M", "--speed-limit", "1",
+                                "--speed-time", "20", "-o", str(file), f"http://{one.VIP}/big")
+    wait_for(lambda: file.exists() and file.stat().st_size > 4 << 20, "the middle of a download")
+    host.ip("link", "set", "eth0", "address", "02:00:00:00:00:23")
+    assert one.get("/", "--max-time", "20") == "x\n"
+    assert download.wait(120) == 0
+    assert file.read_bytes() == (one.nginx[0].root / "big").read_bytes()
