@@ -31,6 +31,8 @@ from tcpha.supervisor import Supervisor
 log = logging.getLogger("tcpha")
 TICK = 0.05
 PING_EVERY = 1.0
+WAIT, WAIT_STEP = 5.0, 0.25  # seconds for addresses to come, without a service manager; a look
+EXTEND_US = 30_000_000       # by which the manager is to wait longer, at each look
 ADMIN_PATIENCE = 5.0  # seconds for the loop to answer a page
 
 
@@ -78,6 +80,10 @@ class Service:
 
     def open(self) -> None:
         """Set the host up and open the datapath. Errors leave nothing behind: see run()."""
+
+    def lacking(self) -> str:
+        """What this host has not yet that open() needs, and may have soon; '': nothing."""
+        return ""
 
     async def begin(self) -> None:
         """Start to serve: workers run, the loop too."""
@@ -203,10 +209,15 @@ class Service:
     async def run(self, report: Callable[[str], None]) -> None:
         """Serve until told to stop. report('') once ready."""
         loop = self.loop = asyncio.get_running_loop()
+        for number_ in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number_, self.stopping.set)
         try:
             self.host.recover()
             capabilities.lock_memory()
             capabilities.restrict()  # before there is a second thread
+            if not await self._wait_until_possible():
+                self.host.restore()
+                return
             self._listen_admin()
             self.open()
             self.host.settle()
@@ -230,8 +241,6 @@ class Service:
                                   self.control_files())
         server = Server(self.commands())
         await server.listen(self.run_dir.socket)
-        for number_ in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number_, self.stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._hup)
         loop.add_signal_handler(signal.SIGUSR1, self.reopen)
         try:
@@ -264,6 +273,23 @@ class Service:
             self.core.close()
             self.host.restore()
             self.host.close()
+
+    async def _wait_until_possible(self) -> bool:
+        """At boot, addresses may come later than we do. A service manager knows whether we wait;
+        whoever else started us hears of it soon that an address may be the wrong one. Returns False
+        if we are to stop."""
+        managed = "NOTIFY_SOCKET" in os.environ
+        end = time.monotonic() + WAIT
+        said = ""
+        while (lacking := await asyncio.to_thread(self.lacking)) and (
+                managed or time.monotonic() < end) and not self.stopping.is_set():
+            if lacking != said:
+                log.warning("waiting: %s", lacking)
+                said = lacking
+            sd_notify(f"STATUS=Waiting: {lacking}\nEXTEND_TIMEOUT_USEC={EXTEND_US}")
+            await asyncio.sleep(WAIT_STEP)
+        sd_notify("STATUS=")
+        return not self.stopping.is_set()
 
     def forward_log(self, pipe: Any) -> None:
         """Log what workers write to a pipe."""

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from tcpha.admin.rundir import make_directory
 from tcpha.admin.server import Refused
 
 log = logging.getLogger("tcpha")
@@ -54,7 +55,7 @@ class ControlFiles:
         if self.fd < 0:
             raise OSError(ctypes.get_errno(), "inotify_init1")
         self.versions: dict[int, _Version] = {}  # by watch descriptor, oldest first
-        directory.mkdir(exist_ok=True)
+        make_directory(directory)
         for name in entries:
             self._show(name)
         asyncio.get_running_loop().add_reader(self.fd, self._changed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,18 @@ DEFAULT = Path("/run/tcpha")
 
 class RunDirError(Exception):
     """The run directory cannot be used; the message says why."""
+
+
+def make_directory(path: Path) -> None:
+    """With the parents that are missing. Who starts us may have a umask that would lock us out
+    (keepalived's is 0177), also of what an earlier run made."""
+    for directory in (*reversed(path.parents), path):
+        try:
+            directory.mkdir()
+        except FileExistsError:
+            if directory != path or path.stat().st_mode & stat.S_IXUSR:
+                continue
+        directory.chmod(0o755)
 
 
 class RunDir:
@@ -25,7 +38,7 @@ class RunDir:
         self.socket = path / f"{name}.sock"
         self.journal = path / f"{name}.journal"
         try:
-            path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            make_directory(path)
             self.fd = os.open(self.pid_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise RunDirError(f"{path}: {error.strerror}; choose another --run-dir") from None

@@ -48,11 +48,15 @@ class BackEndService(Service):
         self.registering: asyncio.Task[None] | None = None
         self.leaving: asyncio.Task[None] | None = None
 
+    def lacking(self) -> str:
+        if self.host.holder(self.config.raddr) is not None:
+            return ""
+        return f"raddr {self.config.raddr} is no address of this host; mend it or add the address"
+
     def open(self) -> None:
         config, host = self.config, self.host
-        if host.holder(config.raddr) is None:
-            raise HostError(f"raddr {config.raddr} is no address of this host; mend it or add the "
-                            "address")
+        if lacking := self.lacking():
+            raise HostError(lacking)
         arp.set_up(config, host)
         allow_adoption(host)
         self.listener = self._listen()

@@ -126,6 +126,13 @@ class FrontEndService(Service):
         index = self.host.holder(self.config.vaddr)
         return index if index is not None else self.host.route(self.config.vaddr).ifindex
 
+    def lacking(self) -> str:
+        try:
+            self._device()
+        except HostError as error:
+            return str(error)
+        return ""
+
     def _device_now(self) -> int | None:
         """The same while we run, as it may change: None while there is none."""
         try:
