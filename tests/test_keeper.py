@@ -171,3 +171,24 @@ def test_an_address_of_somebody_else_is_left_to_him(idle: Cluster) -> None:
     assert idle.VIP not in fe.ip("addr", "show", "eth0")
     assert idle.fe.stop() == 0
     assert state(fe) == before
+
+
+@pytest.mark.modes("direct", "fast-direct")
+def test_what_stands_before_us_is_named(idle: Cluster) -> None:
+    """A filter that ends the classification keeps packets from ours. It is the administrator's, and
+    stays; but he is told."""
+    idle.start()
+    assert idle.fe
+    fe, daemon = idle.fe_host, idle.fe
+    assert not daemon.ctl("status")["host"]["in_front"]
+    place = ("dev", "eth0", "ingress", "prio", "1", "protocol", "ip", "u32")
+    fe.run("tc", "filter", "add", *place, "match", "u32", "0", "0", "flowid", "1:1")
+    wait_for(lambda: daemon.ctl("status")["host"]["in_front"], "the finding")
+    assert "tc on eth0: a u32 filter of priority 1 before ours" in daemon.log.read_text()
+    done = fe.run(str(BIN / "tcphactl"), "--run-dir", str(daemon.run_dir), "--json", "doctor", "-c",
+                  str(daemon.config), check=False)
+    found = [x for x in json.loads(done.stdout) if x["check"] == "fe: tc"]
+    assert [x["state"] for x in found] == ["warning"] and "u32" in found[0]["finding"]
+    fe.run("tc", "filter", "del", *place)
+    wait_for(lambda: not daemon.ctl("status")["host"]["in_front"], "its end")
+    assert idle.get("/") == "x\n"

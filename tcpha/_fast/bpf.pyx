@@ -81,9 +81,15 @@ cdef extern from "<bpf/bpf.h>" nogil:
         uint32_t key_size
         uint32_t value_size
         char name[16]
+    int bpf_prog_query(int target, int attach_type, uint32_t flags, uint32_t *attach_flags,
+                       uint32_t *ids, uint32_t *count)
     int bpf_prog_get_fd_by_id(uint32_t id)
     int bpf_map_get_fd_by_id(uint32_t id)
     int bpf_obj_get_info_by_fd(int fd, void *info, uint32_t *length)
+
+
+cdef enum:
+    BPF_TCX_INGRESS = 46
 
 
 class BpfError(OSError):
@@ -262,6 +268,17 @@ def tc_attached(int ifindex, uint32_t priority, uint32_t handle):
         _said()
         return 0
     return opts.prog_id
+
+
+def tcx_programs(int ifindex):
+    """How many programs an interface's tcx ingress has (Linux 6.6), which come before any filter of
+    tc."""
+    cdef uint32_t ids[64]
+    cdef uint32_t count = 64, flags = 0
+    if bpf_prog_query(ifindex, BPF_TCX_INGRESS, 0, &flags, ids, &count) < 0:
+        _said()
+        return 0  # an older kernel
+    return count
 
 
 def program_id(int fd):

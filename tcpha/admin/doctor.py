@@ -116,6 +116,10 @@ def _kept(host: dict[str, list[dict[str, Any]]]) -> Iterator[Row]:
             yield ("in place", WARNING, f"{loss['what']}: taken away {loss['times']} times, "
                    f"{loss['ago']:.0f} seconds ago for the last time; the daemon put it back",
                    "find out who does that: a network manager, an agent, a firewall's reload?")
+    for found in host["in_front"]:
+        yield ("tc", WARNING, f"{found['interface']}: {' and '.join(found['what'])} before ours: "
+               "packets that it takes or accepts do not reach us",
+               "give it a priority above 201, or have it continue (TC_ACT_UNSPEC, TCX_NEXT)")
     if not host["missing"]:
         yield "in place", GOOD, "all that the daemon has put on this host", ""
 

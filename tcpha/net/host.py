@@ -566,6 +566,24 @@ class Host:
         self.will_undo(what="filter", **place, qdisc=ours)
         tc_attach(index, program_fd, priority, self.handle)
 
+    def in_front(self) -> dict[str, list[str]]:
+        """By interface, what sees packets before our programs do, and may keep them to itself."""
+        from tcpha._fast.bpf import tcx_programs
+        found = {}
+        for kind, name, *place in list(self.kept):
+            if kind == "filter" and not name.startswith(TAP_PREFIXES):
+                index = socket.if_nametoindex(name)
+                before = [f"a {f.get_attr('TCA_KIND')} filter of priority {f['info'] >> 16}"
+                          for f in self.ipr.get_filters(index=index, parent=CLSACT_INGRESS)
+                          if 0 < f["info"] >> 16 < place[0] and not self._is_bpf_of_ours(f)]
+                if count := tcx_programs(index):
+                    before.insert(0, f"{count} tcx programs")
+                found[name] = list(dict.fromkeys(before))
+        return found
+
+    def _is_bpf_of_ours(self, filter_: Any) -> bool:
+        return filter_.get_attr("TCA_KIND") == "bpf" and self._is_ours(filter_)
+
     @staticmethod
     def _is_ours(filter_: Any) -> bool:
         options = filter_.get_attr("TCA_OPTIONS")

@@ -49,6 +49,7 @@ class Keeper:
         self.host = host
         self.also = also
         self.losses: dict[str, Loss] = {}
+        self.in_front: dict[str, list[str]] = {}  # by interface
         self.kinds = {LINK}  # to look at next; there was a time when nobody watched
         self.wake = asyncio.Event()
         self.ending = asyncio.Event()
@@ -125,6 +126,7 @@ class Keeper:
             if kept.kind in kinds:
                 self._try(kept.what, partial(self._look_at, kept))
         if LINK in kinds:
+            self._try("tc", self._look_in_front)
             self._try("links", self.also)
 
     def _try(self, what: str, work: Callable[[], None]) -> None:
@@ -145,6 +147,15 @@ class Keeper:
             kept.restore()
             self._back(kept.what)
 
+    def _look_in_front(self) -> None:
+        """What comes before us in tc may end the classification, and we see nothing."""
+        for name, before in self.host.in_front().items():
+            if before and before != self.in_front.get(name):
+                log.warning("tc on %s: %s before ours: packets that it takes or accepts do not "
+                            "reach us; give it a priority above 201, or have it continue", name,
+                            " and ".join(before))
+            self.in_front[name] = before
+
     def _back(self, what: str) -> None:
         now = time.monotonic()
         loss = self.losses.setdefault(what, Loss())
@@ -164,4 +175,6 @@ class Keeper:
         return {"missing": [{"what": what, "why": x.error} for what, x in losses.items()
                             if x.error],
                 "taken": [{"what": what, "times": x.times, "ago": round(now - x.last, 1)}
-                          for what, x in losses.items() if x.times]}
+                          for what, x in losses.items() if x.times],
+                "in_front": [{"interface": name, "what": before}
+                             for name, before in dict(self.in_front).items() if before]}
