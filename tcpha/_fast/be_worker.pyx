@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The back end's work: adopt what front ends hand over, and tell them when a connection ends.
 
-The kernel reports the end of each TCP socket (NETLINK_SOCK_DIAG, group
-SKNLGRP_INET_TCP_DESTROY). A report may come late, when the 4-tuple belongs to a newer connection
-already; so it only makes us look whether a socket owns the tuple.
+The kernel reports the end of each TCP socket (NETLINK_SOCK_DIAG, groups SKNLGRP_INET_TCP_DESTROY
+and SKNLGRP_INET6_TCP_DESTROY: a listener for both families has IPv6 children). A report may come
+late, when the 4-tuple belongs to a newer connection already; so it only makes us look whether a
+socket owns the tuple.
 """
 import os
 import socket
@@ -40,6 +41,11 @@ cdef extern from "<linux/netlink.h>" nogil:
         uint32_t nlmsg_len
     enum:
         NLMSG_HDRLEN
+
+cdef extern from "<linux/sock_diag.h>" nogil:
+    enum:
+        SKNLGRP_INET_TCP_DESTROY
+        SKNLGRP_INET6_TCP_DESTROY
 
 
 cdef enum:
@@ -781,7 +787,7 @@ cdef class BackEnd(Core):
         self.b.dp = d.table
         nl = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 4)  # SOCK_DIAG
         nl.setsockopt(socket.SOL_SOCKET, 33, 8 << 20)  # SO_RCVBUFFORCE
-        nl.bind((0, 1))  # SKNLGRP_INET_TCP_DESTROY
+        nl.bind((0, 1 << (SKNLGRP_INET_TCP_DESTROY - 1) | 1 << (SKNLGRP_INET6_TCP_DESTROY - 1)))
         nl.setblocking(False)
         self.fds["netlink"] = self.b.netlink_fd = nl.detach()
         _await_ends(self.b, EPOLL_CTL_ADD)

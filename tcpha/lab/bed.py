@@ -274,7 +274,7 @@ class Nginx:
     def start(self) -> None:
         self.process = self.host.start("nginx", "-p", str(self.host.dir), "-c", str(self.conf),
                                        stderr=subprocess.DEVNULL)
-        port = str(self.ports[0]).split(":")[-1]
+        port = str(self.ports[0]).rpartition(":")[2].split()[0]
         wait_for(lambda: listening(self.host, port), f"nginx on {self.host.name}")
 
     def stop(self) -> None:
