@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The sockets that an application may listen with: of both families, bound to a device, MPTCP, behind
-rules that send its port elsewhere."""
+"""The sockets that an application may listen with: of both families, bound to a device, MPTCP,
+behind rules that send its port elsewhere."""
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import json
+import socket
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from tcpha.lab.bed import Cluster, Nginx, wait_for
+from tcpha.lab.bed import Cluster, Nginx, program, wait_for
 from test_clients import connect_from
-from test_serve import REQUEST, body, digest, read_all, settle
+from test_serve import REQUEST, body, digest, read_all, settle, upload_many
 
 pytestmark = pytest.mark.modes("direct", "tunnel", "fast-direct", "nfqueue-direct")
 BOTH_FAMILIES = "[::]:{} ipv6only=off"
@@ -23,6 +24,38 @@ def fill(server: Nginx) -> None:
         server.file(name, f"{server.host.name}\n".encode())
     server.file("1k", size=1024)
     server.file("big", size=BIG)
+
+
+def listener(port: int = 80, device: str = "",
+             protocol: int = socket.IPPROTO_TCP) -> Callable[[], socket.socket]:
+    def make() -> socket.socket:
+        s = socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol)
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if device:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
+        s.bind(("0.0.0.0", port))
+        s.listen(4096)
+        return s
+    return make
+
+
+def restart(server: Nginx, inherits: Callable[[], socket.socket] | None) -> None:
+    server.stop()
+    server.inherits = inherits
+    server.start()
+
+
+def application(c: Cluster) -> str:
+    return str(c.be[0].ctl("status")["application"])
+
+
+def remedies(c: Cluster) -> str:
+    """What the doctor finds on the back end, and what to do."""
+    be = c.be[0]
+    done = be.host.run(program("tcphactl"), "--run-dir", str(be.run_dir), "--json", "doctor", "-c",
+                       str(be.config), check=False)
+    return " ".join(f"{row['finding']}: {row['what to do']}" for row in json.loads(done.stdout)
+                    if row["state"] == "fault")
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +125,88 @@ def test_both_families_unload(dual: Cluster) -> None:
     assert be.process.wait(20) == 0
     be.start()
     dual.connected()
+
+
+@pytest.fixture(scope="module")
+def bound(mode: dict[str, Any]) -> Iterator[Cluster]:
+    """Servers whose listeners are bound to the hosts' interface, one of them the Local Node's."""
+    c = Cluster(1, **mode, start=False, rules=[(0, "jpg$|1k|big|up")])
+    try:
+        restart(c.nginx[0], listener(device="eth0"))
+        c.nginx.append(Nginx(c.fe_host, (8080,), inherits=listener(8080, "eth0")))
+        for server in c.nginx:
+            fill(server)
+        c.start()
+        yield c
+    finally:
+        c.close()
+
+
+def test_bound_to_a_device(bound: Cluster) -> None:
+    assert bound.fe
+    fe, out = bound.fe, bound.bed.dir / "big"
+    wait_for(lambda: fe.ctl("status")["localnode"]["listening"], "the Local Node")
+    for _ in range(20):
+        assert bound.get("/a.jpg") == "be1\n"
+        assert bound.get("/") == "fe\n"
+    # longer than it takes to look for connections whose end was not heard of
+    bound.get("/big", "--limit-rate", "16M", "-o", str(out))
+    assert digest(out) == digest(bound.nginx[0].root / "big")
+    upload_many(bound, 8, 1 << 20, "-H", "Expect:")
+    for _ in range(5):  # an older socket has the name
+        with connect_from(bound, 40322) as s:
+            s.sendall(REQUEST)
+            assert len(body(read_all(s))) == 1024
+    with bound.client.connect(bound.VIP) as s:  # a head of two segments, so a socket there
+        s.sendall(REQUEST[:20])
+        s.sendall(REQUEST[20:])
+        assert len(body(read_all(s))) == 1024
+    settle(bound)
+    status = fe.ctl("status")["localnode"]
+    assert status["handed"] == status["closed"] >= 20
+
+
+def test_bound_no_longer(bound: Cluster) -> None:
+    """Connections to the listener of before go on, also past a restart of the daemon."""
+    out = bound.bed.dir / "slow"
+    download = bound.client.start("curl", "-sS", "--limit-rate", "6M", "-o", str(out),
+                                  f"http://{bound.VIP}/big")
+    be = bound.be[0]
+    wait_for(lambda: be.ctl("status")["live"] == 1, "the download")
+    be.kill()
+    be.start()
+    bound.connected()
+    bound.nginx[0].process.send_signal(3)  # SIGQUIT: listens no more, serves what it has
+    wait_for(lambda: application(bound) == "dead", "the end of the listener")
+    old = bound.nginx[0].process
+    bound.nginx[0].inherits = None
+    bound.nginx[0].start()
+    wait_for(lambda: application(bound) == "listening", "the new listener")
+    assert bound.get("/a.jpg") == "be1\n"
+    assert download.wait(60) == 0
+    assert digest(out) == digest(bound.nginx[0].root / "big")
+    assert old.wait(20) == 0
+    restart(bound.nginx[0], listener(device="eth0"))
+    wait_for(lambda: application(bound) == "listening", "the listener of before")
+    assert bound.get("/a.jpg") == "be1\n"
+    settle(bound)
+
+
+def test_bound_elsewhere(bound: Cluster) -> None:
+    """By that device no client comes: said, with the remedy, and mended by itself."""
+    restart(bound.nginx[0], listener(device="lo"))
+    wait_for(lambda: application(bound) == "dead", "a listener that is of no use")
+    why = "the application on 192.168.1.36:80 is bound to the device lo"
+    assert why in bound.be[0].ctl("status")["trouble"]
+    assert why in bound.be[0].log.read_text()
+    assert "bind it to none, or to eth0" in remedies(bound)
+    restart(bound.nginx[0], listener(device="eth0"))
+    wait_for(lambda: application(bound) == "listening", "the listener")
+    assert bound.get("/a.jpg") == "be1\n"
+    be = bound.be[0]
+    assert be.stop() == 0
+    for device in ("eth0", "lo"):
+        assert "be_" not in be.host.run("tc", "filter", "show", "dev", device, "ingress",
+                                        check=False).stdout
+    be.start()
+    bound.connected()

@@ -132,7 +132,7 @@ def test_doctor(shown: Cluster) -> None:
     shown.nginx[0].stop()
     try:
         code, said = of_be()
-        assert code == 1 and "nobody listens" in said
+        assert code == 1 and "nothing listens" in said
     finally:
         shown.nginx[0].start()
     be.stop()

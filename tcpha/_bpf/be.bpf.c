@@ -5,6 +5,10 @@
  * be_ingress	tc ingress of the network interfaces: unwraps tunnelled packets; lets only packets of
  *		existing sockets reach the VIP
  * be_tap	tc ingress of the daemon's TAP device: operations and forged packets
+ * be_forged	tc ingress of the device that the listener is bound to, if it is: forged packets again
+ *
+ * A look-up finds sockets that are bound to a device only if it is made there, and such a socket takes only
+ * packets that arrive there. be_forged also runs, by BPF_PROG_TEST_RUN, for operations.
  */
 #include <stdbool.h>
 
@@ -425,20 +429,14 @@ out:
 	bpf_sk_release(skc);
 }
 
-SEC("tc")
-int be_tap(struct __sk_buff *skb)
+/* A packet that user space has written. */
+static __always_inline int forged(struct __sk_buff *skb)
 {
 	struct tcpha_op *op;
 	struct headers h;
 	__u8 mac[3];
 	__u32 slot;
 
-	if (skb->protocol == bpf_htons(TCPHA_ETH_OP)) {
-		op = op_of_frame(skb);
-		if (op && op->kind == TCPHA_OP_QUERY)
-			query(skb, op);
-		return TC_ACT_SHOT;
-	}
 	if (skb->protocol != bpf_htons(ETH_P_IP) || parse_tcp(skb, 0, &h) < 0)
 		return TC_ACT_SHOT;
 	bpf_skb_change_type(skb, PACKET_HOST);
@@ -454,6 +452,46 @@ int be_tap(struct __sk_buff *skb)
 		return TC_ACT_SHOT;
 	adopt(skb, op);
 	return op->result == TCPHA_R_OK ? TC_ACT_OK : TC_ACT_SHOT;
+}
+
+static __always_inline void operate(struct __sk_buff *skb)
+{
+	struct tcpha_op *op = op_of_frame(skb);
+
+	if (op && op->kind == TCPHA_OP_QUERY)
+		query(skb, op);
+}
+
+SEC("tc")
+int be_tap(struct __sk_buff *skb)
+{
+	struct tcpha_gate *g;
+	__u32 zero = 0;
+
+	if (skb->protocol == bpf_htons(TCPHA_ETH_OP)) {
+		operate(skb);
+		return TC_ACT_SHOT;
+	}
+	g = bpf_map_lookup_elem(&gate, &zero);
+	if (!g || !g->device)
+		return forged(skb);
+	skb->mark = TCPHA_MARK_FORGED;
+	return bpf_redirect(g->device, BPF_F_INGRESS);
+}
+
+SEC("tc")
+int be_forged(struct __sk_buff *skb)
+{
+	if (is_again(skb)) /* be_ingress is next; the MAC may be one of ours */
+		bpf_skb_change_type(skb, PACKET_HOST);
+	if (skb->mark != TCPHA_MARK_FORGED)
+		return TC_ACT_UNSPEC;
+	if (skb->protocol == bpf_htons(TCPHA_ETH_OP)) {
+		operate(skb);
+		return TC_ACT_SHOT;
+	}
+	skb->mark = 0;
+	return forged(skb);
 }
 
 char LICENSE[] SEC("license") = "GPL";

@@ -29,6 +29,7 @@
 #define TCPHA_MARK_AGAIN                                                                                     \
 	0x7c9a0100 /* of a packet that waits for the end of an old socket; and how often it did */
 #define TCPHA_MARK_FRAGMENT 0x7c9a0002 /* of a first fragment, so of the packet that becomes of it */
+#define TCPHA_MARK_FORGED 0x7c9a0003   /* of what passes from the TAP to the listener's device */
 #define TCPHA_COOKIE_MS 120000	       /* the oldest SYN-ACK that a request may answer, milliseconds */
 #define TCPHA_HEAD_MAX 2048 /* bytes of a request head that the verdict cache knows; a power of two */
 #define TCPHA_LINE_MAX 512  /* of which method and request-target */
@@ -309,7 +310,7 @@ struct tcpha_adoption {
 	__u32 state;
 };
 
-/* Room for adoptions at the back end, in memory shared with user space. */
+/* Room for adoptions at the back end, and the listener; in memory shared with user space. */
 struct tcpha_gate {
 	__u32 max;
 	__u32 live;   /* connections that user space knows of, and the application may have open */
@@ -317,6 +318,7 @@ struct tcpha_gate {
 	__be16 listen_port;
 	__u16 pad;
 	__u8 listen_addr[16];
+	__u32 device; /* that it is bound to (SO_BINDTODEVICE); 0: to none */
 };
 
 /* What the back end's program did with a client's segment. */

@@ -12,6 +12,18 @@ cdef extern from "<bpf/bpf.h>" nogil:
     int bpf_map_delete_elem(int fd, const void *key)
     int bpf_map_lookup_batch(int fd, void *in_batch, void *out_batch, void *keys, void *values,
                              uint32_t *count, const void *opts)
+    struct bpf_test_run_opts:
+        size_t sz
+        const void *data_in
+        uint32_t data_size_in
+        const void *ctx_in
+        uint32_t ctx_size_in
+    int bpf_prog_test_run_opts(int prog_fd, bpf_test_run_opts *opts)
+
+cdef extern from "<linux/bpf.h>" nogil:
+    struct __sk_buff:
+        uint32_t mark
+        uint32_t ifindex
 
 
 cdef class Object:

@@ -188,7 +188,8 @@ cdef class Object:
         self.obj = obj
         if rodata:
             self._constants(b".rodata.conf", <const char *>rodata, len(rodata))
-            self._constants(b".rodata.clock", &lab_clock, sizeof(lab_clock))
+            if bpf_object__find_map_by_name(obj, b".rodata.clock") != NULL:  # it asks for the time
+                self._constants(b".rodata.clock", &lab_clock, sizeof(lab_clock))
         for name, size in (max_entries or {}).items():
             m = bpf_object__find_map_by_name(obj, name.encode())
             if m == NULL:

@@ -14,6 +14,7 @@ cdef extern from "tcpha.h" nogil:
         TCPHA_MAC_MARK
         TCPHA_MAC_KEPT
         TCPHA_MAC_FAST
+        TCPHA_MARK_FORGED
         TCPHA_MARK_FRAGMENT
         TCPHA_MAX_FAST
         TCPHA_HEAD_MAX
@@ -217,6 +218,7 @@ cdef extern from "tcpha.h" nogil:
         uint32_t coming
         uint16_t listen_port
         uint8_t listen_addr[16]
+        uint32_t device
 
     struct tcpha_event:
         uint64_t at_ns

@@ -33,6 +33,7 @@ cdef struct diag:
     int fd
     pthread_mutex_t lock
     uint32_t seq
+    uint32_t device        # by which packets of the flows come; 0: by none in particular
 
 
 # The socket that owns a flow. state 0: none, or a listener only.
@@ -43,6 +44,7 @@ cdef struct diag_answer:
     uint64_t received      # tcpi_bytes_received, a FIN included
     bint listener          # state 0, and a SYN would find somebody who listens
     bint queue_full        # whose accept queue is full
+    uint32_t device        # that the socket is bound to (SO_BINDTODEVICE); 0: to none
 
 
 cdef int diag_query(diag *d, const tcpha_flow *flow, diag_answer *a) noexcept nogil

@@ -9,8 +9,8 @@ from tcpha._fast.defs cimport tcpha_flow
 from tcpha._fast.message cimport REFUSE_BACKLOG, REFUSE_LISTENER
 from tcpha._fast.packet cimport address_bytes
 from tcpha._fast.sys cimport (
-    EINTR, ENOENT, errno, htons, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_unlock, recv, send)
+    EINTR, ENOENT, errno, htons, load32, pthread_mutex_destroy, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_unlock, recv, send, store32)
 
 cdef extern from "<linux/tcp.h>" nogil:
     struct tcp_info:
@@ -47,10 +47,10 @@ cdef struct request:
     inet_diag_req_v2 body
 
 
-cdef int _ask(diag *d, uint16_t kind, const tcpha_flow *flow, const uint32_t *cookie,
-              uint8_t *answer, uint32_t room) noexcept nogil:
-    """Send a request and receive its answer. Its length, or a negative errno. cookie: NULL for any.
-    d.lock is held."""
+cdef int _ask(diag *d, uint16_t kind, const tcpha_flow *flow, uint32_t device,
+              const uint32_t *cookie, uint8_t *answer, uint32_t room) noexcept nogil:
+    """Send a request and receive its answer. Its length, or a negative errno. device: a socket that
+    is bound to another one is not found; cookie: NULL for any. d.lock is held."""
     cdef request r
     cdef ssize_t n
     cdef nlmsghdr *h = <nlmsghdr *>answer
@@ -69,6 +69,7 @@ cdef int _ask(diag *d, uint16_t kind, const tcpha_flow *flow, const uint32_t *co
     r.body.id.idiag_dport = flow.cport
     memcpy(r.body.id.idiag_src, flow.vaddr + 12, 4)
     memcpy(r.body.id.idiag_dst, flow.caddr + 12, 4)
+    r.body.id.idiag_if = device
     r.body.id.idiag_cookie[0] = cookie[0] if cookie != NULL else <uint32_t>-1
     r.body.id.idiag_cookie[1] = cookie[1] if cookie != NULL else <uint32_t>-1
     while send(d.fd, &r, sizeof(r), 0) < 0:
@@ -90,6 +91,10 @@ cdef int _ask(diag *d, uint16_t kind, const tcpha_flow *flow, const uint32_t *co
 
 cdef int diag_query(diag *d, const tcpha_flow *flow, diag_answer *a) noexcept nogil:
     """Which socket owns the flow, seen from this host: vaddr and vport are local. 0 or -1."""
+    return _query(d, flow, load32(&d.device), a)
+
+
+cdef int _query(diag *d, const tcpha_flow *flow, uint32_t device, diag_answer *a) noexcept nogil:
     cdef uint8_t buf[1024]
     cdef int n
     cdef uint32_t at = sizeof(nlmsghdr) + sizeof(inet_diag_msg)
@@ -98,7 +103,7 @@ cdef int diag_query(diag *d, const tcpha_flow *flow, diag_answer *a) noexcept no
     cdef inet_diag_msg *answer
     memset(a, 0, sizeof(diag_answer))
     pthread_mutex_lock(&d.lock)
-    n = _ask(d, SOCK_DIAG_BY_FAMILY, flow, NULL, buf, sizeof(buf))
+    n = _ask(d, SOCK_DIAG_BY_FAMILY, flow, device, NULL, buf, sizeof(buf))
     pthread_mutex_unlock(&d.lock)
     if n == -ENOENT:
         return 0
@@ -106,6 +111,7 @@ cdef int diag_query(diag *d, const tcpha_flow *flow, diag_answer *a) noexcept no
         return -1
     answer = <inet_diag_msg *>(buf + sizeof(nlmsghdr))
     a.state = answer.idiag_state
+    a.device = answer.id.idiag_if
     memcpy(a.cookie, answer.id.idiag_cookie, sizeof(a.cookie))
     if a.state == TCP_LISTEN:
         a.state = 0
@@ -147,7 +153,7 @@ cdef bint diag_destroy(diag *d, const tcpha_flow *flow, const diag_answer *a) no
     if a.state == 0:
         return False
     pthread_mutex_lock(&d.lock)
-    rc = _ask(d, SOCK_DESTROY, flow, a.cookie, buf, sizeof(buf))
+    rc = _ask(d, SOCK_DESTROY, flow, load32(&d.device), a.cookie, buf, sizeof(buf))
     pthread_mutex_unlock(&d.lock)
     return rc == 0
 
@@ -165,15 +171,27 @@ cdef class SockDiag:
     def __dealloc__(self):
         pthread_mutex_destroy(&self.d.lock)
 
-    def has(self, str address, int port):
-        """Whether a SYN to an address of this host and a port would find a listener. If the kernel
-        does not say: yes."""
+    def listener(self, str address, int port, list devices):
+        """The listener that a SYN to an address of this host and a port would find, if it came by
+        one of these devices: the index of the one that it is bound to, or 0; None if there is none.
+        One that is bound takes precedence, as in the kernel. If the kernel does not say: 0."""
         cdef tcpha_flow flow
         cdef diag_answer a
         memset(&flow, 0, sizeof(flow))
         address_bytes(address, flow.vaddr)
         flow.vport = htons(port)
-        return diag_query(&self.d, &flow, &a) < 0 or a.listener
+        found = None
+        for device in devices:
+            if _query(&self.d, &flow, device, &a) < 0:
+                return 0
+            if a.listener and (a.device or found is None):
+                found = a.device
+        return found
+
+    def look_from(self, uint32_t device):
+        """Look sockets up as packets that come by a device find them: one that is bound to it, or
+        to none."""
+        store32(&self.d.device, device)
 
     def close(self):
         self.netlink.close()

@@ -12,8 +12,8 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
 from tcpha._fast.bpf cimport (
-    BPF_ANY, BPF_NOEXIST, Object, bpf_map_delete_elem, bpf_map_lookup_batch,
-    bpf_map_lookup_elem, bpf_map_update_elem)
+    BPF_ANY, BPF_NOEXIST, Object, __sk_buff, bpf_map_delete_elem, bpf_map_lookup_batch,
+    bpf_map_lookup_elem, bpf_map_update_elem, bpf_prog_test_run_opts, bpf_test_run_opts)
 from tcpha._fast.bpf import possible_cpus
 from tcpha._fast.core cimport SCRATCH
 from tcpha._fast.datapath cimport (
@@ -23,7 +23,7 @@ from tcpha._fast.defs cimport (
     TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_FAST_EARLY, TCPHA_FAST_FIRST, TCPHA_FAST_SOCKET,
     TCPHA_FLOWING, TCPHA_FORWARD, TCPHA_F_ANSWERED, TCPHA_F_FAST, TCPHA_F_RST, TCPHA_GIVEN_UP,
     TCPHA_IPID_PLAIN, TCPHA_LOCAL, TCPHA_LOCAL_NODE, TCPHA_MAC_FAST, TCPHA_MAC_KEPT, TCPHA_MAC_MARK,
-    TCPHA_MAC_ROOM, TCPHA_MAX_BACKENDS, TCPHA_MAX_FAST, TCPHA_MAX_OPS, TCPHA_MAX_RULES,
+    TCPHA_MAC_ROOM, TCPHA_MARK_FORGED, TCPHA_MAX_BACKENDS, TCPHA_MAX_FAST, TCPHA_MAX_OPS, TCPHA_MAX_RULES,
     TCPHA_OP_ADOPT, TCPHA_OP_DROP, TCPHA_OP_END, TCPHA_OP_HAND_OVER, TCPHA_OP_LET_FLOW,
     TCPHA_OP_QUERY, TCPHA_OP_TAKE_BACK, TCPHA_PENDING, TCPHA_R_ASSIGN, TCPHA_R_LIVE, TCPHA_R_NONE,
     TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_OK, TCPHA_R_TIME_WAIT, TCPHA_STATE_VERSION,
@@ -47,7 +47,7 @@ from tcpha._fast.sys cimport (
     EINTR, ENOENT, IPPROTO_TCP, add64, errno, htons, load32, load64, now_ns, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_rwlock_destroy,
     pthread_rwlock_rdlock, pthread_rwlock_t, pthread_rwlock_unlock, pthread_rwlock_wrlock, read,
-    rwlock_init, setsockopt, store64)
+    rwlock_init, setsockopt, store32, store64)
 
 cdef extern from "<unistd.h>" nogil:
     int usleep(unsigned int usec)
@@ -69,6 +69,8 @@ cdef enum:
     RING_BUSY = 1u << 31
     RING_DISCARD = 1u << 30
 
+# for the kernel to take in what passes from the TAP to another device
+cdef uint64_t DETOUR_NS = 20000000
 # a request that no back end has taken, and that its client has not sent again
 cdef uint64_t PENDING_NS = 60000000000
 cdef uint64_t PATIENCE_NS = 1000000000   # of the Local Node, for its server's accept queue
@@ -802,6 +804,8 @@ cdef class FeEbpf(FeDatapath):
 
 cdef struct be_ebpf:
     int tap
+    tcpha_gate *gate
+    int forged             # the program that runs where the listener is bound to a device
     tcpha_op *ops
     uint8_t vaddr[16]
     uint8_t listen_addr[16]
@@ -812,6 +816,61 @@ cdef struct be_ebpf:
     uint64_t *consumed     # the events' ring buffer: where we are, and where the program is
     uint64_t *produced
     uint8_t *ring
+
+
+cdef int _look(be_ebpf *d, uint32_t worker, const tcpha_flow *flow) noexcept nogil:
+    """Look a flow's socket up; at the listener's device, if it is bound to one: what is made on the
+    TAP device does not find it. The answer is in ops[worker]."""
+    cdef uint8_t frame[ETH_SIZE + 46]
+    cdef uint16_t kind = htons(TCPHA_ETH_OP)
+    cdef uint32_t device = load32(&d.gate.device)
+    cdef tcpha_op *op = &d.ops[worker]
+    cdef bpf_test_run_opts run
+    cdef __sk_buff skb
+    if device == 0:
+        return _query(d.tap, d.ops, worker, flow)
+    memset(frame, 0, sizeof(frame))
+    memcpy(frame + 12, &kind, 2)
+    memcpy(frame + ETH_SIZE, &worker, 4)
+    memset(&skb, 0, sizeof(skb))
+    skb.ifindex = device
+    skb.mark = TCPHA_MARK_FORGED
+    memset(&run, 0, sizeof(run))
+    run.sz = sizeof(run)
+    run.data_in = frame
+    run.data_size_in = sizeof(frame)
+    run.ctx_in = &skb
+    run.ctx_size_in = sizeof(skb)
+    op.flow = flow[0]
+    op.kind = TCPHA_OP_QUERY
+    op.result = TCPHA_R_NONE
+    return 0 if bpf_prog_test_run_opts(d.forged, &run) == 0 and op.result != TCPHA_R_NONE else -1
+
+
+cdef bint _await(be_ebpf *d, tcpha_op *op) noexcept nogil:
+    """Whether the program has seen the packet that op is about. A packet that passes on to the
+    listener's device may do so when write() has returned."""
+    cdef uint64_t begin = now_ns()
+    while load32(&op.result) == TCPHA_R_NONE:
+        if load32(&d.gate.device) == 0 or now_ns() - begin > DETOUR_NS:
+            op.kind = 0    # it would be adopted behind our back
+            return False
+        usleep(100)
+    return True
+
+
+cdef int _verify(be_ebpf *d, uint32_t worker, const tcpha_flow *flow) noexcept nogil:
+    """Whether what the program has adopted became a socket, in ops[worker]: the kernel is silent if
+    the accept queue was full. Behind a detour, it may take a moment. 0 or a refusal."""
+    cdef uint64_t begin = now_ns()
+    while True:
+        if _look(d, worker, flow) < 0:
+            return REFUSE_ERROR
+        if d.ops[worker].result != TCPHA_R_NO_SOCKET:
+            return 0
+        if load32(&d.gate.device) == 0 or now_ns() - begin > DETOUR_NS:
+            return REFUSE_BACKLOG
+        usleep(100)
 
 
 cdef int _attach(be_ebpf *d, uint32_t worker, const snapshot *s, const uint8_t *data, segment *g,
@@ -841,7 +900,7 @@ cdef int _attach(be_ebpf *d, uint32_t worker, const snapshot *s, const uint8_t *
         g.seq = s.rcv_nxt - (1 if s.flags & SNAP_FIN else 0) - s.len
         g.flags = TCP_ACK | TCP_PSH
         g.len = min(s.len, <uint32_t>CHUNK)
-        if tap_send(d.tap, head, forge(head, g), data, g.len) != 0:
+        if tap_send(d.tap, head, forge(head, g), data, g.len) != 0 or not _await(d, op):
             return REFUSE_ERROR
         if op.result != TCPHA_R_TIME_WAIT and op.result != TCPHA_R_LIVE:
             break
@@ -866,10 +925,7 @@ cdef int _attach(be_ebpf *d, uint32_t worker, const snapshot *s, const uint8_t *
         return REFUSE_UNSUPPORTED
     if op.result != TCPHA_R_OK:
         return REFUSE_ERROR
-    # the kernel has been silent if the accept queue was full: look
-    if _query(d.tap, d.ops, worker, &s.flow) < 0:
-        return REFUSE_ERROR
-    return REFUSE_BACKLOG if op.result == TCPHA_R_NO_SOCKET else 0
+    return _verify(d, worker, &s.flow)
 
 
 cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
@@ -921,7 +977,7 @@ cdef int _feed_from(be_ebpf *d, uint32_t worker, const snapshot *s, const uint8_
         if have + g.len == s.len and fin:
             g.flags |= TCP_FIN
         if tap_send(d.tap, head, forge(head, g), data + have, g.len) != 0 or \
-                _query(d.tap, d.ops, worker, &s.flow) < 0 or op.rcv_nxt - start == have:
+                _look(d, worker, &s.flow) < 0 or op.rcv_nxt - start == have:
             return DP_MORE
     return 0
 
@@ -929,7 +985,7 @@ cdef int _feed_from(be_ebpf *d, uint32_t worker, const snapshot *s, const uint8_
 cdef int _feed(void *self, uint32_t worker, const snapshot *s, const uint8_t *data) noexcept nogil:
     cdef be_ebpf *d = <be_ebpf *>self
     cdef segment g
-    if _query(d.tap, d.ops, worker, &s.flow) < 0:
+    if _look(d, worker, &s.flow) < 0:
         return DP_MORE
     segment_from(&g, s)
     return _feed_from(d, worker, s, data, &g)
@@ -938,7 +994,7 @@ cdef int _feed(void *self, uint32_t worker, const snapshot *s, const uint8_t *da
 cdef int _alive(void *self, uint32_t worker, const tcpha_flow *flow) noexcept nogil:
     cdef be_ebpf *d = <be_ebpf *>self
     cdef tcpha_op *op = &d.ops[worker]
-    if _query(d.tap, d.ops, worker, flow) < 0:
+    if _look(d, worker, flow) < 0:
         return DP_ALIVE
     if op.result == TCPHA_R_LIVE:
         return DP_ALIVE if op.state == TCP_ESTABLISHED or op.state == TCP_CLOSE_WAIT else DP_CLOSING
@@ -973,7 +1029,7 @@ cdef void _give_up(void *self, const tcpha_flow *flow, uint32_t isn) noexcept no
 cdef bint _position(void *self, uint32_t worker, const tcpha_flow *flow,
                     uint32_t *rcv_nxt) noexcept nogil:
     cdef be_ebpf *d = <be_ebpf *>self
-    if _query(d.tap, d.ops, worker, flow) < 0 or d.ops[worker].result != TCPHA_R_LIVE:
+    if _look(d, worker, flow) < 0 or d.ops[worker].result != TCPHA_R_LIVE:
         return False
     rcv_nxt[0] = d.ops[worker].rcv_nxt
     return True
@@ -1031,6 +1087,8 @@ cdef class BeEbpf(BeDatapath):
         self.obj = Object(path, (<char *>&conf)[:sizeof(conf)], None,
                           _fitting(left, {"frontends": (16, 4)}))
         self.d.tap = tap[0]
+        self.d.forged = self.obj.program_fd("be_forged")
+        self.d.gate = <tcpha_gate *>self.obj.map_memory("gate", sizeof(tcpha_gate))
         self.d.ops = <tcpha_op *>self.obj.map_memory("ops", TCPHA_MAX_OPS * sizeof(tcpha_op))
         self.sockets = sockets
         if sockets is not None:
@@ -1060,12 +1118,19 @@ cdef class BeEbpf(BeDatapath):
             self.d.adoptions = self.obj.map_fd("adoptions")
             self.table.keys = <tcpha_keys *>self.obj.map_memory(
                 "keys", TCPHA_MAX_FAST * sizeof(tcpha_keys))
-            self.table.gate = <tcpha_gate *>self.obj.map_memory("gate", sizeof(tcpha_gate))
+            self.table.gate = self.d.gate
             memcpy(self.table.gate.listen_addr, self.d.listen_addr, 16)
             self.table.gate.listen_port = self.d.listen_port
 
     def __dealloc__(self):
         free(self.d)
+
+    def follow(self, uint32_t device):
+        """The listener is bound to a device. The way over it, where be_forged must run, is kept
+        when one comes that is bound to none: its sockets are found there, too."""
+        store32(&self.d.gate.device, device)
+        if self.sockets is not None:
+            self.sockets.look_from(device)
 
     def allow(self, str address, bint allowed):
         """Accept tunnelled packets from a front end, or no longer."""

@@ -2,7 +2,7 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from tcpha._fast.datapath cimport BeDatapath
-from tcpha._fast.defs cimport tcpha_counters
+from tcpha._fast.defs cimport tcpha_counters, tcpha_flow
 from tcpha._fast.diag cimport SockDiag, diag
 from tcpha._fast.nfqueue cimport packet
 from tcpha._fast.rewrite cimport icmp_view, tcp_view
@@ -24,6 +24,7 @@ cdef struct be_nfqueue:
     uint8_t vaddr[16]
     uint8_t listen_addr[16]
     uint16_t listen_port   # network byte order
+    uint32_t chunk         # payload of a forged segment
     bint shared            # others may talk to the local server directly
     uint32_t frontends[MAX_FRONTENDS]
     uint32_t nfrontends
@@ -44,3 +45,4 @@ cdef class BeNfqueue(BeDatapath):
     cdef list queues
     cdef object raw
     cdef SockDiag sockets
+    cdef bint _has_socket(self, const tcpha_flow *local, list devices)

@@ -42,6 +42,7 @@ from tcpha._fast.table cimport (
 
 cdef enum:
     CHUNK = 60000          # payload of a forged segment; one skb, so that overhead is small
+    HEADERS = 60           # of a forged segment, and some room
     LEAP = 1 << 24         # how far 'high' may be behind, if the queue was full
     SWEEP = 512            # entries looked at by one call of sweep()
     LAYOUT = 2             # version of struct be_flow
@@ -689,7 +690,7 @@ cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
     _segment(&g, s, &local, &copy)
     g.seq = _start(s)
     g.flags = TCP_ACK | TCP_PSH
-    g.len = min(s.len, <uint32_t>CHUNK)
+    g.len = min(s.len, load32(&d.chunk))
     # Nothing after SETTLE_NS: the accept queue is full; or it was, or our stack is late, and then a
     # client would send again.
     begin = now_ns()
@@ -728,7 +729,7 @@ cdef int _feed_from(be_nfqueue *d, const snapshot *s, const uint8_t *data, segme
         if have >= s.len + fin:
             return 0
         g.seq = start + have
-        g.len = min(s.len - have, <uint32_t>CHUNK)
+        g.len = min(s.len - have, load32(&d.chunk))
         g.flags = TCP_ACK | TCP_PSH
         if have + g.len == s.len and fin:
             g.flags |= TCP_FIN
@@ -862,11 +863,11 @@ cdef void _sweep(void *self, uint64_t now) noexcept nogil:
 
 cdef class BeNfqueue(BeDatapath):
     """capacity: connections in the table, those in TIME_WAIT included; mark: of packets that we
-    inject; queues: Queue objects, started later; file: where the table lies, or None; local: on the
-    front end, for its Local Node."""
+    inject; queues: Queue objects, started later; file: where the table lies, or None; devices: by
+    which clients' packets may come; local: on the front end, for its Local Node."""
 
     def __cinit__(self, str vaddr, str listen_addr, int listen_port, uint32_t capacity,
-                  uint32_t mark, list queues, file, bint local=False):
+                  uint32_t mark, list queues, file, list devices, bint local=False):
         cdef Queue q
         cdef bint kept
         self.d = <be_nfqueue *>calloc(1, sizeof(be_nfqueue))
@@ -874,6 +875,7 @@ cdef class BeNfqueue(BeDatapath):
             raise MemoryError
         self.sockets = SockDiag()
         self.d.sockets = &self.sockets.d
+        self.d.chunk = CHUNK
         rwlock_init(&self.d.lock)
         pthread_mutex_init(&self.d.wait_lock, NULL)
         pthread_cond_init(&self.d.answered, NULL)
@@ -887,7 +889,7 @@ cdef class BeNfqueue(BeDatapath):
         self.raw.setsockopt(socket.SOL_SOCKET, 36, mark)  # SO_MARK
         self.d.raw_fd = self.raw.fileno()
         if kept:
-            self._take_over()
+            self._take_over(devices)
         self.queues = queues
         for q in queues:
             q.set_handler(_on_packet, NULL, self.d, &self.d.lock)
@@ -908,20 +910,26 @@ cdef class BeNfqueue(BeDatapath):
             pthread_cond_destroy(&self.d.answered)
             free(self.d)
 
-    def _take_over(self):
-        """Keep those flows of an earlier run whose sockets live."""
+    def _take_over(self, list devices):
+        """Keep those flows of an earlier run whose sockets live. What they are bound to, the
+        listener of now need not tell."""
         cdef uint32_t i
         cdef flow_cell *c
         cdef be_flow *f
-        cdef diag_answer a
         for i in range(self.d.flows.head.fresh):
             c = table_cell(&self.d.flows, i)
             f = <be_flow *>(c + 1)
-            if not c.used:
-                continue
-            if f.state != B_LIVE or f.ended_ns or \
-                    diag_query(self.d.sockets, &c.key, &a) < 0 or a.state == 0:
+            if c.used and (f.state != B_LIVE or f.ended_ns or
+                           not self._has_socket(&c.key, devices)):
                 table_remove(&self.d.flows, &c.key)
+
+    cdef bint _has_socket(self, const tcpha_flow *local, list devices):
+        cdef diag_answer a
+        for device in devices:
+            self.sockets.look_from(device)
+            if diag_query(self.d.sockets, local, &a) == 0 and a.state != 0:
+                return True
+        return False
 
     def end_all(self):
         """Reset the connections that live: nobody will rewrite their packets any more."""
@@ -934,6 +942,12 @@ cdef class BeNfqueue(BeDatapath):
                 if c.used and not (<be_flow *>(c + 1)).ended_ns and \
                         diag_query(self.d.sockets, &c.key, &a) == 0:
                     diag_destroy(self.d.sockets, &c.key, &a)
+
+    def follow(self, uint32_t device, int mtu):
+        """The listener is bound to a device, by which what we inject comes in: Linux before 5.12
+        drops there what is longer than its MTU. See BeEbpf.follow()."""
+        store32(&self.d.chunk, min(CHUNK, mtu - HEADERS))
+        self.sockets.look_from(device)
 
     def close(self):
         """No queue may be served any more."""

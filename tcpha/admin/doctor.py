@@ -16,6 +16,7 @@ from typing import Any
 from tcpha._fast.bpf import kernel_has_function
 from tcpha._fast.diag import SockDiag
 from tcpha.admin.server import Refused, ask
+from tcpha.application import address_of, devices_of, find
 from tcpha.config import ANY, Config, ConfigError, load
 from tcpha.datapath import ADOPT_KFUNC, DatapathError, choose, describe
 from tcpha.net.host import Host, HostError
@@ -72,10 +73,10 @@ def _findings(role: str, file: str, run_dir: Path) -> Iterator[Row]:
     yield from _addresses(role, config, host)
     if role == "fe":
         yield from _peers(config, host)
-        yield from _application("Local Node", config, required=False)
+        yield from _application("Local Node", config, host, required=False)
     else:
         yield from _arp(config, host)
-        yield from _application("application", config, required=True)
+        yield from _application("application", config, host, required=True)
         if config.dregister:
             yield from _reach("front end", config.feaddr, config.feport,
                               "start tcphafe there, or mend feaddr and feport")
@@ -104,7 +105,7 @@ def _daemon(role: str, run_dir: Path) -> Iterator[Row]:
                    f"tcphactl fe undrain {server['server']}" if server["state"] == "draining" else
                    "run 'tcphactl doctor' on that host")
     if status.get("application") == "dead":
-        yield "application", FAULT, "tcphabe finds nobody listening", "start the web server"
+        yield "application", FAULT, f"tcphabe finds: {status['trouble']}", "see below"
 
 
 def _kept(host: dict[str, list[dict[str, Any]]]) -> Iterator[Row]:
@@ -260,19 +261,18 @@ def _arp(config: Config, host: Host) -> Iterator[Row]:
         yield "ARP", GOOD, f"arp_ignore = {ignore}, arp_announce = {announce}", ""
 
 
-def _application(what: str, config: Config, required: bool) -> Iterator[Row]:
-    address = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
-    where = f"{address}:{config.redirectport}"
+def _application(what: str, config: Config, host: Host, required: bool) -> Iterator[Row]:
+    where = f"{address_of(config)}:{config.redirectport}"
     sockets = SockDiag()
     try:
-        listens = sockets.has(address, config.redirectport)
+        found = find(sockets, devices_of(config, host), address_of(config), config.redirectport)
     finally:
         sockets.close()
-    if listens:
-        yield what, GOOD, f"somebody listens on {where}", ""
-    elif required:
-        yield (what, FAULT, f"nobody listens on {where}",
-               "start the web server, or mend redirectaddr and redirectport")
+    if not found.trouble:
+        bound = f", bound to {host.interface(found.device)}" if found.device else ""
+        yield what, GOOD, f"somebody listens on {where}{bound}", ""
+    elif required or not found.absent:
+        yield what, FAULT if required else WARNING, found.trouble, found.remedy
     else:
         yield (what, GOOD, f"nobody listens on {where}: what no back end takes is answered 503",
                "start a web server there, if it should be served")

@@ -8,14 +8,14 @@ import socket
 from typing import Any
 
 from tcpha._fast.be_worker import BackEnd
-from tcpha._fast.diag import SockDiag
 from tcpha._fast.message import clock
 from tcpha.admin.rundir import RunDir
 from tcpha.admin.server import Command
 from tcpha.admin.web import Pages
+from tcpha.application import Application
 from tcpha.backend import arp
 from tcpha.backend.registration import Registration
-from tcpha.config import ANY, Config
+from tcpha.config import Config
 from tcpha.control.hello import (
     PATIENCE,
     Hello,
@@ -41,8 +41,7 @@ class BackEndService(Service):
         self.core = BackEnd(config.maxclients)
         self.instance = new_instance()
         self.frontends: list[tuple[str, str]] = []  # (instance, address) by peer index
-        self.sockets = SockDiag()
-        self.listens: bool | None = None  # the application, as last seen
+        self.application = Application(config, self.host)
         self.said = 0
         self.registration = Registration(config, self.secret, self.instance)
         self.registering: asyncio.Task[None] | None = None
@@ -93,34 +92,33 @@ class BackEndService(Service):
         if not self.leaving:
             await self._leave()
         self.listener.close()
-        self.sockets.close()
+        self.application.close()
 
     def every_second(self) -> None:
+        self.application.renew()
         self._look_at_application()
 
     def every_tick(self) -> None:
-        if not self.listens:  # its clients are being turned away
+        if not self.application.usable:  # its clients are being turned away
             self._look_at_application()
-
-    def _listens_at(self) -> str:
-        config = self.config
-        return str(config.vaddr if config.redirectaddr == ANY else config.redirectaddr)
 
     def _look_at_application(self) -> None:
         """Tell front ends when the application begins to listen or no longer does."""
-        config = self.config
-        address = self._listens_at()
-        listens = self.sockets.has(address, config.redirectport)
-        if listens == self.listens:
+        application = self.application
+        was = application.usable if application.found else None
+        if not application.look(self.datapath) or application.found is None:
             return
-        self.listens = listens
-        self.said = clock() << 1 | listens
-        self.core.tell_server(self.said)
-        if listens:
-            log.info("the application listens on %s:%d", address, config.redirectport)
-        else:
-            log.warning("nothing listens on %s:%d; start the application, or mend redirectaddr "
-                        "and redirectport", address, config.redirectport)
+        usable, found = application.usable, application.found
+        if usable and not was:
+            log.info("the application listens on %s:%d", application.address, application.port)
+        if usable and found.device:
+            log.info("the application is bound to the device %s",
+                     socket.if_indextoname(found.device))
+        if not usable:
+            log.warning("%s; %s", found.trouble, found.remedy)
+        if usable != was:
+            self.said = clock() << 1 | usable
+            self.core.tell_server(self.said)
 
     def _mtu(self, address: str) -> int:
         """Of the interface at which a front end reaches us."""
@@ -171,7 +169,7 @@ class BackEndService(Service):
         """A front end knows nothing of earlier connections; we may not either, but the kernel."""
         try:
             sockets = await asyncio.to_thread(self.host.connections,
-                                              {self.config.vaddr, self._listens_at()})
+                                              {self.config.vaddr, self.application.address})
         except HostError as error:
             log.warning("%s; what an earlier run adopted is not found", error)
             sockets = []
@@ -236,7 +234,8 @@ class BackEndService(Service):
             "dregister": config.dregister, "registered": self.registration.registered,
             "unloading": self.unloading, "host": self.keeper.report(),
             "workers": self.workers.stats(),
-            "application": "listening" if self.listens else "dead",
+            "application": "listening" if self.application.usable else "dead",
+            "trouble": self.application.found.trouble if self.application.found else "",
             "live": self.live(), "counters": self.core.counters(),
             "packets": self.datapath.counters(),
             "frontends": [{"address": a, "connections": sum(

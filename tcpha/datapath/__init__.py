@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any, Protocol, TypeVar
 
 from pyroute2.netlink.exceptions import NetlinkError
@@ -16,7 +17,13 @@ from tcpha.net.host import Host
 
 log = logging.getLogger("tcpha")
 LOCAL_CONNECTIONS = 16384  # that the Local Node may have at one time
+DEVICE_PRIORITY = 199  # of filters: before those that judge what comes from the network
 ADOPT_KFUNC = "bpf_sk_assign_tcp_reqsk"  # Linux 6.9
+
+
+def program_file(name: str) -> str:
+    """Of BPF programs, an object."""
+    return str(resources.files("tcpha._bpf") / f"{name}.bpf.o")
 
 
 class DatapathError(Exception):
@@ -73,6 +80,9 @@ class Backend(Protocol):
     fastpath: bool
 
     def allow(self, address: str, allowed: bool) -> None: ...
+    def follow(self, device: int) -> None:
+        """The application's listener is bound to a device, and takes only what comes by that.
+        Raises OSError or NetlinkError. It may become another one later, or none."""
     def counters(self) -> dict[str, Any]: ...
     def close(self) -> None: ...
 

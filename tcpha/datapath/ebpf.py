@@ -5,14 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from importlib import resources
 from typing import Any
 
 from tcpha._fast.bpf import kernel_has_function
 from tcpha._fast.diag import SockDiag
 from tcpha._fast.ebpf import BeEbpf, FeEbpf
 from tcpha.config import ANY, Config
-from tcpha.datapath import ADOPT_KFUNC, DatapathError, Path, allow_adoption, headers
+from tcpha.datapath import (
+    ADOPT_KFUNC,
+    DEVICE_PRIORITY,
+    DatapathError,
+    Path,
+    allow_adoption,
+    headers,
+    program_file,
+)
 from tcpha.datapath.fragments import Fragments, open_fragments
 from tcpha.net import rules
 from tcpha.net.host import Host, HostError
@@ -23,10 +30,6 @@ FE_PRIORITY = 200
 BE_PRIORITY = 201
 MAX_QUEUES = 4  # FAST_QUEUES in _fast/datapath.pxd
 TIMESTAMPS, SACK, WSCALE, ECN = 1, 2, 4, 8  # struct tcpha_fe_conf, options
-
-
-def _object(name: str) -> str:
-    return str(resources.files("tcpha._bpf") / name)
 
 
 class _Ebpf:
@@ -75,7 +78,7 @@ class EbpfFrontend(_Ebpf):
     def _begin(self) -> None:
         config, host = self.config, self.host
         left = host.maps.get(FE_PRIORITY, {})
-        self.table = FeEbpf(_object("fe.bpf.o" if self.fastpath else "fe_socket.bpf.o"),
+        self.table = FeEbpf(program_file("fe" if self.fastpath else "fe_socket"),
                             (self.tap_fd, self.tap_index), config.vaddr, config.port,
                             config.maxclients, config.maxflows, config.forward == "tunnel",
                             self._open_fast(), left)
@@ -169,7 +172,19 @@ class EbpfFrontend(_Ebpf):
         return list(self.table.flows())
 
 
-class EbpfBackend(_Ebpf):
+class _Adopter(_Ebpf):
+    """Of a back end and of the Local Node."""
+
+    def __init__(self, config: Config, host: Host, prefix: str):
+        super().__init__(config, host, prefix)
+        self.host = host
+
+    def follow(self, device: int) -> None:
+        self.host.attach(device, self.table.obj.program_fd("be_forged"), DEVICE_PRIORITY)
+        self.table.follow(device)
+
+
+class EbpfBackend(_Adopter):
     def __init__(self, config: Config, host: Host, fastpath: bool):
         super().__init__(config, host, "tcphabe")
         self.fastpath = fastpath
@@ -177,7 +192,7 @@ class EbpfBackend(_Ebpf):
         listen = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
         try:
             self._leave_untracked(config.vaddr, host)
-            self.table = BeEbpf(_object("be.bpf.o"), (self.tap_fd, self.tap_index), config.vaddr,
+            self.table = BeEbpf(program_file("be"), (self.tap_fd, self.tap_index), config.vaddr,
                                 config.raddr, listen, config.redirectport, fast=fastpath,
                                 left=host.maps.get(BE_PRIORITY, {}))
             self._attach(config, host, BE_PRIORITY, "be_tap", "be_ingress")
@@ -210,7 +225,7 @@ class EbpfBackend(_Ebpf):
             super().close()
 
 
-class EbpfLocal(_Ebpf):
+class EbpfLocal(_Adopter):
     """A back end's way of adoption for the front end's own server. No program of it sees what comes
     from the network."""
 
@@ -218,7 +233,7 @@ class EbpfLocal(_Ebpf):
         super().__init__(config, host, "tcphaln")
         self.sockets = SockDiag()
         try:
-            self.table = BeEbpf(_object("be.bpf.o"), (self.tap_fd, self.tap_index), config.vaddr,
+            self.table = BeEbpf(program_file("be"), (self.tap_fd, self.tap_index), config.vaddr,
                                 config.vaddr, address, port, self.sockets)
             self._attach_tap(host, BE_PRIORITY, "be_tap")
         except BaseException:

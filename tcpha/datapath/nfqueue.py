@@ -11,17 +11,20 @@ import logging
 import os
 import select
 import socket
+import struct
 import threading
 from pathlib import Path as FilePath
 from typing import Any
 
 from netfilterqueue import NetfilterQueue
 
+from tcpha._fast.bpf import Object
 from tcpha._fast.nfqueue import PROBE_MARK, PROBE_PRIORITY, Queue, open_queues
 from tcpha._fast.nfqueue_be import BeNfqueue
 from tcpha._fast.nfqueue_fe import FeNfqueue
+from tcpha.application import devices_of
 from tcpha.config import ANY, Config
-from tcpha.datapath import LOCAL_CONNECTIONS, DatapathError, Path
+from tcpha.datapath import DEVICE_PRIORITY, LOCAL_CONNECTIONS, DatapathError, Path, program_file
 from tcpha.datapath.fragments import open_fragments
 from tcpha.net import rules
 from tcpha.net.host import Host, HostError
@@ -252,7 +255,8 @@ class _Adopter(_Nfqueue):
         super().__init__(config, host, role, heads=True)
         self.file = file
         self.table = BeNfqueue(config.vaddr, address, port, connections * 2 + TIME_WAIT_FLOWS, MARK,
-                               self.queues, str(file) if file else None, file is None)
+                               self.queues, str(file) if file else None,
+                               devices_of(config, host), file is None)
         first, total = self._span
         self.handshakes = _Handshakes(self.table, first + len(self.queues))
         local: dict[str, Any] = {"hook": "postrouting", "source": address, "sport": port}
@@ -277,6 +281,13 @@ class _Adopter(_Nfqueue):
 
     def allow(self, address: str, allowed: bool) -> None:
         self.table.allow(address, allowed)
+
+    def follow(self, device: int) -> None:
+        host = self.host
+        programs = Object(program_file("detour"), struct.pack("=2I", MARK, device))
+        host.attach(device, programs.program_fd("be_arrival"), DEVICE_PRIORITY)
+        host.attach(socket.if_nametoindex("lo"), programs.program_fd("be_detour"), DEVICE_PRIORITY)
+        self.table.follow(device, host.mtu(device))
 
     def close(self) -> None:
         # without us their packets would leave as they are, and mean nothing to the clients

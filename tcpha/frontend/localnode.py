@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from tcpha._fast.be_worker import BackEnd
-from tcpha._fast.diag import SockDiag
 from tcpha._fast.message import clock
-from tcpha.config import ANY, Config
+from tcpha.application import Application
+from tcpha.config import Config
 from tcpha.datapath import LOCAL_CONNECTIONS, DatapathError, Frontend, allow_adoption
 from tcpha.net.host import Host
 from tcpha.supervisor import Supervisor
@@ -30,12 +30,10 @@ class LocalNode:
 
     def __init__(self, config: Config, core: Any, datapath: Frontend, host: Host):
         self.core = core
-        self.address = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
-        self.port = config.redirectport
-        self.listens: bool | None = None
+        self.application = Application(config, host)
+        self.address, self.port = self.application.address, self.application.port
         self.node = BackEnd(LOCAL_CONNECTIONS)
         self.workers = Supervisor(self.node, *WORKERS)
-        self.sockets = SockDiag()
         core.backend_open(INDEX, NAME)
         core.backend_flags(INDEX, app_down=True)
         self.datapath: Any = None
@@ -63,19 +61,25 @@ class LocalNode:
         if self.datapath is None:
             return
         self.workers.tick()
-        if not self.listens:  # requests for it are being turned away
-            self.look()
+        if not self.application.usable:  # requests for it are being turned away
+            self._look()
 
     def look(self) -> None:
         """See whether its server is there. One that did not answer in time gets another chance."""
         if self.datapath is None:
             return
-        listens = self.sockets.has(self.address, self.port)
-        self.core.backend_flags(INDEX, app_down=not listens, dead=False)
-        if listens != self.listens and (listens or self.listens is not None):
-            log.info("Local Node: %s %s:%d", "a server listens on" if listens else
-                     "nobody listens any more on", self.address, self.port)
-        self.listens = listens
+        self.application.renew()
+        self._look()
+
+    def _look(self) -> None:
+        application = self.application
+        first = application.found is None
+        changed = application.look(self.datapath)
+        self.core.backend_flags(INDEX, app_down=not application.usable, dead=False)
+        if changed and application.usable:
+            log.info("Local Node: a server listens on %s:%d", self.address, self.port)
+        elif changed and application.found and not (first and application.found.absent):
+            log.info("Local Node: %s; %s", application.found.trouble, application.found.remedy)
 
     def level(self, dbglevel: int) -> None:
         self.node.dbglevel = dbglevel
@@ -86,7 +90,7 @@ class LocalNode:
     def status(self) -> dict[str, Any]:
         stats = self.core.backend_stats(INDEX)
         return {"redirectaddr": self.address, "redirectport": self.port,
-                "listening": bool(self.listens),
+                "listening": self.application.usable,
                 **{key: stats[key] for key in ("live", "handed", "refused", "closed")}}
 
     def close(self, end_log: Callable[[Any], None]) -> None:
@@ -95,5 +99,5 @@ class LocalNode:
             self.workers.finish()
             end_log(self.node.log_lines())
             self.datapath.close()
-        self.sockets.close()
+        self.application.close()
         self.node.close()

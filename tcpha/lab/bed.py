@@ -255,11 +255,14 @@ http {{
 
 class Nginx:
     """An unmodified nginx on a host. Files are served from 'root'; PUT stores below /up/. extra and
-    http: more for its configuration, in the server and in front of that."""
+    http: more for its configuration, in the server and in front of that. inherits: makes the socket
+    that it is started with, for its one port, as by systemd."""
 
     def __init__(self, host: Host, ports: tuple[int | str, ...] = (80,), log: bool = True,
-                 extra: str = "", workers: int = 1, backlog: int = 4096, http: str = ""):
+                 extra: str = "", workers: int = 1, backlog: int = 4096, http: str = "",
+                 inherits: Callable[[], socket.socket] | None = None):
         self.host = host
+        self.inherits = inherits
         self.root = host.dir / "www"
         (self.root / "up").mkdir(parents=True)
         self.log = host.dir / "access.log"
@@ -272,8 +275,15 @@ class Nginx:
         self.start()
 
     def start(self) -> None:
+        kw: dict[str, Any] = {"stderr": subprocess.DEVNULL}
+        listener = self.host.inside(self.inherits) if self.inherits else None
+        if listener:
+            kw |= {"pass_fds": [listener.fileno()],
+                   "env": {**os.environ, "NGINX": f"{listener.fileno()};"}}
         self.process = self.host.start("nginx", "-p", str(self.host.dir), "-c", str(self.conf),
-                                       stderr=subprocess.DEVNULL)
+                                       **kw)
+        if listener:
+            listener.close()
         port = str(self.ports[0]).rpartition(":")[2].split()[0]
         wait_for(lambda: listening(self.host, port), f"nginx on {self.host.name}")
 
