@@ -14,10 +14,14 @@ from tcpha.config import ANY, Config
 from tcpha.net.host import Host, HostError
 
 REMEDY = "start the application, or mend redirectaddr and redirectport"
+PLAIN_TCP = ("have it listen with TCP (programs in Go with GODEBUG=multipathtcp=0, others without "
+             "mptcpize), or write 'datapath = nfqueue' on this host")
 
 
 class Follower(Protocol):
     """A datapath that injects what clients have sent."""
+
+    name: str
 
     def follow(self, device: int) -> None:
         """The listener takes only what comes by this device. Raises OSError or NetlinkError."""
@@ -50,13 +54,17 @@ def devices_of(config: Config, host: Host) -> list[int]:
         return [0]
 
 
-def find(sockets: SockDiag, devices: list[int], address: str, port: int) -> Found:
+def find(sockets: SockDiag, devices: list[int], address: str, port: int, datapath: str) -> Found:
     """What a client's SYN would find in this host's own view: rules that send it elsewhere do not
     count, since what is handed over has no SYN."""
-    device = sockets.listener(address, port, devices)
-    if device is not None:
-        return Found(device=device)
     where = f"{address}:{port}"
+    listener = sockets.listener(address, port, devices)
+    if listener is not None:
+        device, mptcp = listener
+        if mptcp and datapath == "ebpf":  # bpf_sk_assign_tcp_reqsk() refuses it
+            return Found(f"the application on {where} is an MPTCP listener, to which the kernel "
+                         "hands nothing over with datapath ebpf", PLAIN_TCP)
+        return Found(device=device)
     names = ", ".join(socket.if_indextoname(i) for i in devices if i)
     for index, name in socket.if_nameindex():
         if sockets.listener(address, port, [index]):
@@ -83,7 +91,7 @@ class Application:
 
     def look(self, datapath: Follower) -> bool:
         """Whether anything has changed."""
-        found = find(self.sockets, self.devices, self.address, self.port)
+        found = find(self.sockets, self.devices, self.address, self.port, datapath.name)
         if found.device and found.device != self.followed:
             found = self._follow(datapath, found)
         changed = found != self.found

@@ -210,3 +210,58 @@ def test_bound_elsewhere(bound: Cluster) -> None:
                                         check=False).stdout
     be.start()
     bound.connected()
+
+
+@pytest.fixture
+def multipath(mode: dict[str, Any]) -> Iterator[Cluster]:
+    """The first of two back ends, and the Local Node, have a listener of MPTCP, as programs in Go
+    have by default."""
+    c = Cluster(2, **mode, start=False, rules=[(0, "jpg$"), (1, "jpg$")])
+    try:
+        restart(c.nginx[0], listener(protocol=socket.IPPROTO_MPTCP))
+        c.nginx.append(Nginx(c.fe_host, (8080,),
+                             inherits=listener(8080, protocol=socket.IPPROTO_MPTCP)))
+        for server in c.nginx:
+            fill(server)
+        c.start()
+        yield c
+    finally:
+        c.close()
+
+
+@pytest.mark.modes("direct", "tunnel", "fast-direct")
+def test_multipath_listener(multipath: Cluster) -> None:
+    """The kernel hands nothing over to it. Others take its requests, and the remedy is said; it is
+    used as soon as it listens with TCP."""
+    assert multipath.fe
+    fe, be = multipath.fe, multipath.be[0]
+    why = "192.168.1.36:80 is an MPTCP listener"
+    wait_for(lambda: application(multipath) == "dead", "a listener that is of no use")
+    wait_for(lambda: [s["state"] for s in fe.ctl("servers")] == ["down", "up"],
+             "the front end to hear of it")
+    for _ in range(10):
+        assert multipath.get("/a.jpg") == "be2\n"
+    assert multipath.get("/", "-w", "%{http_code}").endswith("503")
+    for said in (be.log.read_text(), be.ctl("status")["trouble"], remedies(multipath)):
+        assert why in said
+    for said in (be.log.read_text(), remedies(multipath), fe.log.read_text()):
+        assert "GODEBUG=multipathtcp=0" in said and "datapath = nfqueue" in said
+    restart(multipath.nginx[0], None)
+    wait_for(lambda: [s["state"] for s in fe.ctl("servers")] == ["up", "up"], "its return")
+    multipath.nginx[1].stop()
+    assert multipath.get("/a.jpg") == "be1\n"
+    settle(multipath)
+
+
+@pytest.mark.modes("nfqueue-direct", "nfqueue-tunnel")
+def test_multipath_listener_is_served(multipath: Cluster) -> None:
+    """A forged handshake is one like any other."""
+    out = multipath.bed.dir / "big.jpg"
+    multipath.nginx[1].stop()
+    (multipath.nginx[0].root / "big.jpg").symlink_to("big")
+    for _ in range(20):
+        assert multipath.get("/a.jpg") == "be1\n"
+        assert multipath.get("/") == "fe\n"
+    multipath.get("/big.jpg", "-o", str(out))
+    assert digest(out) == digest(multipath.nginx[0].root / "big")
+    settle(multipath)

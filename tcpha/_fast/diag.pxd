@@ -45,6 +45,7 @@ cdef struct diag_answer:
     bint listener          # state 0, and a SYN would find somebody who listens
     bint queue_full        # whose accept queue is full
     uint32_t device        # that the socket is bound to (SO_BINDTODEVICE); 0: to none
+    bint mptcp             # it is a subflow of MPTCP's, or such a listener
 
 
 cdef int diag_query(diag *d, const tcpha_flow *flow, diag_answer *a) noexcept nogil

@@ -3,7 +3,7 @@
 import socket
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 from tcpha._fast.defs cimport tcpha_flow
 from tcpha._fast.message cimport REFUSE_BACKLOG, REFUSE_LISTENER
@@ -25,6 +25,8 @@ cdef extern from "<linux/inet_diag.h>" nogil:
         inet_diag_sockid id
     enum:
         INET_DIAG_INFO
+        INET_DIAG_ULP_INFO
+        INET_ULP_INFO_NAME
 
 cdef extern from "<linux/netlink.h>" nogil:
     struct nlmsghdr:
@@ -36,6 +38,7 @@ cdef extern from "<linux/netlink.h>" nogil:
         NLM_F_REQUEST
         NLM_F_ACK
         NLMSG_ERROR
+        NLA_F_NESTED
 
 cdef enum:
     SOCK_DIAG_BY_FAMILY = 20
@@ -127,6 +130,10 @@ cdef int _query(diag *d, const tcpha_flow *flow, uint32_t device, diag_answer *a
             memcpy(&info, buf + at + 4, min(<size_t>size - 4, sizeof(info)))
             a.full = not a.listener
             a.received = info.tcpi_bytes_received
+        elif kind & ~NLA_F_NESTED == INET_DIAG_ULP_INFO and size >= 8:
+            memcpy(&kind, buf + at + 6, 2)  # the first attribute within
+            a.mptcp = kind == INET_ULP_INFO_NAME and size >= 8 + 6 and \
+                memcmp(buf + at + 8, b"mptcp", 6) == 0
         at += (size + 3) & ~3u
     return 0
 
@@ -173,8 +180,9 @@ cdef class SockDiag:
 
     def listener(self, str address, int port, list devices):
         """The listener that a SYN to an address of this host and a port would find, if it came by
-        one of these devices: the index of the one that it is bound to, or 0; None if there is none.
-        One that is bound takes precedence, as in the kernel. If the kernel does not say: 0."""
+        one of these devices: (index of the one that it is bound to, or 0; whether it is MPTCP's);
+        None if there is none. One that is bound takes precedence, as in the kernel. If the kernel
+        does not say: (0, False)."""
         cdef tcpha_flow flow
         cdef diag_answer a
         memset(&flow, 0, sizeof(flow))
@@ -183,9 +191,9 @@ cdef class SockDiag:
         found = None
         for device in devices:
             if _query(&self.d, &flow, device, &a) < 0:
-                return 0
+                return 0, False
             if a.listener and (a.device or found is None):
-                found = a.device
+                found = a.device, bool(a.mptcp)
         return found
 
     def look_from(self, uint32_t device):

@@ -5,6 +5,7 @@ Looks and probes only; changes nothing.
 """
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import platform
@@ -73,10 +74,10 @@ def _findings(role: str, file: str, run_dir: Path) -> Iterator[Row]:
     yield from _addresses(role, config, host)
     if role == "fe":
         yield from _peers(config, host)
-        yield from _application("Local Node", config, host, required=False)
+        yield from _application(role, config, host)
     else:
         yield from _arp(config, host)
-        yield from _application("application", config, host, required=True)
+        yield from _application(role, config, host)
         if config.dregister:
             yield from _reach("front end", config.feaddr, config.feport,
                               "start tcphafe there, or mend feaddr and feport")
@@ -261,11 +262,19 @@ def _arp(config: Config, host: Host) -> Iterator[Row]:
         yield "ARP", GOOD, f"arp_ignore = {ignore}, arp_announce = {announce}", ""
 
 
-def _application(what: str, config: Config, host: Host, required: bool) -> Iterator[Row]:
+def _datapath(role: str, config: Config) -> str:
+    with contextlib.suppress(DatapathError):
+        return choose(role, config)[0][0][0]
+    return ""
+
+
+def _application(role: str, config: Config, host: Host) -> Iterator[Row]:
+    what, required = ("application", True) if role == "be" else ("Local Node", False)
     where = f"{address_of(config)}:{config.redirectport}"
     sockets = SockDiag()
     try:
-        found = find(sockets, devices_of(config, host), address_of(config), config.redirectport)
+        found = find(sockets, devices_of(config, host), address_of(config), config.redirectport,
+                     _datapath(role, config))
     finally:
         sockets.close()
     if not found.trouble:

@@ -31,7 +31,7 @@ FIRST_LOOK = 1.0  # seconds that clients wait in the backlog at the start for si
 REBUILD = 20.0  # seconds after which a back end that does not say what it has is not waited for
 REJOIN = 5.0  # seconds that back ends have to register anew
 MISSED = 2  # detection intervals without a sign of life
-NOBODY_LISTENS = "nothing listens on its redirectport"
+NOBODY_LISTENS = "nothing listens on its redirectport that can take connections"
 HOST, PROCESS, UNUSABLE = "host dead", "process dead", "unusable"
 # errors that a host's network stack, not its daemon, is to blame for
 SILENT = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT, errno.EHOSTDOWN}
