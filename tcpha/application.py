@@ -13,7 +13,8 @@ from tcpha._fast.diag import SockDiag
 from tcpha.config import ANY, Config
 from tcpha.net.host import Host, HostError
 
-REMEDY = "start the application, or mend redirectaddr and redirectport"
+REMEDY = ("start the application, or mend redirectaddr and redirectport; rules that send the port "
+          "to a container do not count, docker's userland proxy does")
 PLAIN_TCP = ("have it listen with TCP (programs in Go with GODEBUG=multipathtcp=0, others without "
              "mptcpize), or write 'datapath = nfqueue' on this host")
 

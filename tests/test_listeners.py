@@ -14,7 +14,8 @@ from tcpha.lab.bed import Cluster, Nginx, program, wait_for
 from test_clients import connect_from
 from test_serve import REQUEST, body, digest, read_all, settle, upload_many
 
-pytestmark = pytest.mark.modes("direct", "tunnel", "fast-direct", "nfqueue-direct")
+pytestmark = pytest.mark.modes("direct", "tunnel", "fast-direct", "nfqueue-direct",
+                               "nfqueue-tunnel")
 BOTH_FAMILIES = "[::]:{} ipv6only=off"
 BIG = 32 << 20
 
@@ -43,6 +44,18 @@ def restart(server: Nginx, inherits: Callable[[], socket.socket] | None) -> None
     server.stop()
     server.inherits = inherits
     server.start()
+
+
+def begin(c: Cluster) -> tuple[socket.socket, bytes]:
+    """A download whose client waits, having read something."""
+    s = c.client.connect(c.VIP)
+    s.sendall(REQUEST.replace(b"1k", b"big"))
+    return s, s.recv(1 << 16)
+
+
+def finish(c: Cluster, s: socket.socket, begun: bytes) -> None:
+    with s:
+        assert body(begun + read_all(s)) == (c.nginx[0].root / "big").read_bytes()
 
 
 def application(c: Cluster) -> str:
@@ -100,9 +113,7 @@ def test_both_families_after_a_restart(dual: Cluster, fresh: bool) -> None:
     their end. With nfqueue, too: its table outlives the daemon."""
     be, fe = dual.be[0], dual.fe
     assert fe
-    out = dual.bed.dir / "big"
-    download = dual.client.start("curl", "-sS", "--limit-rate", "8M", "-o", str(out),
-                                 f"http://{dual.VIP}/big")
+    s, begun = begin(dual)
     wait_for(lambda: be.ctl("status")["live"] == 1, "the download")
     be.kill()
     if fresh:
@@ -112,8 +123,7 @@ def test_both_families_after_a_restart(dual: Cluster, fresh: bool) -> None:
         fe.start()
     dual.connected()
     wait_for(lambda: be.ctl("status")["live"] == 1, "the download of before")
-    assert download.wait(60) == 0
-    assert digest(out) == digest(dual.nginx[0].root / "big")
+    finish(dual, s, begun)
     settle(dual)
 
 
@@ -168,9 +178,7 @@ def test_bound_to_a_device(bound: Cluster) -> None:
 
 def test_bound_no_longer(bound: Cluster) -> None:
     """Connections to the listener of before go on, also past a restart of the daemon."""
-    out = bound.bed.dir / "slow"
-    download = bound.client.start("curl", "-sS", "--limit-rate", "6M", "-o", str(out),
-                                  f"http://{bound.VIP}/big")
+    s, begun = begin(bound)
     be = bound.be[0]
     wait_for(lambda: be.ctl("status")["live"] == 1, "the download")
     be.kill()
@@ -183,8 +191,7 @@ def test_bound_no_longer(bound: Cluster) -> None:
     bound.nginx[0].start()
     wait_for(lambda: application(bound) == "listening", "the new listener")
     assert bound.get("/a.jpg") == "be1\n"
-    assert download.wait(60) == 0
-    assert digest(out) == digest(bound.nginx[0].root / "big")
+    finish(bound, s, begun)
     assert old.wait(20) == 0
     restart(bound.nginx[0], listener(device="eth0"))
     wait_for(lambda: application(bound) == "listening", "the listener of before")
@@ -265,3 +272,78 @@ def test_multipath_listener_is_served(multipath: Cluster) -> None:
     multipath.get("/big.jpg", "-o", str(out))
     assert digest(out) == digest(multipath.nginx[0].root / "big")
     settle(multipath)
+
+
+# as docker publishes a container's port 80
+PUBLISHED = """
+table ip nat {
+    chain DOCKER { iifname "docker0" return
+        iifname != "docker0" tcp dport 80 dnat to 172.17.0.2:80; }
+    chain PREROUTING { type nat hook prerouting priority -100;
+        fib daddr type local jump DOCKER; }
+    chain OUTPUT { type nat hook output priority -100;
+        ip daddr != 127.0.0.0/8 fib daddr type local jump DOCKER; }
+    chain POSTROUTING { type nat hook postrouting priority 100;
+        oifname != "docker0" ip saddr 172.17.0.0/16 masquerade; }
+}"""
+
+
+@pytest.fixture(scope="module")
+def published(mode: dict[str, Any]) -> Iterator[Cluster]:
+    """The first of two back ends has a container behind its port 80, and a server of its own, as
+    docker's userland proxy is one."""
+    c = Cluster(2, **mode, start=False, rules=[(0, "jpg$|1k|big|up"), (1, "jpg$")])
+    try:
+        host = c.be_hosts[0]
+        container = c.bed.host("container", "192.168.1.60")
+        container.ip("link", "set", "eth0", "down")
+        host.ip("link", "add", "docker0", "type", "veth", "peer", "name", "up0", "netns",
+                container.ns)
+        for where, device, address in ((host, "docker0", "172.17.0.1/16"),
+                                       (container, "up0", "172.17.0.2/16")):
+            where.ip("addr", "add", address, "dev", device)
+            where.ip("link", "set", device, "up")
+        container.ip("route", "add", "default", "via", "172.17.0.1")
+        host.sysctl("net.ipv4.ip_forward", "1")
+        host.run("nft", "-f", "-", input=PUBLISHED)
+        c.nginx.append(Nginx(container))
+        for server in c.nginx:
+            fill(server)
+        c.start()
+        yield c
+    finally:
+        c.close()
+
+
+def test_published_port_with_a_proxy(published: Cluster) -> None:
+    """What listens on the host takes what is handed over, whatever the rules say."""
+    host, out = published.be_hosts[0], published.bed.dir / "big"
+    assert published.curl(f"http://{host.address}/").stdout == "container\n"
+    published.nginx[1].stop()
+    try:
+        for _ in range(10):
+            assert published.get("/a.jpg") == "be1\n"
+    finally:
+        published.nginx[1].start()
+    published.get("/big", "-o", str(out))
+    assert digest(out) == digest(published.nginx[0].root / "big")
+    upload_many(published, 8, 1 << 20, "-H", "Expect:")
+    assert published.curl(f"http://{host.address}/").stdout == "container\n"
+    settle(published)
+
+
+def test_published_port_alone(published: Cluster) -> None:
+    """Nothing on the host listens: the next back end takes it, and it is said why."""
+    host, be = published.be_hosts[0], published.be[0]
+    published.nginx[0].stop()
+    assert published.curl(f"http://{host.address}/").stdout == "container\n"
+    for _ in range(10):
+        assert published.get("/a.jpg") == "be2\n"
+    assert published.get("/1k", "-w", "%{http_code}").endswith("503")
+    wait_for(lambda: application(published) == "dead", "the end of the listener")
+    why = f"nothing listens on {published.VIP}:80 that can take a handed-over connection"
+    for said in (be.log.read_text(), remedies(published)):
+        assert why in said and "docker's userland proxy" in said
+    published.nginx[0].start()
+    wait_for(lambda: application(published) == "listening", "the listener")
+    settle(published)

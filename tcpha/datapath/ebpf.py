@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from typing import Any
 
 from tcpha._fast.bpf import kernel_has_function
@@ -21,6 +20,7 @@ from tcpha.datapath import (
     program_file,
 )
 from tcpha.datapath.fragments import Fragments, open_fragments
+from tcpha.datapath.untracked import leave_untracked
 from tcpha.net import rules
 from tcpha.net.host import Host, HostError
 from tcpha.net.tap import accept_any_source, open_queues, open_tap
@@ -191,7 +191,8 @@ class EbpfBackend(_Adopter):
         self.rules = f"tcphant_{host.handle:04x}_{os.getpid()}"
         listen = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
         try:
-            self._leave_untracked(config.vaddr, host)
+            leave_untracked(host, self.rules, config.vaddr)
+            host.forget_rules()
             self.table = BeEbpf(program_file("be"), (self.tap_fd, self.tap_index), config.vaddr,
                                 config.raddr, listen, config.redirectport, fast=fastpath,
                                 left=host.maps.get(BE_PRIORITY, {}))
@@ -199,21 +200,6 @@ class EbpfBackend(_Adopter):
         except BaseException:
             self.close()
             raise
-
-    def _leave_untracked(self, vaddr: str, host: Host) -> None:
-        """Conntrack has not seen the handshake. Where there are NAT rules, too, as docker and
-        firewalld make them, the kernel takes the port of what we adopt for one that was changed,
-        and takes the packet away from its new socket (nf_nat_ipv4_local_in())."""
-        try:
-            rules.keep(host, self.rules, [
-                rules.Rule("prerouting", destination=vaddr, untracked=True),
-                rules.Rule("prerouting", protocol=socket.IPPROTO_ICMP, destination=vaddr,
-                           untracked=True),  # errors about what nobody tracks would be 'invalid'
-                rules.Rule("output", source=vaddr, untracked=True)])
-        except (HostError, OSError) as error:
-            log.warning("connections may be reset if this host has NAT rules: %s", error)
-        finally:
-            host.forget_rules()
 
     def allow(self, address: str, allowed: bool) -> None:
         self.table.allow(address, allowed)
