@@ -81,7 +81,8 @@ cdef extern from "<bpf/bpf.h>" nogil:
         uint32_t key_size
         uint32_t value_size
         char name[16]
-    int bpf_prog_query(int target, int attach_type, uint32_t flags, uint32_t *attach_flags,
+    ctypedef int attach_type "enum bpf_attach_type"
+    int bpf_prog_query(int target, attach_type where, uint32_t flags, uint32_t *attach_flags,
                        uint32_t *ids, uint32_t *count)
     int bpf_prog_get_fd_by_id(uint32_t id)
     int bpf_map_get_fd_by_id(uint32_t id)
@@ -276,7 +277,7 @@ def tcx_programs(int ifindex):
     tc."""
     cdef uint32_t ids[64]
     cdef uint32_t count = 64, flags = 0
-    if bpf_prog_query(ifindex, BPF_TCX_INGRESS, 0, &flags, ids, &count) < 0:
+    if bpf_prog_query(ifindex, <attach_type>BPF_TCX_INGRESS, 0, &flags, ids, &count) < 0:
         _said()
         return 0  # an older kernel
     return count

@@ -23,13 +23,14 @@ from tcpha._fast.defs cimport (
     TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_FAST_EARLY, TCPHA_FAST_FIRST, TCPHA_FAST_SOCKET,
     TCPHA_FLOWING, TCPHA_FORWARD, TCPHA_F_ANSWERED, TCPHA_F_FAST, TCPHA_F_RST, TCPHA_GIVEN_UP,
     TCPHA_IPID_PLAIN, TCPHA_LOCAL, TCPHA_LOCAL_NODE, TCPHA_MAC_FAST, TCPHA_MAC_KEPT, TCPHA_MAC_MARK,
-    TCPHA_MAC_ROOM, TCPHA_MARK_FORGED, TCPHA_MAX_BACKENDS, TCPHA_MAX_FAST, TCPHA_MAX_OPS, TCPHA_MAX_RULES,
-    TCPHA_OP_ADOPT, TCPHA_OP_DROP, TCPHA_OP_END, TCPHA_OP_HAND_OVER, TCPHA_OP_LET_FLOW,
-    TCPHA_OP_QUERY, TCPHA_OP_TAKE_BACK, TCPHA_PENDING, TCPHA_R_ASSIGN, TCPHA_R_LIVE, TCPHA_R_NONE,
-    TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_OK, TCPHA_R_TIME_WAIT, TCPHA_STATE_VERSION,
-    TCPHA_TUNNEL, tcpha_adoption, tcpha_backend, tcpha_be_conf, tcpha_cache, tcpha_counters,
-    tcpha_entry, tcpha_event, tcpha_fe_conf, tcpha_flow, tcpha_gate, tcpha_keys, tcpha_load,
-    tcpha_offer, tcpha_op, tcpha_shaken, tcpha_state, tcpha_verdict)
+    TCPHA_MAC_ROOM, TCPHA_MARK_FORGED, TCPHA_MAX_BACKENDS, TCPHA_MAX_FAST, TCPHA_MAX_OPS,
+    TCPHA_MAX_RULES, TCPHA_OP_ADOPT, TCPHA_OP_DROP, TCPHA_OP_END, TCPHA_OP_HAND_OVER,
+    TCPHA_OP_LET_FLOW, TCPHA_OP_QUERY, TCPHA_OP_TAKE_BACK, TCPHA_PENDING, TCPHA_R_ASSIGN,
+    TCPHA_R_LIVE, TCPHA_R_NONE, TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_OK,
+    TCPHA_R_TIME_WAIT, TCPHA_STATE_VERSION, TCPHA_TUNNEL, tcpha_adoption, tcpha_backend,
+    tcpha_be_conf, tcpha_cache, tcpha_counters, tcpha_entry, tcpha_event, tcpha_fe_conf, tcpha_flow,
+    tcpha_gate, tcpha_keys, tcpha_load, tcpha_offer, tcpha_op, tcpha_shaken, tcpha_state,
+    tcpha_verdict)
 from tcpha._fast.diag cimport SockDiag, diag, diag_refusal
 from tcpha._fast.ledger cimport (
     PUT_NEW, ledger, ledger_close, ledger_divert, ledger_drop_pending, ledger_forget,

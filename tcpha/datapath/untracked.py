@@ -21,7 +21,7 @@ log = logging.getLogger("tcpha")
 def leave_untracked(host: Host, name: str, vaddr: str, forged: list[Rule] | None = None) -> None:
     """name: of the table; forged: rules for other packets."""
     try:
-        rules.install(host, name, [
+        rules.keep(host, name, [
             Rule("prerouting", destination=vaddr, untracked=True),
             Rule("prerouting", protocol=socket.IPPROTO_ICMP, destination=vaddr,
                  untracked=True),  # errors about what nobody tracks would be 'invalid'
