@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -137,6 +138,26 @@ def one(mode: dict[str, Any]) -> Iterator[Cluster]:
         c.nginx[0].file("1k", size=1024)
         c.nginx[0].file("big", size=32 << 20)
         yield c
+    finally:
+        c.close()
+
+
+@pytest.mark.modes("nfqueue-direct", "nfqueue-tunnel")
+@pytest.mark.parametrize("most", [64 << 20, 1 << 30])
+def test_a_server_with_little_room(mode: dict[str, Any], most: int) -> None:
+    """Its windows are smaller than the scale that the front end has told the client can express."""
+    c = Cluster(1, **mode, rules=[(0, ".*")], start=False)
+    try:
+        server, sent = c.nginx[0], c.bed.dir / "sent"
+        sent.write_bytes(os.urandom(100_000))
+        server.stop()
+        server.conf.write_text(server.conf.read_text().replace("listen 80 ",
+                                                               "listen 80 rcvbuf=2k "))
+        server.start()
+        c.fe_host.sysctl("net.ipv4.tcp_rmem", f"4096 131072 {most}")
+        c.start()
+        c.get("/up/little", "-H", "Expect:", "-T", str(sent))
+        assert (server.root / "up" / "little").read_bytes() == sent.read_bytes()
     finally:
         c.close()
 

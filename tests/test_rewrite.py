@@ -62,7 +62,7 @@ def model(p: dict[str, Any], c: dict[str, Any]) -> dict[str, Any]:
         if o[0] == "ts" else
         ("sack", [(add(a, "ack"), add(b, "ack")) for a, b in o[1]]) for o in p["options"]]
     if not p["flags"] & SYN:
-        out["window"] = min(p["window"] << c["window_left"] >> c["window_right"], 0xFFFF)
+        out["window"] = min(-(-(p["window"] << c["window_left"]) >> c["window_right"]), 0xFFFF)
     if "addr" in c:
         out["src" if c["source"] else "dst"] = c["addr"]
         out["sport" if c["source"] else "dport"] = c["port"]

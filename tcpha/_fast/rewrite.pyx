@@ -199,7 +199,9 @@ cdef void translate(tcp_view *v, const translation *t, int mode) noexcept nogil:
             _add32(v, v.ts + 4, t.tsecr, &diff)
     if t.window_left != t.window_right and not v.flags & TCP_SYN:
         memcpy(&old, v.tcp + 14, 2)
-        window = (<uint32_t>ntohs(old) << t.window_left) >> t.window_right
+        # rounded up, as Linux rounds its own: what a scale cannot express must not become nothing
+        window = ((<uint32_t>ntohs(old) << t.window_left) + (1u << t.window_right) - 1) \
+            >> t.window_right
         new = htons(<uint16_t>min(window, <uint32_t>0xffff))
         memcpy(v.tcp + 14, &new, 2)
         diff += <uint16_t>~old + new
