@@ -41,7 +41,6 @@ class BackEndService(Service):
         self.core = BackEnd(config.maxclients)
         self.instance = new_instance()
         self.frontends: list[tuple[str, str]] = []  # (instance, address) by peer index
-        self.application = Application(config, self.host)
         self.said = 0
         self.registration = Registration(config, self.secret, self.instance)
         self.registering: asyncio.Task[None] | None = None
@@ -56,6 +55,7 @@ class BackEndService(Service):
         config, host = self.config, self.host
         if lacking := self.lacking():
             raise HostError(lacking)
+        self.application = Application(config, host)
         arp.set_up(config, host)
         allow_adoption(host)
         self.listener = self._listen()
