@@ -4,6 +4,7 @@ Local Node's."""
 from __future__ import annotations
 
 import socket
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from tcpha.net.host import Host, HostError
 
 REMEDY = ("start the application, or mend redirectaddr and redirectport; rules that send the port "
           "to a container do not count, docker's userland proxy does")
+RENEW = 1.0  # seconds between two looks at the devices
 PLAIN_TCP = ("have it listen with TCP (programs in Go with GODEBUG=multipathtcp=0, others without "
              "mptcpize), or write 'datapath = nfqueue' on this host")
 
@@ -66,8 +68,9 @@ def find(sockets: SockDiag, devices: list[int], address: str, port: int, datapat
             return Found(f"the application on {where} is an MPTCP listener, to which the kernel "
                          "hands nothing over with datapath ebpf", PLAIN_TCP)
         return Found(device=device)
-    names = ", ".join(socket.if_indextoname(i) for i in devices if i)
-    for index, name in socket.if_nameindex():
+    present = socket.if_nameindex()
+    names = ", ".join(name for index, name in present if index in devices)
+    for index, name in present:
         if sockets.listener(address, port, [index]):
             return Found(f"the application on {where} is bound to the device {name}, by which no "
                          "client's packet comes",
@@ -82,7 +85,8 @@ class Application:
         self.config, self.host = config, host
         self.address, self.port = address_of(config), config.redirectport
         self.sockets = SockDiag()
-        self.devices = devices_of(config, host)
+        self.devices: list[int] = []
+        self.renewed = float("-inf")
         self.followed = 0
         self.found: Found | None = None  # as last seen
 
@@ -92,16 +96,23 @@ class Application:
 
     def look(self, datapath: Follower) -> bool:
         """Whether anything has changed."""
-        found = find(self.sockets, self.devices, self.address, self.port, datapath.name)
-        if found.device and found.device != self.followed:
-            found = self._follow(datapath, found)
+        found = self._find(datapath)
+        if found.trouble and self._renew():  # devices may have come or gone
+            found = self._find(datapath)
         changed = found != self.found
         self.found = found
         return changed
 
+    def _find(self, datapath: Follower) -> Found:
+        found = find(self.sockets, self.devices, self.address, self.port, datapath.name)
+        if found.device and found.device != self.followed:
+            found = self._follow(datapath, found)
+        return found
+
     def _follow(self, datapath: Follower, found: Found) -> Found:
-        name = socket.if_indextoname(found.device)
+        name = f"number {found.device}"
         try:
+            name = socket.if_indextoname(found.device)
             datapath.follow(found.device)
         except (OSError, NetlinkError) as error:
             return Found(f"the application on {self.address}:{self.port} is bound to the device "
@@ -110,10 +121,13 @@ class Application:
         self.followed = found.device
         return found
 
-    def renew(self) -> None:
-        """Devices may have come or gone. Asked now and then, while no listener is found."""
-        if not self.usable:
-            self.devices = devices_of(self.config, self.host)
+    def _renew(self) -> bool:
+        """Look which devices there are, but not too often. Returns whether we did."""
+        if time.monotonic() < self.renewed + RENEW:
+            return False
+        self.renewed = time.monotonic()
+        self.devices = devices_of(self.config, self.host)
+        return True
 
     def close(self) -> None:
         self.sockets.close()

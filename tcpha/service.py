@@ -211,6 +211,9 @@ class Service:
         loop = self.loop = asyncio.get_running_loop()
         for number_ in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number_, self.stopping.set)
+        # until we serve, when there is more to do
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)
+        loop.add_signal_handler(signal.SIGUSR1, logs.reopen)
         try:
             self.host.recover()
             capabilities.lock_memory()
@@ -278,7 +281,7 @@ class Service:
         """At boot, addresses may come later than we do. A service manager knows whether we wait;
         whoever else started us hears of it soon that an address may be the wrong one. Returns False
         if we are to stop."""
-        managed = "NOTIFY_SOCKET" in os.environ
+        managed = self.foreground and "NOTIFY_SOCKET" in os.environ
         end = time.monotonic() + WAIT
         said = ""
         while (lacking := await asyncio.to_thread(self.lacking)) and (

@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from test_between import nft_on_switch
+from test_between import mac, nft_on_switch
+from test_bpf import Packet
+from test_edges import send_again
 
 from tcpha._fast import message
 from tcpha._fast.packet import forge_segment
@@ -298,6 +300,32 @@ def test_back_end_stalls_between_send_and_adopted(pair: Cluster) -> None:
     settle(pair)
     fe = pair.fe.ctl("status")["counters"]  # type: ignore[union-attr]
     assert fe["handed"] == fe["closed"]
+
+
+@pytest.mark.modes("direct", "tunnel")
+def test_garbage_while_a_connection_is_handed_over(pair: Cluster) -> None:
+    """What has no sense behind its ports is kept like the rest of the flow, and sent on."""
+    assert pair.fe
+    pair.fe.ctl("drain", pair.be_hosts[1].address)
+    freeze(pair.be[0].process.pid)
+    try:
+        with pair.client.connect(pair.VIP) as s:
+            s.sendall(REQUEST)
+            wait_for(lambda: pair.fe and pair.fe.ctl("servers")[0]["live"] == 1, "the offer")
+            held = pair.fe.ctl("status")["packets"]["held"]
+            frame = mac(pair.fe_host) + mac(pair.client) + Packet(
+                source=pair.client.address, destination=pair.VIP, sport=s.getsockname()[1],
+                flags=16, tcp_options=bytes((8, 0, 0, 0))).frame()[12:]
+            for _ in range(3):
+                send_again(pair.client, frame)
+            wait_for(lambda: pair.fe and pair.fe.ctl("status")["packets"]["held"] == held + 3,
+                     "them")
+            pair.be[0].process.send_signal(signal.SIGCONT)
+            assert len(body(read_all(s))) == 1024
+    finally:
+        pair.be[0].process.send_signal(signal.SIGCONT)
+        pair.fe.ctl("undrain", pair.be_hosts[1].address)
+    settle(pair)
 
 
 @pytest.mark.socket_path

@@ -194,7 +194,15 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 		return TC_ACT_SHOT;
 	}
 	if (skb->ifindex != conf.tap && is_shared(skb)) {
+		if (g->device) { /* that is where our TAP device would send it back to */
+			report(event, flow, &c, n, TCPHA_R_ASSIGN, 0);
+			return TC_ACT_SHOT;
+		}
 		bpf_ringbuf_discard(event, 0);
+		now.at_ns = now_ns();
+		now.isn = c.isn;
+		now.state = TCPHA_YIELDING; /* what comes right behind this one has to wait for it */
+		bpf_map_update_elem(&adoptions, flow, &now, BPF_ANY);
 		if (bpf_skb_store_bytes(skb, 0, room, sizeof(room), 0) < 0)
 			return TC_ACT_SHOT;
 		return bpf_redirect(conf.tap, BPF_F_INGRESS);
@@ -400,6 +408,9 @@ static __always_inline void adopt(struct __sk_buff *skb, struct tcpha_op *op)
 	query(skb, op);
 	if (op->result != TCPHA_R_NO_SOCKET)
 		return;
+	op->result = TCPHA_R_ASSIGN;
+	if (skb->ifindex != conf.tap && is_shared(skb))
+		return;
 	op->result = TCPHA_R_NO_LISTENER;
 	tuple_of(&op->flow, &t);
 	t.ipv4.daddr = unmap_v4(op->listen_addr);
@@ -436,6 +447,7 @@ static __always_inline int forged(struct __sk_buff *skb)
 	struct headers h;
 	__u8 mac[3];
 	__u32 slot;
+	int verdict;
 
 	if (skb->protocol != bpf_htons(ETH_P_IP) || parse_tcp(skb, 0, &h) < 0)
 		return TC_ACT_SHOT;
@@ -448,10 +460,13 @@ static __always_inline int forged(struct __sk_buff *skb)
 	if (slot == TCPHA_IPID_PLAIN)
 		return TC_ACT_OK;
 	op = bpf_map_lookup_elem(&ops, &slot);
-	if (!op || op->kind != TCPHA_OP_ADOPT)
-		return TC_ACT_SHOT;
+	if (!op || op->flow.cport != h.tcp->source || unmap_v4(op->flow.caddr) != h.ip->saddr ||
+	    __sync_val_compare_and_swap(&op->kind, TCPHA_OP_ADOPT, 0) != TCPHA_OP_ADOPT)
+		return TC_ACT_SHOT; /* too late: user space has given it up */
 	adopt(skb, op);
-	return op->result == TCPHA_R_OK ? TC_ACT_OK : TC_ACT_SHOT;
+	verdict = op->result == TCPHA_R_OK ? TC_ACT_OK : TC_ACT_SHOT;
+	op->done = 1; /* last: user space may be looking at it already */
+	return verdict;
 }
 
 static __always_inline void operate(struct __sk_buff *skb)
@@ -482,6 +497,8 @@ int be_tap(struct __sk_buff *skb)
 SEC("tc")
 int be_forged(struct __sk_buff *skb)
 {
+	int verdict;
+
 	if (is_again(skb)) /* be_ingress is next; the MAC may be one of ours */
 		bpf_skb_change_type(skb, PACKET_HOST);
 	if (skb->mark != TCPHA_MARK_FORGED)
@@ -491,7 +508,8 @@ int be_forged(struct __sk_buff *skb)
 		return TC_ACT_SHOT;
 	}
 	skb->mark = 0;
-	return forged(skb);
+	verdict = forged(skb);
+	return verdict == TC_ACT_UNSPEC ? TC_ACT_OK : verdict; /* be_ingress has nothing to judge here */
 }
 
 char LICENSE[] SEC("license") = "GPL";

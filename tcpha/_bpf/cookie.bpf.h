@@ -209,6 +209,11 @@ struct list_head {
 	struct list_head *next;
 } __attribute__((preserve_access_index));
 
+struct packet_type {
+	__be16 type;
+	struct list_head list;
+} __attribute__((preserve_access_index));
+
 struct net_device {
 	unsigned int mtu;
 	struct list_head ptype_specific; /* packet sockets that are bound to it, and to one protocol */
@@ -231,9 +236,20 @@ static __always_inline bool is_shared(struct __sk_buff *skb)
 {
 	const struct sk_buff *kernel = bpf_cast_to_kern_ctx(skb);
 	const struct net_device *dev = kernel->dev;
+	__u64 end = (__u64)dev + bpf_core_field_offset(struct net_device, ptype_specific);
+	__u64 at = (__u64)dev->ptype_specific.next;
+	__be16 type;
+	int i;
 
-	return (__u64)dev->ptype_specific.next !=
-	       (__u64)dev + bpf_core_field_offset(struct net_device, ptype_specific);
+	for (i = 0; i < 8 && at != end; i++) { /* of LLDP or ARP there may be some */
+		if (bpf_probe_read_kernel(&type, sizeof(type),
+					  (void *)(at - bpf_core_field_offset(struct packet_type, list) +
+						   bpf_core_field_offset(struct packet_type, type))) < 0 ||
+		    type == bpf_htons(ETH_P_IP) ||
+		    bpf_probe_read_kernel(&at, sizeof(at), (void *)at) < 0) /* list.next */
+			return true;
+	}
+	return at != end;
 }
 
 /*

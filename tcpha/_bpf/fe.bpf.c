@@ -607,11 +607,11 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	COUNT(cached, 1);
 	return DECIDED;
 accept:
-	bpf_map_delete_elem(&shaken, &flow);
 	if (is_shared(skb))
 		return bpf_skb_store_bytes(skb, 0, accept, sizeof(accept), 0) < 0
 			       ? TC_ACT_SHOT
 			       : bpf_redirect(conf.fast_tap, BPF_F_INGRESS);
+	bpf_map_delete_elem(&shaken, &flow);
 	return cookie_accept(skb, &t, &c, conf.wscale, c.rtt_ms) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
@@ -756,7 +756,8 @@ static __always_inline void remove_entry(const struct tcpha_flow *flow, const st
 {
 	__u64 id = e->id;
 
-	if (PACKET_PATH && (e->flags & TCPHA_F_FAST) && state == TCPHA_FORWARD)
+	if (PACKET_PATH && (e->flags & TCPHA_F_FAST) && (e->flags & TCPHA_F_ANSWERED) &&
+	    state == TCPHA_FORWARD)
 		bpf_map_update_elem(&served, flow, &id, BPF_ANY);
 	bpf_map_delete_elem(&flows, flow);
 }
@@ -918,6 +919,7 @@ static __always_inline int accept_here(struct __sk_buff *skb, const struct heade
 			 h->tcp->doff * 4 - sizeof(struct tcphdr), &c.opt) < 0 ||
 	    !cookie_check(flow, &own->keys, seq, ack, &c) || cookie_accept(skb, t, &c, conf.wscale, c.rtt_ms))
 		return TC_ACT_SHOT;
+	bpf_map_delete_elem(&shaken, flow);
 	bpf_skb_change_type(skb, PACKET_HOST);
 	return TC_ACT_OK;
 }

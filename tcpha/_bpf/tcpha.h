@@ -151,6 +151,7 @@ struct tcpha_op {
 	__u32 rule;
 	__u32 flags;
 	__u32 end_seq;
+	__u32 done;	      /* ADOPT out: the rest is what became of it */
 	__u32 held;	      /* LET_FLOW; TCPHA_FLOWING: however many there were */
 	__u8 listen_addr[16]; /* ADOPT: the listener */
 	__be16 listen_port;

@@ -307,6 +307,7 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
             store64(&b.dp.keys[l.peer].clock, clock_word(&l.clock))
         return 0
     if m.type == MSG_OWNED:
+        _on_ring(b, w)
         _claim(b, w, l, m)
         return 0
     if m.type == MSG_DOUBT:

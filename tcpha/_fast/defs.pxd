@@ -110,6 +110,7 @@ cdef extern from "tcpha.h" nogil:
         uint32_t flags
         uint32_t end_seq
         uint32_t held
+        uint32_t done
         uint8_t listen_addr[16]
         uint16_t listen_port
         uint16_t mss

@@ -26,7 +26,7 @@ from tcpha._fast.defs cimport (
     TCPHA_MAC_ROOM, TCPHA_MARK_FORGED, TCPHA_MAX_BACKENDS, TCPHA_MAX_FAST, TCPHA_MAX_OPS,
     TCPHA_MAX_RULES, TCPHA_OP_ADOPT, TCPHA_OP_DROP, TCPHA_OP_END, TCPHA_OP_HAND_OVER,
     TCPHA_OP_LET_FLOW, TCPHA_OP_QUERY, TCPHA_OP_TAKE_BACK, TCPHA_PENDING, TCPHA_R_ASSIGN,
-    TCPHA_R_LIVE, TCPHA_R_NONE, TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_OK,
+    TCPHA_R_BACKLOG, TCPHA_R_LIVE, TCPHA_R_NONE, TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_OK,
     TCPHA_R_TIME_WAIT, TCPHA_STATE_VERSION, TCPHA_TUNNEL, tcpha_adoption, tcpha_backend,
     tcpha_be_conf, tcpha_cache, tcpha_counters, tcpha_entry, tcpha_event, tcpha_fe_conf, tcpha_flow,
     tcpha_gate, tcpha_keys, tcpha_load, tcpha_offer, tcpha_op, tcpha_shaken, tcpha_state,
@@ -48,7 +48,7 @@ from tcpha._fast.sys cimport (
     EINTR, ENOENT, IPPROTO_TCP, add64, errno, htons, load32, load64, now_ns, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_rwlock_destroy,
     pthread_rwlock_rdlock, pthread_rwlock_t, pthread_rwlock_unlock, pthread_rwlock_wrlock, read,
-    rwlock_init, setsockopt, store32, store64)
+    rwlock_init, setsockopt, store32, store64, xchg32)
 
 cdef extern from "<unistd.h>" nogil:
     int usleep(unsigned int usec)
@@ -60,7 +60,6 @@ cdef enum:
     BATCH = 4096           # entries read by one system call
     CHUNK = 60000          # payload of a forged segment; one skb, so that overhead is small
     ADMIT = 64             # requests that one look for room is for
-    ROUNDS = 64            # until what another CPU has counted must have come
     NEAR = 1 << 24         # a socket with numbers so little ahead is no other connection's
     CHECKED = 3            # virtio-net: the checksum is not made yet, or was verified
     MSS_MIN = 536          # the kernel adopts nothing below (RFC 9293 section 3.7.1)
@@ -74,6 +73,7 @@ cdef enum:
 cdef uint64_t DETOUR_NS = 20000000
 # a request that no back end has taken, and that its client has not sent again
 cdef uint64_t PENDING_NS = 60000000000
+cdef uint64_t ARRIVAL_NS = 5000000       # until what another CPU has counted must have come
 cdef uint64_t PATIENCE_NS = 1000000000   # of the Local Node, for its server's accept queue
 
 
@@ -226,9 +226,10 @@ cdef int _freeze(void *self, uint32_t worker, int fd, snapshot *s) noexcept nogi
 cdef bint _is_of(const holder *h, uint8_t *ip, uint32_t length) noexcept nogil:
     """Whether a packet is the flow's that a slot holds now. One that was on its way when the slot
     changed hands may be of any other connection, of the same client, too."""
-    cdef tcp_view v
-    return h.active and tcp_parse_head(ip, length, length, &v) == 0 and \
-        memcmp(&h.flow.caddr[12], v.ip + 12, 4) == 0 and memcmp(&h.flow.cport, v.tcp, 2) == 0
+    cdef uint32_t ihl = (ip[0] & 15) * 4u
+    # what is behind the ports may be anything: who judged it by more could send it round for ever
+    return h.active and length >= ihl + 4 and memcmp(&h.flow.caddr[12], ip + 12, 4) == 0 and \
+        memcmp(&h.flow.cport, ip + ihl, 2) == 0
 
 
 cdef void _drain(fe_ebpf *d) noexcept nogil:
@@ -311,7 +312,8 @@ cdef int _forward(void *self, uint32_t worker, tcpha_entry *entry, const snapsho
     cdef fe_ebpf *d = <fe_ebpf *>self
     cdef tcpha_op *op = &d.ops[worker]
     cdef holder *h = &d.holders[entry.slot]
-    cdef int rc = -1, i
+    cdef uint64_t begin = now_ns()
+    cdef int rc = -1
     op.id = entry.id
     op.backend = entry.backend
     op.rule = entry.rule
@@ -321,13 +323,13 @@ cdef int _forward(void *self, uint32_t worker, tcpha_entry *entry, const snapsho
     if _operate(d.tap, d.ops, worker, &now.flow, TCPHA_OP_HAND_OVER) == 0 and \
             op.result == TCPHA_R_OK:
         _send_late(d, now, extra, extra_len, extra_fin)
-        for i in range(ROUNDS + 1):
+        while True:
             _drain(d)
             _release(d, h)
             # one that was counted and does not come was lost on its way
-            op.held = h.count if i < ROUNDS else TCPHA_FLOWING
+            op.held = h.count if now_ns() - begin < ARRIVAL_NS else TCPHA_FLOWING
             rc = _operate(d.tap, d.ops, worker, &now.flow, TCPHA_OP_LET_FLOW)
-            if rc < 0 or op.result == TCPHA_R_OK:
+            if rc < 0 or op.result != TCPHA_R_BACKLOG:
                 break
         h.active = rc < 0
     pthread_mutex_unlock(&d.lock)
@@ -852,10 +854,10 @@ cdef bint _await(be_ebpf *d, tcpha_op *op) noexcept nogil:
     """Whether the program has seen the packet that op is about. A packet that passes on to the
     listener's device may do so when write() has returned."""
     cdef uint64_t begin = now_ns()
-    while load32(&op.result) == TCPHA_R_NONE:
-        if load32(&d.gate.device) == 0 or now_ns() - begin > DETOUR_NS:
-            op.kind = 0    # it would be adopted behind our back
-            return False
+    while not load32(&op.done):
+        if (load32(&d.gate.device) == 0 or now_ns() - begin > DETOUR_NS) and \
+                xchg32(&op.kind, 0) == TCPHA_OP_ADOPT:
+            return False   # nobody has it, and nobody will: it would be adopted behind our back
         usleep(100)
     return True
 
@@ -896,6 +898,7 @@ cdef int _attach(be_ebpf *d, uint32_t worker, const snapshot *s, const uint8_t *
         op.tsval = tick
         op.ts_recent = s.ts_recent
         op.result = TCPHA_R_NONE
+        op.done = 0
         op.error = 0
         g.ip_id = <uint16_t>worker
         g.seq = s.rcv_nxt - (1 if s.flags & SNAP_FIN else 0) - s.len

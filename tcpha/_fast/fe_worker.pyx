@@ -28,7 +28,8 @@ from tcpha._fast.match cimport (
 from tcpha._fast.message cimport (
     END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED, MSG_FLOW, MSG_HANDOFF_FIXED, MSG_KEYED, MSG_KEYS_SIZE,
     MSG_MISSED, MSG_OWNED_SIZE, MSG_PONG, MSG_REFUSED, MSG_RETURN, MSG_SERVER, MSG_TOLD,
-    REFUSE_BACKLOG, REFUSE_FULL, REFUSE_LINK, REFUSE_LOST, REFUSE_TIMEOUT, REFUSE_UNSUPPORTED,
+    REFUSE_BACKLOG, REFUSE_FULL, REFUSE_LINK, REFUSE_LOST, REFUSE_STALE, REFUSE_TIMEOUT,
+    REFUSE_UNSUPPORTED,
     fast_id, message, message_doubt, message_handoff, message_keys, message_owned, refusal_text)
 from tcpha._fast.meter cimport (
     histogram_add, histogram_read, slow_close, slow_note, slow_open, slow_read)
@@ -464,11 +465,21 @@ cdef void _offer(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
     _answer(f, k, ANSWER_503, &f.n.answered_503)
 
 
+cdef inline bint _may_have_it(conn *k, uint32_t reason) noexcept nogil:
+    """Whether the back end at hand, and no other one, may have adopted a connection of which it has
+    not said so: what it has refused in so many words it has not."""
+    cdef int i
+    for i in range(TRIED_WORDS):
+        if k.tried[i]:
+            return False
+    return reason == REFUSE_TIMEOUT or reason == REFUSE_LINK or reason == REFUSE_STALE
+
+
 cdef void _offer_again(frontend *f, worker *w, conn *k, uint32_t reason) noexcept nogil:
     """After a refusal: read the head again (it never left the receive queue) and go on."""
     cdef int one = TCP_RECV_QUEUE
     cdef ssize_t n
-    if f.dp.answered(f.dp.self, k.index, k.snap.snd_nxt):
+    if _may_have_it(k, reason) and f.dp.answered(f.dp.self, k.index, k.snap.snd_nxt):
         # what was lost is the word of the back end that has it, and none other must answer now
         say_more(f.c, 1, &k.snap.flow, b"%s has adopted it without a word",
                  f.backends[k.entry.backend].name, 0)

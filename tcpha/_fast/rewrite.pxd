@@ -75,4 +75,4 @@ cdef inline uint16_t get16(const uint8_t *p) noexcept nogil:
 
 cdef inline bint acks_beyond(const tcp_view *v, uint32_t snd_nxt) noexcept nogil:
     """Whether a segment acknowledges what comes behind snd_nxt, of a connection with that."""
-    return v.flags & 0x16 == 0x10 and 0 < <int>(get32(v.tcp + 8) - snd_nxt)
+    return v.flags & 0x16 == 0x10 and get32(v.tcp + 8) - snd_nxt - 1 < 1u << 24

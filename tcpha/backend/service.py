@@ -95,7 +95,6 @@ class BackEndService(Service):
         self.application.close()
 
     def every_second(self) -> None:
-        self.application.renew()
         self._look_at_application()
 
     def every_tick(self) -> None:

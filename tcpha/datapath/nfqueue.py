@@ -255,6 +255,7 @@ class _Adopter(_Nfqueue):
                  connections: int, file: FilePath | None):
         super().__init__(config, host, role, heads=True)
         self.file = file
+        self.programs: list[Object] = []
         self.table = BeNfqueue(config.vaddr, address, port, connections * 2 + TIME_WAIT_FLOWS, MARK,
                                self.queues, str(file) if file else None,
                                devices_of(config, host), file is None)
@@ -286,6 +287,7 @@ class _Adopter(_Nfqueue):
     def follow(self, device: int) -> None:
         host = self.host
         programs = Object(program_file("detour"), struct.pack("=2I", MARK, device))
+        self.programs.append(programs)  # their descriptors are needed as long as they are kept
         host.attach(device, programs.program_fd("be_arrival"), DEVICE_PRIORITY)
         host.attach(socket.if_nametoindex("lo"), programs.program_fd("be_detour"), DEVICE_PRIORITY)
         self.table.follow(device, host.mtu(device))

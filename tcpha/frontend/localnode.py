@@ -68,7 +68,6 @@ class LocalNode:
         """See whether its server is there. One that did not answer in time gets another chance."""
         if self.datapath is None:
             return
-        self.application.renew()
         self._look()
 
     def _look(self) -> None:

@@ -205,6 +205,12 @@ class Registry:
     # Control connections
 
     async def _keep_connected(self, entry: BackEndEntry) -> None:
+        try:
+            await self._connect_for_ever(entry)
+        finally:
+            entry.tried.set()  # nobody must wait for it
+
+    async def _connect_for_ever(self, entry: BackEndEntry) -> None:
         delay = BACKOFF_FIRST
         while True:
             entry.wake.clear()

@@ -21,7 +21,6 @@ from tcpha.admin.web import Pages, as_json
 from tcpha.config import ANY, Config
 from tcpha.datapath import open_frontend
 from tcpha.frontend.drained import Drained
-from tcpha.frontend.localnode import INDEX as LOCAL_NODE
 from tcpha.frontend.localnode import LocalNode
 from tcpha.frontend.registration import Registrar
 from tcpha.frontend.registry import Registry
@@ -85,6 +84,7 @@ class FrontEndService(Service):
         config, host = self.config, self.host
         self._allow_descriptors(config.maxclients + SPARE_DESCRIPTORS)
         device = self._device()
+        self.place = host.interface(device)
         self.datapath = open_frontend(config, host)
         log.info("forward %s", config.forward)
         try:
@@ -134,9 +134,13 @@ class FrontEndService(Service):
         return ""
 
     def _device_now(self) -> int | None:
-        """The same while we run, as it may change: None while there is none."""
+        """The same while we run, as it may change: None while there is none. Without raddr, it is
+        where it was: the address itself, once a device of ours has it, shows another one."""
         try:
-            return self._device()
+            if self.config.raddr != ANY:
+                return self._device()
+            holder = self.host.holder(self.config.vaddr)
+            return socket.if_nametoindex(self.place) if holder is None else holder
         except (HostError, OSError):
             return None
 
@@ -288,7 +292,7 @@ class FrontEndService(Service):
         idle = float(self.config.idletimeout)
         try:
             full, self.table_full = self.table_full, self.core.counters()["table_full"]
-            limits = dict.fromkeys(self.registry.dead(), min(DEAD_IDLE, idle)) | {LOCAL_NODE: idle}
+            limits = dict.fromkeys(self.registry.dead(), min(DEAD_IDLE, idle))
             n = await asyncio.to_thread(self.core.expire,
                                         inf if full == self.table_full else idle, limits)
             if n:

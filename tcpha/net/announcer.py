@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from tcpha.net.host import Host
+from tcpha.net.host import Host, HostError
 
 log = logging.getLogger("tcpha")
 REPEATED = (1.0, 5.0)  # seconds after something has changed; a switch's port may need some
@@ -33,7 +33,10 @@ class Announcer:
         index = self.where()
         if index is None or self.host.holder(self.address) != index:
             return None
-        mac = self.host.running_mac(index)
+        try:
+            mac = self.host.running_mac(index)
+        except HostError:  # gone since
+            return None
         return (index, mac) if mac else None
 
     def take(self, place: Place | None, now: float) -> None:

@@ -12,12 +12,13 @@ import logging
 import os
 import socket
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +98,25 @@ class _Netlink:
         self._thread.shutdown()
 
 
+def _one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The journal is written by the keeper's thread, too."""
+    @wraps(method)
+    def call(self: Host, *args: Any, **kw: Any) -> Any:
+        with self.lock:
+            return method(self, *args, **kw)
+    return call
+
+
 def _identity(change: dict[str, Any]) -> tuple[Any, ...]:
     return change["what"], *(change[key] for key in IDENTITY[change["what"]])
 
 
 class Host:
-    """This network namespace, seen through netlink and /proc. Not for several threads at once."""
+    """This network namespace, seen through netlink and /proc. Several threads may use it."""
 
     def __init__(self, journal: Path):
         self.journal = journal
+        self.lock = threading.RLock()
         self.undo: list[dict[str, Any]] = []
         self.inherited: list[dict[str, Any]] = []
         self.maps: dict[int, dict[str, tuple[int, int, int]]] = {}
@@ -160,6 +171,7 @@ class Host:
         """New rules are in force: take those of a killed predecessor away."""
         self._forget([change for change in self.inherited if change["what"] == "rules"])
 
+    @_one_at_a_time
     def _forget(self, changes: list[dict[str, Any]]) -> None:
         for change in reversed(list(changes)):
             self.inherited.remove(change)
@@ -167,6 +179,7 @@ class Host:
             self._undo(change)
         self._write()
 
+    @_one_at_a_time
     def inherit(self, **change: Any) -> dict[str, Any] | None:
         """A predecessor's change, which is ours from now on; None: there is none like it."""
         for old in self.inherited:
@@ -178,6 +191,7 @@ class Host:
                 return old
         return None
 
+    @_one_at_a_time
     def will_undo(self, **change: Any) -> None:
         """Note a change that is about to be made, in the place of one that has to be made again."""
         for n, old in enumerate(self.undo):
@@ -193,10 +207,11 @@ class Host:
         of its change, whether or not one had to be made."""
         self.kept[key] = kept
 
+    @_one_at_a_time
     def forget(self, *key: Any) -> None:
         """What was kept is gone for good, and there is nothing to be undone."""
         self.kept.pop(key, None)
-        self.undo = [change for change in self.undo if _identity(change) != key]
+        self.undo[:] = [change for change in self.undo if _identity(change) != key]
         self._write()
 
     def _undo(self, change: dict[str, Any]) -> None:
@@ -214,6 +229,7 @@ class Host:
             os.fsync(f.fileno())
         os.replace(scratch, self.journal)
 
+    @_one_at_a_time
     def withdraw(self) -> None:
         """Take addresses away, before that which would miss their packets."""
         for change in [c for c in self.undo if c["what"] == "address"]:
@@ -227,12 +243,14 @@ class Host:
         self.restore_to(0)
         self.journal.unlink(missing_ok=True)
 
+    @_one_at_a_time
     def restore_to(self, mark: int) -> None:
         """Undo all changes but the first 'mark' ones."""
         while len(self.undo) > mark:
             self._undo(self.undo.pop())
             self._write()
 
+    @_one_at_a_time
     def restore_since(self, before: list[dict[str, Any]]) -> None:
         """Undo what is not in an earlier copy of our changes, whatever became of those in it."""
         for change in [c for c in reversed(self.undo) if not any(c is b for b in before)]:
@@ -382,7 +400,7 @@ class Host:
                 and not self._is_taken(link, links)
             if name in names or (not names and usable):
                 found.append(index)
-        missing = set(names) - {self.interface(i) for i in found}
+        missing = set(names) - {links[i].get_attr("IFLA_IFNAME") for i in found}
         if missing:
             raise HostError(f"no interface {', '.join(sorted(missing))}; mend the key 'interface'")
         if not found:
@@ -404,12 +422,19 @@ class Host:
                 and (parent := int(links[index].get_attr("IFLA_LINK") or 0)) in links
                 and parent not in found]
 
+    def _link(self, index: int) -> Any:
+        try:
+            return self.ipr.get_links(index)[0]
+        except (NetlinkError, IndexError) as error:
+            raise HostError(f"interface number {index} is gone ({error})") from None
+
     def mtu(self, index: int) -> int:
-        return int(self.ipr.get_links(index)[0].get_attr("IFLA_MTU"))
+        """Raises HostError if there is no such interface any more."""
+        return int(self._link(index).get_attr("IFLA_MTU"))
 
     def running_mac(self, index: int) -> bytes | None:
         """The MAC address of an Ethernet interface whose link is up."""
-        link = self.ipr.get_links(index)[0]
+        link = self._link(index)
         if link["ifi_type"] != ARPHRD_ETHER or not link["flags"] & IFF_RUNNING:
             return None
         return bytes.fromhex(link.get_attr("IFLA_ADDRESS").replace(":", ""))
@@ -452,11 +477,11 @@ class Host:
                 if e.get_attr("NDA_LLADDR")}
 
     def is_ethernet(self, index: int) -> bool:
-        return bool(self.ipr.get_links(index)[0]["ifi_type"] == ARPHRD_ETHER)
+        return bool(self._link(index)["ifi_type"] == ARPHRD_ETHER)
 
     def mac(self, index: int) -> bytes:
         return bytes.fromhex(
-            self.ipr.get_links(index)[0].get_attr("IFLA_ADDRESS").replace(":", ""))
+            self._link(index).get_attr("IFLA_ADDRESS").replace(":", ""))
 
     def handshakes(self, address: str, port: int) -> int:
         """How many SYNs to an address and port of ours are answered, and the answer not yet
@@ -563,6 +588,9 @@ class Host:
         # the qdisc goes with the last of our instances, if one of them made it
         ours = not self._has_clsact(index) or (bool(self._filters(index)) and all(
             f["handle"] >> 16 == 0 and self._is_ours(f) for f in self._filters(index)))
+        # or if we did, and somebody has taken only the filter away since
+        ours = ours or any(c["what"] == "filter" and c["interface"] == place["interface"] and
+                           c["qdisc"] for c in self.undo)
         self.will_undo(what="filter", **place, qdisc=ours)
         tc_attach(index, program_fd, priority, self.handle)
 
@@ -572,7 +600,10 @@ class Host:
         found = {}
         for kind, name, *place in list(self.kept):
             if kind == "filter" and not name.startswith(TAP_PREFIXES):
-                index = socket.if_nametoindex(name)
+                try:
+                    index = socket.if_nametoindex(name)
+                except OSError:  # gone since; see _detached()
+                    continue
                 before = [f"a {f.get_attr('TCA_KIND')} filter of priority {f['info'] >> 16}"
                           for f in self.ipr.get_filters(index=index, parent=CLSACT_INGRESS)
                           if 0 < f["info"] >> 16 < place[0] and not self._is_bpf_of_ours(f)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import socket
 import time
@@ -81,7 +82,7 @@ class Keeper:
         self.ending.set()
         self.wake.set()
         if self.task:
-            await self.task
+            await asyncio.gather(self.task, return_exceptions=True)
 
     def tick(self) -> None:
         """To be called every second."""
@@ -113,21 +114,31 @@ class Keeper:
             await self.wake.wait()
             self.wake.clear()
             kinds, self.kinds = self.kinds, set()
-            await asyncio.to_thread(self.look, kinds)
+            try:
+                await asyncio.to_thread(self.look, kinds)
+            except Exception:  # no thread to be had: the next look may have one
+                log.exception("internal error")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.ending.wait(), pause)
 
     def look(self, kinds: set[str]) -> None:
         """Put back what is missing."""
         if LINK in kinds:
-            for index in self.host.late():
-                self._try(f"interface {index}", partial(self.host.join, index))
+            self._try("interfaces", self._join_late)
         for kept in list(self.host.kept.values()):
             if kept.kind in kinds:
                 self._try(kept.what, partial(self._look_at, kept))
         if LINK in kinds:
             self._try("tc", self._look_in_front)
             self._try("links", self.also)
+
+    def _join_late(self) -> None:
+        for index in self.host.late():
+            try:
+                self.host.join(index)
+            except OSError as error:
+                if error.errno not in (errno.ENODEV, errno.ENXIO):  # gone again
+                    raise
 
     def _try(self, what: str, work: Callable[[], None]) -> None:
         loss = self.losses.get(what)
@@ -149,12 +160,13 @@ class Keeper:
 
     def _look_in_front(self) -> None:
         """What comes before us in tc may end the classification, and we see nothing."""
-        for name, before in self.host.in_front().items():
+        found = self.host.in_front()
+        for name, before in found.items():
             if before and before != self.in_front.get(name):
                 log.warning("tc on %s: %s before ours: packets that it takes or accepts do not "
                             "reach us; give it a priority above 201, or have it continue", name,
                             " and ".join(before))
-            self.in_front[name] = before
+        self.in_front = found
 
     def _back(self, what: str) -> None:
         now = time.monotonic()
