@@ -327,30 +327,41 @@ class Service:
         self.spawn(quietly())
 
     async def _tick(self) -> None:
-        next_ping = 0.0
-        said = ""
+        next_second = 0.0
+        said: dict[str, str] = {}
         loop = asyncio.get_running_loop()
+
+        def attempt(work: Callable[[], None]) -> None:
+            """What fails, out of file descriptors or memory, keeps nothing else from its turn."""
+            try:
+                work()
+            except Exception as error:  # the next time may do better
+                if repr(error) != said.get(work.__name__):
+                    said[work.__name__] = repr(error)
+                    log.exception("internal error")
         while True:
             await asyncio.sleep(TICK)
-            try:
-                self.workers.tick()
-                self.every_tick()
-                if loop.time() >= next_ping:
-                    next_ping = loop.time() + PING_EVERY
-                    for index, _, up, _ in self.core.links():
-                        if up:
-                            self.core.ping(index)
-                    self.troubles.look(self.trouble_counts(), loop.time())
-                    self.keeper.tick()
-                    for announcer in self.announcers:
-                        announcer.tick(time.monotonic())
-                    self.every_second()
-            except Exception as error:  # out of file descriptors or memory: the next may do better
-                if repr(error) != said:
-                    said = repr(error)
-                    log.exception("internal error")
+            attempt(self.workers.tick)
+            attempt(self.every_tick)
+            if loop.time() >= next_second:
+                next_second = loop.time() + PING_EVERY
+                for work in (self._ping, self._look_at_troubles, self.keeper.tick,
+                             self._announce_again, self.every_second):
+                    attempt(work)
             if self.unloading and self.live() == 0:
                 self.stopping.set()
+
+    def _ping(self) -> None:
+        for index, _, up, _ in self.core.links():
+            if up:
+                self.core.ping(index)
+
+    def _look_at_troubles(self) -> None:
+        self.troubles.look(self.trouble_counts(), asyncio.get_running_loop().time())
+
+    def _announce_again(self) -> None:
+        for announcer in self.announcers:
+            announcer.tick(time.monotonic())
 
     def trouble_counts(self) -> dict[str, int]:
         """Of what TROUBLES names."""

@@ -315,6 +315,7 @@ def published(mode: dict[str, Any]) -> Iterator[Cluster]:
         c.close()
 
 
+@pytest.mark.modes("direct", "tunnel", "fast-direct")
 def test_published_port_with_a_proxy(published: Cluster) -> None:
     """What listens on the host takes what is handed over, whatever the rules say."""
     host, out = published.be_hosts[0], published.bed.dir / "big"
@@ -332,6 +333,7 @@ def test_published_port_with_a_proxy(published: Cluster) -> None:
     settle(published)
 
 
+@pytest.mark.modes("direct", "tunnel", "fast-direct")
 def test_published_port_alone(published: Cluster) -> None:
     """Nothing on the host listens: the next back end takes it, and it is said why."""
     host, be = published.be_hosts[0], published.be[0]

@@ -26,7 +26,6 @@ from tcpha.application import devices_of
 from tcpha.config import ANY, Config
 from tcpha.datapath import DEVICE_PRIORITY, LOCAL_CONNECTIONS, DatapathError, Path, program_file
 from tcpha.datapath.fragments import open_fragments
-from tcpha.datapath.untracked import leave_untracked
 from tcpha.net import rules
 from tcpha.net.host import Host, HostError
 from tcpha.net.rules import Rule
@@ -306,21 +305,10 @@ class NfqueueBackend(_Adopter):
         listen = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
         super().__init__(config, host, "be", listen, config.redirectport, config.maxclients,
                          host.journal.with_suffix(".flows"))
-        self.untracked = f"tcphant_{host.handle:04x}_{os.getpid()}"
-        if listen == config.vaddr:
-            # else others may talk to the local server directly: conntrack has to see its answers
-            leave_untracked(host, self.untracked, config.vaddr, [
-                Rule("prerouting", protocol=rules.IPIP, destination=config.raddr, untracked=True),
-                Rule("prerouting", mark=MARK, untracked=True),
-                Rule("output", mark=MARK, untracked=True)])
         self._serve(listen, [
             Rule("prerouting", queue=self._span, protocol=rules.IPIP, destination=config.raddr),
             Rule("prerouting", queue=self._span, destination=config.vaddr),
             self._errors(config.vaddr)])
-
-    def close(self) -> None:
-        super().close()
-        rules.remove(self.untracked)
 
 
 class NfqueueLocal(_Adopter):

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Back ends: conntrack is kept away from the virtual address.
+"""Back ends with ebpf: conntrack is kept away from the virtual address.
 
 It has not seen the handshake of what is adopted by BPF. Where there are NAT rules, as docker and
 firewalld make them, the kernel takes the port of such a connection for one that was changed, and
-takes the packet away from its new socket (nf_nat_ipv4_local_in()). A handshake that we forge would
-go to the container to which rules send that port, and not to what listens on this host.
+takes the packet away from its new socket (nf_nat_ipv4_local_in()).
 """
 from __future__ import annotations
 
@@ -18,13 +17,13 @@ from tcpha.net.rules import Rule
 log = logging.getLogger("tcpha")
 
 
-def leave_untracked(host: Host, name: str, vaddr: str, forged: list[Rule] | None = None) -> None:
-    """name: of the table; forged: rules for other packets."""
+def leave_untracked(host: Host, name: str, vaddr: str) -> None:
+    """name: of the table."""
     try:
         rules.keep(host, name, [
             Rule("prerouting", destination=vaddr, untracked=True),
             Rule("prerouting", protocol=socket.IPPROTO_ICMP, destination=vaddr,
                  untracked=True),  # errors about what nobody tracks would be 'invalid'
-            Rule("output", source=vaddr, untracked=True), *(forged or [])])
+            Rule("output", source=vaddr, untracked=True)])
     except (HostError, OSError) as error:
         log.warning("connections may be reset if this host has NAT rules: %s", error)
