@@ -117,6 +117,7 @@ def test_doctor(shown: Cluster) -> None:
 
     def findings(where: Host, role: str, config: Path, run_dir: Path) -> tuple[int, str]:
         done = ctl(where, run_dir, "--json", role, "doctor", "-c", str(config))
+        assert done.stdout, done.stderr
         rows = json.loads(done.stdout)
         bad = [r for r in rows if r["state"] == "fault"]
         assert all(r["what to do"] for r in bad)

@@ -177,7 +177,8 @@ def _addresses(role: str, config: Config, host: Host) -> Iterator[Row]:
             return
     holder = host.holder(config.vaddr)
     loopback = holder is not None and host.interface(holder) == "lo"
-    if holder is not None and loopback != (role == "be") and config.announce == "on":
+    ours = role == "be" or config.announce == "on"  # to put there, and to take away
+    if holder is not None and ours and loopback != (role == "be"):
         yield ("vaddr", FAULT, f"{config.vaddr} is on {host.interface(holder)}",
                "on a back end it belongs on lo alone: remove it, tcphabe adds it" if role == "be"
                else "on the front end it belongs on the interface of raddr: remove it, tcphafe "
