@@ -37,6 +37,12 @@ static inline __attribute__((always_inline)) int tcpha_closed(const struct tcpha
 	return (e->state == TCPHA_FORWARD && e->live == 0) || e->state == TCPHA_GONE;
 }
 
+/* A back end has the connection; packets that were held may still be on their way there. */
+static inline __attribute__((always_inline)) int tcpha_handed(const struct tcpha_entry *e)
+{
+	return e->state == TCPHA_FORWARD || (e->state == TCPHA_HOLD && e->live);
+}
+
 /*
  * Follow what the client sends. Who guesses sequence numbers may make end_seq too high by TCPHA_LEAP at
  * most: only what joins the bytes known so far moves it; what lies ahead is kept as one block until the
@@ -92,7 +98,7 @@ static inline __attribute__((always_inline)) int tcpha_classify(struct tcpha_ent
 	if ((flags & TCPHA_T_SYN) && !(flags & TCPHA_T_ACK)) {
 		behind = seq - e->end_seq < TCPHA_BEHIND;
 		if (tcpha_closed(e) ||
-		    (behind && e->state == TCPHA_FORWARD && (e->flags & (TCPHA_F_FIN | TCPHA_F_RST))) ||
+		    (behind && tcpha_handed(e) && (e->flags & (TCPHA_F_FIN | TCPHA_F_RST))) ||
 		    (behind && e->state == TCPHA_PENDING && (e->flags & TCPHA_F_FAST))) {
 			e->syn_seq = seq;
 			e->flags |= TCPHA_F_NEW_SYN;

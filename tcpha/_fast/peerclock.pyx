@@ -29,7 +29,7 @@ cdef void clock_told(peer_clock *p, uint64_t theirs, uint64_t on_the_way,
     long on the way."""
     p.at = now
     p.low = <int64_t>(theirs - now)
-    p.high = p.low + <int64_t>on_the_way
+    p.high = p.low + <int64_t>on_the_way + _drift(on_the_way)
 
 
 cdef void clock_answered(peer_clock *p, uint64_t asked, uint64_t theirs,
