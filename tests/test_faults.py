@@ -160,6 +160,7 @@ def test_accept_queue_that_is_full_for_a_moment(pair: Cluster) -> None:
         assert [len(body(read_all(s))) for s in clients] == [1024] * (ROOM + 8)
 
 
+@pytest.mark.socket_path  # else clients' own timers decide when they wait, and for how long
 def test_accept_queue_that_stays_full(pair: Cluster) -> None:
     """Another back end that may take the request is asked at once. Else it is 503 after a while; a
     client that goes away meanwhile is forgotten. Who is in the queue is served later."""
