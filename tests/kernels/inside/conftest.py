@@ -29,11 +29,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--megabytes", type=int, default=64, help="of a large download")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "queues: exists on ways with netfilter queues alone")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "way" in metafunc.fixturenames:
         ways = metafunc.config.getoption("--ways").split(",")
         if metafunc.module.__name__ == "test_networks":  # the best one, and the last resort
             ways = list(dict.fromkeys([ways[0], ways[-1]]))
+        if metafunc.definition.get_closest_marker("queues"):
+            ways = [way for way in ways if "nfqueue" in WAYS[way][1:3]]
         metafunc.parametrize("way", ways, scope="session")
 
 
