@@ -167,13 +167,13 @@ def test_full_disk_for_logs(mode: dict[str, Any], tmp_path: Path) -> None:
 
 
 @contextmanager
-def no_kernel_memory_for_frames(d: Daemon) -> Iterator[None]:
-    """Whatever a daemon writes to its TAP devices fails, as soon as all its threads are caught."""
+def no_kernel_memory(d: Daemon, call: str, *where: str, when: str = "1+") -> Iterator[None]:
+    """A daemon's system call fails in each thread, as soon as all threads are caught. where, when:
+    for strace, and not every such call."""
     pid = d.process.pid
     threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
-    tracer = subprocess.Popen(["strace", "-f", "-p", str(pid), "-P", "/dev/net/tun", "-e",
-                               "trace=writev", "-e", "inject=writev:error=ENOMEM", "-o",
-                               "/dev/null"],
+    tracer = subprocess.Popen(["strace", "-f", "-p", str(pid), *where, "-e", f"trace={call}", "-e",
+                               f"inject={call}:error=ENOMEM:when={when}", "-o", "/dev/null"],
                               stderr=subprocess.PIPE, text=True)
     try:
         assert tracer.stderr
@@ -186,6 +186,15 @@ def no_kernel_memory_for_frames(d: Daemon) -> Iterator[None]:
     finally:
         tracer.send_signal(signal.SIGINT)
         tracer.communicate()
+
+
+@pytest.mark.modes("direct", "nfqueue-direct")
+def test_no_memory_for_a_connection_that_was_accepted(mode: dict[str, Any]) -> None:
+    """The kernel keeps it, and tells nobody once more that it is there."""
+    with serving(mode) as c:
+        assert c.fe
+        with no_kernel_memory(c.fe, "accept4", when="1"):
+            assert served(c)
 
 
 @pytest.mark.modes("direct", "tunnel")
@@ -201,7 +210,7 @@ def test_no_memory_when_a_back_end_has_adopted(mode: dict[str, Any], dies: bool)
         try:
             clients = [request(c) for _ in range(4)]
             wait_for(lambda: lines(fe, "offered to") == 4, "the offers")
-            with no_kernel_memory_for_frames(fe):
+            with no_kernel_memory(fe, "writev", "-P", "/dev/net/tun"):
                 be.process.send_signal(signal.SIGCONT)
                 wait_for(lambda: lines(fe, "cannot divert the flow") == 4, "all four adopted")
                 for s in clients:

@@ -130,7 +130,7 @@ cdef struct frontend:
     uint32_t *pool         # free slots
     uint32_t pool_len
     uint32_t starved       # accepting waits for a free slot
-    uint32_t accept_failed  # out of descriptors
+    uint32_t accept_failed  # for want of descriptors, or of memory
     uint32_t unloading
     int access_fd          # of the access log; -1: none
     pthread_mutex_t access_lock

@@ -692,7 +692,8 @@ cdef void _accept(frontend *f, worker *w) noexcept nogil:
         if fd < 0:
             if errno == EMFILE or errno == ENFILE:
                 add64(&f.n.no_descriptors, 1)
-                f.accept_failed = 1  # tried again by the timer
+            if errno != EAGAIN:
+                f.accept_failed = 1  # tried again by the timer: more may wait, and nobody says so
             _free_slot(f, k)
             pthread_mutex_unlock(&k.lock)
             return
