@@ -98,8 +98,17 @@ def flow(port: int = 4000) -> bytes:
 
 def entry(state: int, backend: int = 0, slot: int = 0, flags: int = 0, end_seq: int = 1000,
           syn_seq: int = 0, ahead: tuple[int, int] = (0, 0), live: int = 1) -> bytes:
-    return struct.pack("=6Q13I60x", 1, 0, 0, 0, 0, live, state, backend, slot, flags, 0, end_seq,
-                       *ahead, syn_seq, 0, 0, 0, 0)
+    return struct.pack("=6Q13I60x", 1, 0, 0, 0, 0, live, 0, state, backend, slot, flags, 0, end_seq,
+                       *ahead, syn_seq, 0, 0, 0)
+
+
+def tag(key: bytes) -> bytes:
+    """As tcpha_tag()."""
+    vport, cport, *address = struct.unpack("=HH4I", key[34:] + key[32:34] + key[:16])
+    n = vport << 16 | cport
+    for word in address:
+        n = (n ^ word) * 0x9e3779b1 % 2**32
+    return struct.pack("=I", n)
 
 
 class Bpf:
@@ -130,9 +139,11 @@ class Bpf:
             str(self.file), "data_out", str(out)).stdout)
         return int(done["retval"]), out.read_bytes()
 
-    def put(self, name: str, key: bytes, value: bytes) -> None:
+    def put(self, name: str, key: bytes, value: bytes, mark: bytes | None = None) -> None:
+        """mark: of an entry, in place of its own tag."""
         if name == "flows":  # last seen now, or the daemon takes it for idle and removes it
-            value = value[:16] + struct.pack("=Q", self.host.now_ns()) + value[24:]
+            value = value[:16] + struct.pack("=Q", self.host.now_ns()) + value[24:48] + \
+                (mark or tag(key)) + value[52:]
         self.host.run("bpftool", "map", "update", "id", self.maps[name],
                       "key", *map(str, key), "value", *map(str, value))
 
@@ -186,10 +197,10 @@ def number(index: int) -> bytes:
 
 
 def state_of(e: bytes) -> dict[str, int]:
-    names = ("id", "start", "last", "packets", "bytes", "live", "state", "backend", "slot", "flags",
-             "rule", "end_seq", "ahead_seq", "ahead_end", "syn_seq", "first_seq", "first_ack",
-             "rtt_ms", "target_len")
-    return dict(zip(names, struct.unpack("=6Q13I", e[:100]), strict=True))
+    names = ("id", "start", "last", "packets", "bytes", "live", "tag", "state", "backend", "slot",
+             "flags", "rule", "end_seq", "ahead_seq", "ahead_end", "syn_seq", "first_seq",
+             "first_ack", "behind", "rtt_ms", "target_len")
+    return dict(zip(names, struct.unpack("=6Q13I2H", e[:104]), strict=True))
 
 
 # What is none of a front end's business goes to the stack, whatever it looks like.
@@ -356,7 +367,7 @@ def test_front_end_tap(fe: Bpf) -> None:
         fe.put("flows", flow(), state)
         assert fe.run("fe_tap", mark)[0] == want
     fe.drop("flows", flow())
-    assert fe.run("fe_tap", mark)[0] == 0  # given back
+    assert fe.run("fe_tap", mark)[0] == STACK  # given back
     for packet in (Packet(ethertype=0x0806), Packet(protocol=17), Packet(cut=34), Packet(ihl=3),
                    Packet(ethertype=0x88B5)):  # the last: an operation of no slot
         assert fe.run("fe_tap", packet)[0] == DROP
@@ -370,6 +381,17 @@ class Operation(Packet):
 
     def frame(self) -> bytes:
         return bytes(12) + b"\x88\xb5" + number(self.slot) + bytes(42)
+
+
+def test_an_entry_whose_memory_is_another_flows(fe: Bpf) -> None:
+    """It was removed, and its memory used anew, since it was looked up. Nothing is done by it."""
+    fe.put("flows", flow(), entry(FORWARD), tag(flow(4001)))
+    before = fe.get("flows", flow())
+    try:
+        assert fe.run("fe_ingress", Packet(FIN | ACK, data=b"x" * 10))[0] == STACK
+        assert fe.get("flows", flow()) == before
+    finally:
+        fe.drop("flows", flow())
 
 
 # What stands in the place of an entry that was found over, and whether it is removed.

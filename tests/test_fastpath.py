@@ -795,7 +795,7 @@ def test_cookie(lab: Cluster) -> None:
             verdict, out = bpf.run("fe_ingress", packet)
             assert verdict == REDIRECT and out[:3] == b"\x02\x76\x01"
             assert out[14:] == packet.frame()[14:]
-            state, = struct.unpack("=I", bpf.get("flows", flow(port))[48:52])
+            state = state_of(bpf.get("flows", flow(port)))["state"]
             assert state == PENDING
         verdict, out = bpf.run("fe_ingress", Packet(ACK, data=b"more", **{**good, "seq": 7500}))
         assert verdict == REDIRECT and out[:3] == b"\x02\x76\x02"

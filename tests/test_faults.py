@@ -23,7 +23,7 @@ from test_edges import send_again
 
 from tcpha._fast import message
 from tcpha._fast.packet import forge_segment
-from tcpha.lab.bed import Cluster, freeze, sh, wait_for
+from tcpha.lab.bed import Cluster, Host, freeze, sh, wait_for
 from test_clients import connect_from
 from test_serve import REQUEST, body, read_all, settle, upload_many
 
@@ -158,6 +158,37 @@ def test_accept_queue_that_is_full_for_a_moment(pair: Cluster) -> None:
         for pid in workers:
             os.kill(pid, signal.SIGCONT)
         assert [len(body(read_all(s))) for s in clients] == [1024] * (ROOM + 8)
+
+
+def out_of_order(host: Host) -> int:
+    return int(host.run("nstat", "-asz", "TcpExtTCPOFOQueue").stdout.split()[-2])
+
+
+@pytest.mark.socket_path
+def test_order_of_what_comes_while_a_request_waits(pair: Cluster) -> None:
+    """Each time that nobody takes it, our stack gets what was kept, and only then what follows."""
+    data = os.urandom(1 << 20)
+    with crowded(pair) as (workers, clients):
+        before, late, at = crowds(pair), out_of_order(pair.fe_host), 0
+        s = pair.client.connect(pair.VIP)
+        s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        s.sendall(b"PUT /up/order HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+                  b"Content-Length: %d\r\n\r\n" % len(data))
+        often = threading.Thread(target=wait_for,
+                                 args=(lambda: crowds(pair) >= before + 5, "refusals"))
+        often.start()
+        while often.is_alive():
+            try:
+                at += s.send(data[at:at + 1], socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                often.join()
+        assert at > 1000 and out_of_order(pair.fe_host) == late
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+        s.sendall(data[at:])
+        assert read_all(s).startswith(b"HTTP/1.1 20")
+        assert (pair.nginx[0].root / "up/order").read_bytes() == data
+        assert [len(body(read_all(s))) for s in clients] == [1024] * ROOM
 
 
 @pytest.mark.socket_path  # else clients' own timers decide when they wait, and for how long

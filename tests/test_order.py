@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from tcpha.lab.bed import Cluster, Host
-from test_serve import settle
+from test_serve import read_all, settle
 
 CONNECTIONS = 2000
 FIN, RST = 1, 4
@@ -80,6 +80,13 @@ def overtaken(packets: list[Packet]) -> list[tuple[Packet, Packet]]:
     return found
 
 
+def swapped(sent: dict[int, list[Packet]],
+            got: dict[int, list[Packet]]) -> list[tuple[Packet, Packet]]:
+    """Pairs that were overtaken between the front end and the back end."""
+    return [(x, y) for port, packets in got.items() for x, y in overtaken(packets)
+            if y in sent[port] and y in sent[port][:sent[port].index(x)]]
+
+
 def counted(host: Host, name: str) -> int:
     return int(host.run("nstat", "-asz", name).stdout.split()[-2])
 
@@ -96,9 +103,27 @@ def test_no_packet_overtakes_another(cluster: Cluster) -> None:
                           f"http://{cluster.VIP}/1k").stdout
     assert "Failed requests:        0" in done, done
     assert len(got) > CONNECTIONS * 0.9
-    late = [(x, y) for port, packets in got.items() for x, y in overtaken(packets)
-            if y in sent[port] and y in sent[port][:sent[port].index(x)]]
+    late = swapped(sent, got)
     assert not late, (len(late), late[:3])
     again = counted(host, "TcpRetransSegs") - earlier[1]
     assert counted(client, "TcpOutRsts") - earlier[0] <= again
+    settle(cluster)
+
+
+@pytest.mark.modes("direct", "tunnel", "fast-direct", "fast-tunnel", "nfqueue-direct",
+                   "nfqueue-tunnel")
+def test_no_packet_overtakes_a_request(cluster: Cluster) -> None:
+    """What a client sends behind its request comes while that one is being decided, and after."""
+    with arrivals(cluster.fe_host) as sent, arrivals(cluster.be_hosts[0]) as got:
+        for _ in range(300):
+            with cluster.client.connect(cluster.VIP) as s:
+                s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                s.sendall(b"PUT /up/order HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+                          b"Content-Length: 40\r\n\r\n")
+                for _ in range(40):
+                    s.send(b"x")
+                assert read_all(s).startswith(b"HTTP/1.1 20")
+    assert len(got) >= 300
+    late = swapped(sent, got)
+    assert not late, (len(late), late[:3])
     settle(cluster)

@@ -121,10 +121,10 @@ static __always_inline int encapsulate(struct __sk_buff *skb, const struct tcpha
 }
 
 /* The RTT of the handshake, for the back end, in a field that has no use in packets with DF (RFC 6864). */
-static __always_inline void tell_rtt(struct __sk_buff *skb, __u32 rtt_ms)
+static __always_inline void tell_rtt(struct __sk_buff *skb, __u16 rtt_ms)
 {
 	struct iphdr *ip;
-	__u16 id = bpf_htons(rtt_ms > 0xffff ? 0xffff : rtt_ms);
+	__u16 id = bpf_htons(rtt_ms);
 
 	ip = (void *)(long)skb->data + ETH_HLEN;
 	if ((void *)(ip + 1) > (void *)(long)skb->data_end)
@@ -133,16 +133,20 @@ static __always_inline void tell_rtt(struct __sk_buff *skb, __u32 rtt_ms)
 	bpf_skb_store_bytes(skb, ETH_HLEN + __builtin_offsetof(struct iphdr, id), &id, sizeof(id), 0);
 }
 
+/* To our own stack. What comes from user space still bears its mark instead of our address. */
+static __always_inline int to_stack(struct __sk_buff *skb)
+{
+	bpf_skb_change_type(skb, PACKET_HOST);
+	return TC_ACT_UNSPEC;
+}
+
 static __always_inline int to_backend(struct __sk_buff *skb, const struct tcpha_backend *be)
 {
 	struct bpf_redir_neigh nh = {.nh_family = 2 /* AF_INET */};
 	long ret;
 
-	if (be->mode == TCPHA_LOCAL) {
-		/* one that was held bears the mark instead of our address */
-		bpf_skb_change_type(skb, PACKET_HOST);
-		return TC_ACT_UNSPEC;
-	}
+	if (be->mode == TCPHA_LOCAL)
+		return to_stack(skb);
 	if (be->mode == TCPHA_TUNNEL && encapsulate(skb, be) < 0) {
 		COUNT(unreachable, 1);
 		return TC_ACT_SHOT;
@@ -155,14 +159,17 @@ static __always_inline int to_backend(struct __sk_buff *skb, const struct tcpha_
 	return ret;
 }
 
-static __always_inline int forward(struct __sk_buff *skb, struct tcpha_entry *e)
+static __always_inline int forward(struct __sk_buff *skb, const struct tcpha_flow *flow,
+				   struct tcpha_entry *e)
 {
 	struct tcpha_backend *be;
-	__u32 index = e->backend;
+	__u32 index = *(volatile __u32 *)&e->backend;
 	__u32 segments = skb->gso_segs ?: 1;
 	__u32 bytes = skb->len - ETH_HLEN;
 	int ret;
 
+	if (*(volatile __u32 *)&e->tag != tcpha_tag(flow))
+		return TC_ACT_SHOT; /* it is gone, and so may be all that was known of the flow */
 	be = bpf_map_lookup_elem(&backends, &index);
 	if (!be || !be->mode) {
 		COUNT(unreachable, 1);
@@ -182,13 +189,13 @@ static __always_inline int forward(struct __sk_buff *skb, struct tcpha_entry *e)
  * To user space, which finds the connection by the slot in the destination MAC address. By the count, it
  * knows whether all have arrived there: until they have gone on, none that follows may go by itself.
  */
-static __always_inline int hold(struct __sk_buff *skb, struct tcpha_entry *e)
+static __always_inline int hold(struct __sk_buff *skb, const struct tcpha_flow *flow, struct tcpha_entry *e)
 {
 	__u8 mac[ETH_ALEN] = {TCPHA_MAC_MARK >> 8, TCPHA_MAC_MARK & 0xff};
-	__u32 slot = e->slot;
+	__u32 slot = e->slot, held = __sync_fetch_and_add(&e->held, 1);
 
-	if (__sync_fetch_and_add(&e->held, 1) & TCPHA_FLOWING)
-		return forward(skb, e);
+	if (held & TCPHA_FLOWING)
+		return held & TCPHA_OURS ? to_stack(skb) : forward(skb, flow, e);
 	__builtin_memcpy(mac + 2, &slot, sizeof(slot));
 	if (bpf_skb_store_bytes(skb, 0, mac, sizeof(mac), 0) < 0)
 		return TC_ACT_SHOT;
@@ -213,8 +220,11 @@ static __always_inline __u32 payload(const struct __sk_buff *skb, const struct h
 }
 
 /* Whether a packet belongs to the flow of an entry of its name, and not to our stack. */
-static __always_inline bool is_of(const struct __sk_buff *skb, struct tcpha_entry *e, const struct headers *h)
+static __always_inline bool is_of(const struct __sk_buff *skb, const struct tcpha_flow *flow,
+				  struct tcpha_entry *e, const struct headers *h)
 {
+	if (*(volatile __u32 *)&e->tag != tcpha_tag(flow))
+		return false;
 	switch (tcpha_classify(e, ((__u8 *)h->tcp)[13], bpf_ntohl(h->tcp->seq), payload(skb, h), now_ns())) {
 	case TCPHA_TO_STACK:
 		return false;
@@ -225,12 +235,13 @@ static __always_inline bool is_of(const struct __sk_buff *skb, struct tcpha_entr
 }
 
 /* To the back end, to user space, or nowhere, as the entry says. */
-static __always_inline int follow_entry(struct __sk_buff *skb, struct tcpha_entry *e)
+static __always_inline int follow_entry(struct __sk_buff *skb, const struct tcpha_flow *flow,
+					struct tcpha_entry *e)
 {
 	if (e->state == TCPHA_FORWARD)
-		return forward(skb, e);
+		return forward(skb, flow, e);
 	if (e->state == TCPHA_HOLD)
-		return hold(skb, e);
+		return hold(skb, flow, e);
 	return TC_ACT_SHOT;
 }
 
@@ -470,7 +481,7 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	struct tcpha_flow flow;
 	struct cookie c = {};
 	__u8 accept[3] = {TCPHA_MAC_FAST >> 8, TCPHA_MAC_FAST & 0xff, TCPHA_FAST_ACCEPT};
-	__u32 zero = 0, length, seq, ack, doff, offset, socket, replaced = 0, was = 0;
+	__u32 zero = 0, length, seq, ack, doff, offset, socket, replaced = 0, was = 0, rtt_ms;
 	__u8 flags = ((__u8 *)h->tcp)[13];
 	__be16 window;
 	__u64 old = 0, id, *over;
@@ -559,12 +570,14 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	if (!fresh)
 		return TC_ACT_SHOT;
 	__builtin_memset(fresh, 0, sizeof(*fresh));
+	fresh->tag = tcpha_tag(&flow);
 	fresh->state = TCPHA_PENDING;
 	fresh->flags = TCPHA_F_FAST;
 	fresh->start_ns = fresh->last_ns = now_ns();
 	fresh->end_seq = fresh->first_seq = seq;
 	fresh->first_ack = ack;
-	fresh->rtt_ms = before && before->isn == c.isn ? before->rtt_ms : c.rtt_ms;
+	rtt_ms = before && before->isn == c.isn ? before->rtt_ms : c.rtt_ms;
+	fresh->rtt_ms = rtt_ms > 0xffff ? 0xffff : rtt_ms;
 	if (e) {
 		claimed = claim(e, &flow, &was);
 		if (claimed < 0)
@@ -615,9 +628,30 @@ accept:
 	return cookie_accept(skb, &t, &c, conf.wscale, c.rtt_ms) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
-/* A packet of a flow that took the packet path. A function of its own for the verifier, too. */
-static __always_inline int fast_flow(struct __sk_buff *skb, struct tcpha_entry *e, __u32 seq, __u32 ack,
-				     __u32 length)
+/*
+ * To the worker, behind the flow's request. Until it has sent all such on, and that, none that comes later
+ * may go by itself.
+ */
+static __always_inline int to_worker_later(struct __sk_buff *skb, struct tcpha_entry *e)
+{
+	__sync_fetch_and_add(&e->behind, 1);
+	return to_worker(skb, TCPHA_FAST_LATER);
+}
+
+#define BEHIND_NS 1000000000ULL /* far longer than a worker needs: one that is still counted was lost */
+
+/* Whether packets of a flow that has its back end are still with a worker. */
+static __always_inline bool is_crowded(const struct tcpha_entry *e)
+{
+	return *(volatile __u32 *)&e->behind && now_ns() - e->start_ns < BEHIND_NS;
+}
+
+/*
+ * A packet of a flow that took the packet path; passed: by a worker, so nothing is before it. A function of
+ * its own for the verifier, too.
+ */
+static __always_inline int fast_flow(struct __sk_buff *skb, const struct tcpha_flow *flow,
+				     struct tcpha_entry *e, __u32 seq, __u32 ack, __u32 length, bool passed)
 {
 	struct tcpha_backend *be;
 	__u32 index;
@@ -628,7 +662,7 @@ static __always_inline int fast_flow(struct __sk_buff *skb, struct tcpha_entry *
 	first = seq == e->first_seq && length;
 	index = e->backend;
 	if (e->state == TCPHA_PENDING)
-		return to_worker(skb, first ? TCPHA_FAST_FIRST : TCPHA_FAST_LATER);
+		return first ? to_worker(skb, TCPHA_FAST_FIRST) : to_worker_later(skb, e);
 	if (first && tcpha_closed(e))
 		return TC_ACT_SHOT; /* a late copy: it must not be served a second time */
 	if (ack != e->first_ack && !(e->flags & TCPHA_F_ANSWERED))
@@ -641,12 +675,15 @@ static __always_inline int fast_flow(struct __sk_buff *skb, struct tcpha_entry *
 			e->slot = index + 1;
 			e->id = 0;
 			e->flags = TCPHA_F_FAST;
+			e->behind = 0;
 			e->state = TCPHA_PENDING;
 			return to_worker(skb, TCPHA_FAST_FIRST);
 		}
 		tell_rtt(skb, e->rtt_ms);
+	} else if (!passed && is_crowded(e)) {
+		return to_worker_later(skb, e);
 	}
-	return forward(skb, e);
+	return forward(skb, flow, e);
 }
 
 /*
@@ -732,19 +769,19 @@ int fe_ingress(struct __sk_buff *skb)
 	e = bpf_map_lookup_elem(&flows, &flow);
 	if (e && (e->flags & TCPHA_F_FAST) && h.tcp->syn && seq + 1 == e->first_seq)
 		return TC_ACT_SHOT; /* a late copy of the SYN that the flow began with */
-	if (!e || !is_of(skb, e, &h)) {
+	if (!e || !is_of(skb, &flow, e, &h)) {
 		verdict = PACKET_PATH ? without_flow(skb, &h, e) : TC_ACT_UNSPEC;
 		if (verdict == TC_ACT_UNSPEC && parse_tcp(skb, 0, &h) == 0 && drop_stranger(skb, &h))
 			return TC_ACT_SHOT;
 		if (verdict != DECIDED)
 			return verdict;
 		e = bpf_map_lookup_elem(&flows, &flow);
-		if (!e || parse_tcp(skb, 0, &h) < 0 || !is_of(skb, e, &h))
+		if (!e || parse_tcp(skb, 0, &h) < 0 || !is_of(skb, &flow, e, &h))
 			return TC_ACT_SHOT;
 	}
 	if (e->flags & TCPHA_F_FAST)
-		return fast_flow(skb, e, seq, h.tcp->ack ? ack : e->first_ack, length);
-	return follow_entry(skb, e);
+		return fast_flow(skb, &flow, e, seq, h.tcp->ack ? ack : e->first_ack, length, false);
+	return follow_entry(skb, &flow, e);
 }
 
 /*
@@ -776,6 +813,7 @@ static __always_inline void change_entry(struct tcpha_op *op)
 		e->id = 0;
 		e->slot = 0;
 		e->flags = TCPHA_F_FAST;
+		e->behind = 0;
 		e->state = TCPHA_PENDING;
 	} else if (!op->keep) {
 		was = __sync_lock_test_and_set(&e->state, TCPHA_GONE);
@@ -805,6 +843,15 @@ static __always_inline void hand_over(struct tcpha_op *op)
 	op->result = TCPHA_R_OK;
 }
 
+/* Whether what was held has all come to user space; if so, no more is. */
+static __always_inline bool stop_holding(const struct tcpha_op *op, struct tcpha_entry *e, __u32 flags)
+{
+	if (op->held == TCPHA_FLOWING)
+		__sync_lock_test_and_set(&e->held, flags);
+	return op->held == TCPHA_FLOWING ||
+	       __sync_val_compare_and_swap(&e->held, op->held, flags) == op->held;
+}
+
 static __always_inline void let_flow(struct tcpha_op *op)
 {
 	struct tcpha_entry *e = bpf_map_lookup_elem(&flows, &op->flow);
@@ -813,11 +860,25 @@ static __always_inline void let_flow(struct tcpha_op *op)
 	if (!e || e->state != TCPHA_HOLD || e->id != op->id)
 		return;
 	op->result = TCPHA_R_BACKLOG;
-	if (op->held == TCPHA_FLOWING)
-		__sync_lock_test_and_set(&e->held, TCPHA_FLOWING);
-	else if (__sync_val_compare_and_swap(&e->held, op->held, TCPHA_FLOWING) != op->held)
+	if (!stop_holding(op, e, TCPHA_FLOWING))
 		return;
 	e->state = TCPHA_FORWARD;
+	op->result = TCPHA_R_OK;
+}
+
+/* The same, if no back end has it: it is our own stack's. */
+static __always_inline void give_back(struct tcpha_op *op)
+{
+	struct tcpha_entry *e = bpf_map_lookup_elem(&flows, &op->flow);
+
+	op->result = TCPHA_R_NO_SOCKET;
+	if (!e || e->state != TCPHA_HOLD || e->live || e->slot != op->slot)
+		return;
+	op->result = TCPHA_R_BACKLOG;
+	if (!stop_holding(op, e, TCPHA_FLOWING | TCPHA_OURS))
+		return;
+	if (__sync_val_compare_and_swap(&e->state, TCPHA_HOLD, TCPHA_GONE) == TCPHA_HOLD)
+		bpf_map_delete_elem(&flows, &op->flow);
 	op->result = TCPHA_R_OK;
 }
 
@@ -860,6 +921,8 @@ int fe_tap(struct __sk_buff *skb)
 			hand_over(op);
 		else if (op && op->kind == TCPHA_OP_LET_FLOW)
 			let_flow(op);
+		else if (op && op->kind == TCPHA_OP_GIVE_BACK)
+			give_back(op);
 		return TC_ACT_SHOT;
 	}
 	if (skb->protocol != bpf_htons(ETH_P_IP) || parse_tcp(skb, 0, &h) < 0)
@@ -867,11 +930,13 @@ int fe_tap(struct __sk_buff *skb)
 	kept = *(__be16 *)h.eth->h_dest == bpf_htons(TCPHA_MAC_KEPT);
 	flow_of(&h, &flow);
 	e = bpf_map_lookup_elem(&flows, &flow);
-	if (e && is_of(skb, e, &h))
-		return kept && e->state == TCPHA_HOLD ? forward(skb, e) : follow_entry(skb, e);
-	/* given back to our own stack: the frame still bears the mark instead of our address */
-	bpf_skb_change_type(skb, PACKET_HOST);
-	return TC_ACT_OK;
+	if (e && is_of(skb, &flow, e, &h)) {
+		if (!kept || e->state != TCPHA_HOLD)
+			return follow_entry(skb, &flow, e);
+		if (e->live)
+			return forward(skb, &flow, e);
+	}
+	return to_stack(skb);
 }
 
 /* The offer that a frame names. */
@@ -901,6 +966,8 @@ static __always_inline bool take_offer(struct tcpha_offer *o, struct tcpha_entry
 	e->target_len = o->target_len;
 	__builtin_memcpy(e->target, o->target, sizeof(e->target));
 	e->flags &= ~TCPHA_F_NEW_SYN; /* a SYN that came meanwhile was not the one of this request */
+	if (!o->alone)
+		__sync_fetch_and_add(&e->behind, 1);
 	/* unless it is being dropped, or replaced, as its client was silent for long, or gone */
 	o->result = __sync_val_compare_and_swap(&e->state, TCPHA_PENDING, TCPHA_FORWARD) == TCPHA_PENDING;
 	return o->result;
@@ -920,8 +987,7 @@ static __always_inline int accept_here(struct __sk_buff *skb, const struct heade
 	    !cookie_check(flow, &own->keys, seq, ack, &c) || cookie_accept(skb, t, &c, conf.wscale, c.rtt_ms))
 		return TC_ACT_SHOT;
 	bpf_map_delete_elem(&shaken, flow);
-	bpf_skb_change_type(skb, PACKET_HOST);
-	return TC_ACT_OK;
+	return to_stack(skb);
 }
 
 SEC("tc")
@@ -935,7 +1001,7 @@ int fe_fast(struct __sk_buff *skb)
 	struct cookie c = {};
 	struct headers h;
 	__u32 zero = 0, seq, ack, length, socket;
-	bool ours;
+	bool ours, passed;
 	__u8 kind;
 
 	if (!PACKET_PATH || skb->protocol != bpf_htons(ETH_P_IP) ||
@@ -961,21 +1027,26 @@ int fe_fast(struct __sk_buff *skb)
 			o->old = __sync_lock_test_and_set(&e->slot, 0);
 			bpf_map_delete_elem(&flows, &flow);
 		}
-		bpf_skb_change_type(skb, PACKET_HOST);
-		return TC_ACT_OK;
+		return to_stack(skb);
+	}
+	if (kind == TCPHA_FAST_PASSED) {
+		if (e && e->behind)
+			__sync_fetch_and_add(&e->behind, -1);
+		return TC_ACT_SHOT;
 	}
 	if (kind == TCPHA_FAST_EARLY && e && e->state == TCPHA_PENDING)
-		return to_worker(skb, TCPHA_FAST_LATER); /* behind the first one, which waits there by now */
+		return to_worker_later(skb, e); /* behind the first one, which waits there by now */
+	passed = kind == TCPHA_FAST_SEND || kind == TCPHA_FAST_LATER;
 	if (kind == TCPHA_FAST_SEND) {
-		if (!e || seq != e->first_seq || !take_offer(o, e) || !is_of(skb, e, &h))
+		if (!e || seq != e->first_seq || !take_offer(o, e) || !is_of(skb, &flow, e, &h))
 			return TC_ACT_SHOT;
-		return fast_flow(skb, e, seq, ack, length);
+		return fast_flow(skb, &flow, e, seq, ack, length, passed);
 	}
 	if (kind == TCPHA_FAST_SOCKET) {
 		own = bpf_map_lookup_elem(&state, &zero);
 		o->result = !length; /* it is no longer silent, unless we find otherwise */
 		if (!own || (length ? !e || e->state != TCPHA_PENDING || seq != e->first_seq
-				    : e && is_of(skb, e, &h)))
+				    : e && is_of(skb, &flow, e, &h)))
 			return TC_ACT_SHOT;
 		if (read_options(skb, ETH_HLEN + h.ip->ihl * 4 + sizeof(struct tcphdr),
 				 h.tcp->doff * 4 - sizeof(struct tcphdr), &c.opt) < 0)
@@ -997,15 +1068,14 @@ int fe_fast(struct __sk_buff *skb)
 			o->old = __sync_lock_test_and_set(&e->slot, 0);
 			o->result = 1;
 		}
-	} else if (e && is_of(skb, e, &h)) {
+	} else if (e && is_of(skb, &flow, e, &h)) {
 		if (e->flags & TCPHA_F_FAST && e->state == TCPHA_FORWARD)
-			return fast_flow(skb, e, seq, ack, length);
-		return follow_entry(skb, e);
+			return fast_flow(skb, &flow, e, seq, ack, length, passed);
+		return follow_entry(skb, &flow, e);
 	} else if (kind == TCPHA_FAST_EARLY && socket == BPF_TCP_LISTEN) {
 		return TC_ACT_SHOT; /* there was no room for a socket; the listener would answer with a RST */
 	}
-	bpf_skb_change_type(skb, PACKET_HOST);
-	return TC_ACT_OK;
+	return to_stack(skb);
 }
 
 char LICENSE[] SEC("license") = "GPL";

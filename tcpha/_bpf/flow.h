@@ -43,6 +43,18 @@ static inline __attribute__((always_inline)) int tcpha_handed(const struct tcpha
 	return e->state == TCPHA_FORWARD || (e->state == TCPHA_HOLD && e->live);
 }
 
+/* What an entry bears of its key. */
+static inline __attribute__((always_inline)) __u32 tcpha_tag(const struct tcpha_flow *flow)
+{
+	__u32 address[4], tag = (__u32)flow->vport << 16 | flow->cport;
+	int i;
+
+	__builtin_memcpy(address, flow->caddr, sizeof(address));
+	for (i = 0; i < 4; i++)
+		tag = (tag ^ address[i]) * 0x9e3779b1U; /* 2^32 over the golden ratio */
+	return tag;
+}
+
 /*
  * Follow what the client sends. Who guesses sequence numbers may make end_seq too high by TCPHA_LEAP at
  * most: only what joins the bytes known so far moves it; what lies ahead is kept as one block until the

@@ -13,7 +13,9 @@
 #define TCPHA_MAX_BACKENDS 256 /* size of the back-end table; indexes are stable for a run */
 #define TCPHA_MAX_RULES 65536  /* whose use is counted */
 #define TCPHA_LOCAL_NODE 255   /* index of the front end's own server */
-#define TCPHA_MAX_OPS 1024     /* operation slots, one for each worker thread that may exist */
+#define TCPHA_MAX_OPS 1024     /* operation slots, one for each worker thread that may exist, but: */
+#define TCPHA_LOCKED_OP (TCPHA_MAX_OPS - 3) /* that of whoever holds the datapath's lock, */
+					    /* and two behind it for Python's threads */
 /*
  * Bytes of the request-target kept for the connection table. An entry, its key and what the kernel's hash
  * table adds to them just fit into 256 bytes, of which its allocator has blocks.
@@ -44,7 +46,9 @@ struct tcpha_flow {
 	__be16 vport;
 };
 
+/* With the count of packets that were held: no more are, as they go by themselves; and to our own stack. */
 #define TCPHA_FLOWING (1U << 31)
+#define TCPHA_OURS (1U << 30)
 
 /* States of struct tcpha_entry. */
 enum {
@@ -71,6 +75,7 @@ struct tcpha_entry {
 	__u64 packets;	/* forwarded; a GSO packet counts as its segments */
 	__u64 bytes;	/* forwarded, L3 and up */
 	__u64 live; /* id, until the connection is known to be over: whoever takes it off has counted that */
+	__u32 tag;  /* of its key, see flow.h: when it is gone, its memory is another flow's at once */
 	__u32 state;
 	__u32 backend; /* index into the table of back ends */
 	__u32 slot;    /* connection slot in user space while in TCPHA_HOLD; in TCPHA_PENDING: back end
@@ -83,11 +88,12 @@ struct tcpha_entry {
 	__u32 syn_seq;
 	union {
 		__u32 first_seq; /* TCPHA_F_FAST: of the request */
-		__u32 held;	 /* else: packets that went to user space; with TCPHA_FLOWING, no more do */
+		__u32 held;	 /* else: packets that went to user space; TCPHA_FLOWING, TCPHA_OURS */
 	};
 	__u32 first_ack;
-	__u32 rtt_ms; /* TCPHA_F_FAST: of the handshake; 0: not known */
-	__u32 target_len;
+	__u32 behind; /* TCPHA_F_FAST: packets in user space that later ones must not overtake */
+	__u16 rtt_ms; /* TCPHA_F_FAST: of the handshake; 0: not known */
+	__u16 target_len;
 	char target[TCPHA_TARGET_MAX];
 };
 
@@ -117,6 +123,7 @@ enum {
 	TCPHA_OP_DROP = 5,	/* remove an entry, if it still is what was found */
 	TCPHA_OP_HAND_OVER = 6, /* the flow is a back end's; what user space has kept comes now */
 	TCPHA_OP_LET_FLOW = 7,	/* and what follows goes by itself, if no more than 'held' were held */
+	TCPHA_OP_GIVE_BACK = 8, /* the entry goes, as our own stack has the connection; 'held' likewise */
 };
 
 /* Results of struct tcpha_op. */
@@ -145,14 +152,14 @@ struct tcpha_op {
 	__u64 id;	/* END, TAKE_BACK, DROP, HAND_OVER, LET_FLOW */
 	__u64 start_ns; /* DROP: as found, */
 	__u32 entry;	/* and so is this, the entry's state */
-	__u32 slot;	/* DROP out: of that entry */
+	__u32 slot;	/* DROP out: of that entry; GIVE_BACK in */
 	__u32 keep;	/* END: the entry stays, for what the client may still send */
 	__u32 backend;	/* HAND_OVER, as in the entry, and so are the next three */
 	__u32 rule;
 	__u32 flags;
 	__u32 end_seq;
 	__u32 done;	      /* ADOPT out: the rest is what became of it */
-	__u32 held;	      /* LET_FLOW; TCPHA_FLOWING: however many there were */
+	__u32 held;	      /* LET_FLOW, GIVE_BACK; TCPHA_FLOWING: however many there were */
 	__u8 listen_addr[16]; /* ADOPT: the listener */
 	__be16 listen_port;
 	/* ADOPT in, QUERY out */
@@ -219,7 +226,7 @@ struct tcpha_keys {
  * The front end's keys, and of whom the maps are that outlive a daemon: flows, backends, shaken and this one.
  * In memory shared with user space. The version changes with the layout of any of these.
  */
-#define TCPHA_STATE_VERSION 3
+#define TCPHA_STATE_VERSION 4
 struct tcpha_state {
 	struct tcpha_keys keys;
 	__u64 key_number; /* of the cookie key in use */
@@ -239,7 +246,7 @@ struct tcpha_offer {
 	__u32 target_len;
 	__u32 result; /* out: 1: the flow is the back end's; 2: so it was before; 0: neither */
 	__u32 old;    /* out: back end of an older flow, whose end is known by this; + 1 */
-	__u32 pad;
+	__u32 alone;  /* nothing follows the request before it is answered: there is no order to keep */
 	char target[TCPHA_TARGET_MAX];
 };
 
@@ -258,6 +265,7 @@ struct tcpha_choice {
 
 /* Who may take requests with a method and target; or that the rest of a head is well-formed. */
 struct tcpha_verdict {
+	__u64 key; /* its own: when it is gone, its memory is another one's at once */
 	__u64 generation;
 	__u64 until_ns; /* CLOCK_MONOTONIC; void from then on. 0: it has no end */
 	__u32 count;	/* of choices; 0: of the rest of a head */
@@ -283,6 +291,7 @@ enum {
 	TCPHA_FAST_EARLY =
 		5, /* read, written: a later segment that has come before the request's first one */
 	TCPHA_FAST_ACCEPT = 6, /* neither: from fe_ingress to a socket of our own */
+	TCPHA_FAST_PASSED = 7, /* written: the head of one that was TCPHA_FAST_LATER and has gone on */
 };
 
 /* A handshake that has ended, without a request yet. */

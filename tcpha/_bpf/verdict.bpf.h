@@ -139,14 +139,15 @@ static long next_byte(__u32 i, void *ctx)
 /* The one with the fewest connections; equal ones take turns. */
 static __always_inline int choose(struct tcpha_verdict *v, struct tcpha_entry *fresh)
 {
-	__u32 start = __sync_fetch_and_add(&v->turn, 1), i, n, backend, live = -1U;
+	__u32 start = __sync_fetch_and_add(&v->turn, 1), count = *(volatile __u32 *)&v->count, i, n, backend;
+	__u32 live = -1U;
 	struct tcpha_load *load;
 	int found = 0;
 
 	for (i = 0; i < TCPHA_CHOICES; i++) {
-		if (i >= v->count)
+		if (i >= count)
 			break;
-		n = (start + i) % v->count & (TCPHA_CHOICES - 1);
+		n = (start + i) % count & (TCPHA_CHOICES - 1);
 		backend = v->choice[n].backend;
 		load = bpf_map_lookup_elem(&loads, &backend);
 		if (!load || load->live >= live)
@@ -196,7 +197,8 @@ static __always_inline int decide(struct __sk_buff *skb, __u32 offset, __u32 len
 	fresh->target_len = at - target;
 	for (i = 0; i < TCPHA_TARGET_MAX / 8; i++)
 		((__u64 *)fresh->target)[i] = word_at(h, target + i * 8);
-	return choose(v, fresh);
+	/* the choice is a stranger's, if by now the memory is */
+	return choose(v, fresh) && *(volatile __u64 *)&v->key == key;
 }
 
 /* A back end has got a connection, by a rule; one of another (its index + 1, or 0) is over by that. */

@@ -13,7 +13,7 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memmove
 
-from tcpha._fast.defs cimport TCPHA_MAX_OPS, tcpha_flow
+from tcpha._fast.defs cimport TCPHA_LOCKED_OP, TCPHA_MAX_OPS, tcpha_flow
 from tcpha._fast.message cimport (
     MSG_PING, MSG_PONG, MSG_PONG_SIZE, message, message_decode, message_pong, message_short)
 from tcpha._fast.packet cimport flow_text
@@ -428,7 +428,7 @@ cdef class Core:
         """Be a worker until retired or stopped. Called in a thread of its own."""
         cdef worker *w = NULL
         cdef uint32_t i
-        for i in range(TCPHA_MAX_OPS - 2):  # the last two are Python's
+        for i in range(TCPHA_LOCKED_OP):
             if xchg32(&self.c.workers[i].state, 1) == 0:
                 w = &self.c.workers[i]
                 break

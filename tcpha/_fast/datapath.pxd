@@ -63,6 +63,9 @@ cdef struct fe_datapath:
     # Send it on, as 'kind' says (TCPHA_FAST_*). In the offer: see tcpha.h.
     void (*fast_pass)(void *self, uint32_t queue, uint32_t worker, uint8_t *frame, uint32_t length,
                       int kind) noexcept nogil
+    # Send on what has followed a request, in its order.
+    void (*fast_later)(void *self, uint32_t queue, uint32_t worker, uint8_t *frame,
+                       uint32_t length) noexcept nogil
     # A request becomes a socket of ours.
     void (*fast_socket)(void *self, uint32_t queue, uint32_t worker, uint8_t *frame,
                         uint32_t length, const tcpha_flow *flow) noexcept nogil

@@ -9,6 +9,7 @@ cdef extern from "tcpha.h" nogil:
         TCPHA_MAX_RULES
         TCPHA_LOCAL_NODE
         TCPHA_MAX_OPS
+        TCPHA_LOCKED_OP
         TCPHA_TARGET_MAX
         TCPHA_ETH_OP
         TCPHA_MAC_MARK
@@ -26,6 +27,7 @@ cdef extern from "tcpha.h" nogil:
         TCPHA_FAST_SEND
         TCPHA_FAST_SOCKET
         TCPHA_FAST_EARLY
+        TCPHA_FAST_PASSED
         TCPHA_IPID_PLAIN
         TCPHA_HOLD
         TCPHA_FORWARD
@@ -47,6 +49,7 @@ cdef extern from "tcpha.h" nogil:
         TCPHA_OP_DROP
         TCPHA_OP_HAND_OVER
         TCPHA_OP_LET_FLOW
+        TCPHA_OP_GIVE_BACK
         TCPHA_FLOWING
         TCPHA_R_NONE
         TCPHA_R_OK
@@ -71,6 +74,7 @@ cdef extern from "tcpha.h" nogil:
         uint64_t packets
         uint64_t bytes
         uint64_t live
+        uint32_t tag
         uint32_t state
         uint32_t backend
         uint32_t slot
@@ -83,8 +87,8 @@ cdef extern from "tcpha.h" nogil:
         uint32_t first_seq
         uint32_t held
         uint32_t first_ack
-        uint32_t rtt_ms
-        uint32_t target_len
+        uint16_t rtt_ms
+        uint16_t target_len
         char target[96]
 
     struct tcpha_backend:
@@ -183,6 +187,7 @@ cdef extern from "tcpha.h" nogil:
         uint32_t rule
 
     struct tcpha_verdict:
+        uint64_t key
         uint64_t generation
         uint64_t until_ns
         uint32_t count
@@ -201,6 +206,7 @@ cdef extern from "tcpha.h" nogil:
         uint32_t target_len
         uint32_t result
         uint32_t old
+        uint32_t alone
         char target[96]
 
     struct tcpha_shaken:
@@ -256,4 +262,5 @@ cdef extern from "flow.h" nogil:
         TCPHA_TO_STACK
         TCPHA_TO_FLOW
         TCPHA_TO_LIVE
+    uint32_t tcpha_tag(const tcpha_flow *flow)
     int tcpha_classify(tcpha_entry *e, uint8_t flags, uint32_t seq, uint32_t length, uint64_t now)

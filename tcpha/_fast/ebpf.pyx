@@ -20,17 +20,18 @@ from tcpha._fast.datapath cimport (
     DP_ALIVE, DP_CLOSING, DP_GONE, DP_MORE, DP_TIME_WAIT, FAST_QUEUES, BeDatapath, FeDatapath,
     flow_row)
 from tcpha._fast.defs cimport (
-    TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_FAST_EARLY, TCPHA_FAST_FIRST, TCPHA_FAST_SOCKET,
+    TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_FAST_EARLY, TCPHA_FAST_FIRST, TCPHA_FAST_LATER,
+    TCPHA_FAST_PASSED, TCPHA_FAST_SEND, TCPHA_FAST_SOCKET,
     TCPHA_FLOWING, TCPHA_FORWARD, TCPHA_F_ANSWERED, TCPHA_F_FAST, TCPHA_F_RST, TCPHA_GIVEN_UP,
-    TCPHA_IPID_PLAIN, TCPHA_LOCAL, TCPHA_LOCAL_NODE, TCPHA_MAC_FAST, TCPHA_MAC_KEPT, TCPHA_MAC_MARK,
+    TCPHA_IPID_PLAIN, TCPHA_LOCAL, TCPHA_LOCAL_NODE, TCPHA_LOCKED_OP, TCPHA_MAC_FAST, TCPHA_MAC_KEPT, TCPHA_MAC_MARK,
     TCPHA_MAC_ROOM, TCPHA_MARK_FORGED, TCPHA_MAX_BACKENDS, TCPHA_MAX_FAST, TCPHA_MAX_OPS,
-    TCPHA_MAX_RULES, TCPHA_OP_ADOPT, TCPHA_OP_DROP, TCPHA_OP_END, TCPHA_OP_HAND_OVER,
-    TCPHA_OP_LET_FLOW, TCPHA_OP_QUERY, TCPHA_OP_TAKE_BACK, TCPHA_PENDING, TCPHA_R_ASSIGN,
+    TCPHA_MAX_RULES, TCPHA_OP_ADOPT, TCPHA_OP_DROP, TCPHA_OP_END, TCPHA_OP_GIVE_BACK,
+    TCPHA_OP_HAND_OVER, TCPHA_OP_LET_FLOW, TCPHA_OP_QUERY, TCPHA_OP_TAKE_BACK, TCPHA_PENDING, TCPHA_R_ASSIGN,
     TCPHA_R_BACKLOG, TCPHA_R_LIVE, TCPHA_R_NONE, TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_OK,
     TCPHA_R_TIME_WAIT, TCPHA_STATE_VERSION, TCPHA_TUNNEL, tcpha_adoption, tcpha_backend,
     tcpha_be_conf, tcpha_cache, tcpha_counters, tcpha_entry, tcpha_event, tcpha_fe_conf, tcpha_flow,
     tcpha_gate, tcpha_keys, tcpha_load, tcpha_offer, tcpha_op, tcpha_shaken, tcpha_state,
-    tcpha_verdict)
+    tcpha_tag, tcpha_verdict)
 from tcpha._fast.diag cimport SockDiag, diag, diag_refusal
 from tcpha._fast.ledger cimport (
     PUT_NEW, ledger, ledger_close, ledger_divert, ledger_drop_pending, ledger_forget,
@@ -61,6 +62,7 @@ cdef enum:
     CHUNK = 60000          # payload of a forged segment; one skb, so that overhead is small
     ADMIT = 64             # requests that one look for room is for
     NEAR = 1 << 24         # a socket with numbers so little ahead is no other connection's
+    HEADERS = 10 + 14 + 60 + 20  # of a frame, to the ports and flags of its segment
     CHECKED = 3            # virtio-net: the checksum is not made yet, or was verified
     MSS_MIN = 536          # the kernel adopts nothing below (RFC 9293 section 3.7.1)
     WINDOW = 64240         # of a SYN-ACK: 44 segments of 1460 bytes, as Linux offers
@@ -141,7 +143,9 @@ cdef int _find(void *self, const tcpha_flow *flow, tcpha_entry *entry) noexcept 
 
 
 cdef int _put(void *self, const tcpha_flow *flow, const tcpha_entry *entry, int how) noexcept nogil:
-    return bpf_map_update_elem((<fe_ebpf *>self).flows, flow, entry,
+    cdef tcpha_entry e = entry[0]
+    e.tag = tcpha_tag(flow)
+    return bpf_map_update_elem((<fe_ebpf *>self).flows, flow, &e,
                                BPF_NOEXIST if how == PUT_NEW else BPF_ANY)
 
 
@@ -307,12 +311,28 @@ cdef void _send_late(fe_ebpf *d, const snapshot *now, const uint8_t *extra, uint
         at += chunk
 
 
+cdef int _stop_holding(fe_ebpf *d, uint32_t worker, const tcpha_flow *flow, holder *h,
+                       uint32_t what) noexcept nogil:
+    """Packets must not overtake each other: first what was kept goes where the entry says, then
+    'what' ends the keeping, if no more has come meanwhile. d.lock is held. 0, or -1."""
+    cdef tcpha_op *op = &d.ops[worker]
+    cdef uint64_t begin = now_ns()
+    cdef int rc
+    while True:
+        _drain(d)
+        _release(d, h)
+        # one that was counted and does not come was lost on its way
+        op.held = h.count if now_ns() - begin < ARRIVAL_NS else TCPHA_FLOWING
+        rc = _operate(d.tap, d.ops, worker, flow, what)
+        if rc < 0 or op.result != TCPHA_R_BACKLOG:
+            return rc
+
+
 cdef int _forward(void *self, uint32_t worker, tcpha_entry *entry, const snapshot *now,
                   const uint8_t *extra, uint32_t extra_len, bint extra_fin) noexcept nogil:
     cdef fe_ebpf *d = <fe_ebpf *>self
     cdef tcpha_op *op = &d.ops[worker]
     cdef holder *h = &d.holders[entry.slot]
-    cdef uint64_t begin = now_ns()
     cdef int rc = -1
     op.id = entry.id
     op.backend = entry.backend
@@ -323,14 +343,7 @@ cdef int _forward(void *self, uint32_t worker, tcpha_entry *entry, const snapsho
     if _operate(d.tap, d.ops, worker, &now.flow, TCPHA_OP_HAND_OVER) == 0 and \
             op.result == TCPHA_R_OK:
         _send_late(d, now, extra, extra_len, extra_fin)
-        while True:
-            _drain(d)
-            _release(d, h)
-            # one that was counted and does not come was lost on its way
-            op.held = h.count if now_ns() - begin < ARRIVAL_NS else TCPHA_FLOWING
-            rc = _operate(d.tap, d.ops, worker, &now.flow, TCPHA_OP_LET_FLOW)
-            if rc < 0 or op.result != TCPHA_R_BACKLOG:
-                break
+        rc = _stop_holding(d, worker, &now.flow, h, TCPHA_OP_LET_FLOW)
         h.active = rc < 0
     pthread_mutex_unlock(&d.lock)
     return rc
@@ -354,11 +367,14 @@ cdef bint _answered(void *self, uint32_t slot, uint32_t snd_nxt) noexcept nogil:
 
 cdef int _give_back(void *self, const tcpha_flow *flow, uint32_t slot) noexcept nogil:
     cdef fe_ebpf *d = <fe_ebpf *>self
-    ledger_remove(&d.book, flow)
+    cdef int rc
     pthread_mutex_lock(&d.lock)
+    d.ops[TCPHA_LOCKED_OP].slot = slot
+    rc = _stop_holding(d, TCPHA_LOCKED_OP, flow, &d.holders[slot], TCPHA_OP_GIVE_BACK)
     d.holders[slot].active = False
-    _release(d, &d.holders[slot])
     pthread_mutex_unlock(&d.lock)
+    if rc < 0:
+        ledger_remove(&d.book, flow)
     return 0
 
 
@@ -442,6 +458,21 @@ cdef void _fast_pass(void *self, uint32_t queue, uint32_t worker, uint8_t *frame
     pthread_rwlock_rdlock(&d.silent_lock)
     _write_fast(d, queue, worker, frame, length, kind)
     pthread_rwlock_unlock(&d.silent_lock)
+    if kind == TCPHA_FAST_SEND and d.offers[worker].result == 1 and not d.offers[worker].alone:
+        _passed(d, queue, worker, frame, length)
+
+
+cdef void _passed(fe_ebpf *d, uint32_t queue, uint32_t worker, uint8_t *frame,
+                  uint32_t length) noexcept nogil:
+    """A packet is on its way. Later ones of its flow may be, too, if it was the last one here."""
+    memset(frame, 0, VNET_SIZE)
+    _write_fast(d, queue, worker, frame, min(length, <uint32_t>HEADERS), TCPHA_FAST_PASSED)
+
+
+cdef void _fast_later(void *self, uint32_t queue, uint32_t worker, uint8_t *frame,
+                      uint32_t length) noexcept nogil:
+    _fast_pass(self, queue, worker, frame, length, TCPHA_FAST_LATER)
+    _passed(<fe_ebpf *>self, queue, worker, frame, length)
 
 
 cdef bint _wake(fe_ebpf *d, uint32_t queue, uint32_t worker, const tcpha_flow *flow,
@@ -491,14 +522,18 @@ cdef int _take_back(void *self, uint32_t worker, const tcpha_flow *flow, uint64_
 
 
 cdef void _keep_verdict(void *self, uint64_t key, const tcpha_verdict *verdict) noexcept nogil:
-    bpf_map_update_elem((<fe_ebpf *>self).verdicts, &key, verdict, BPF_ANY)
+    cdef tcpha_verdict v = verdict[0]
+    v.key = key
+    bpf_map_update_elem((<fe_ebpf *>self).verdicts, &key, &v, BPF_ANY)
 
 
 cdef dict _counters(Object obj):
     """The per-CPU counters of an object, summed."""
-    cdef tcpha_counters c[1024]
     cdef uint32_t zero = 0
-    cdef int i, cpus = min(possible_cpus(), 1024)
+    cdef int i, cpus = possible_cpus()
+    cdef tcpha_counters *c = <tcpha_counters *>malloc(cpus * sizeof(tcpha_counters))
+    if c == NULL:
+        raise MemoryError
     total = dict.fromkeys(("forwarded", "forwarded_bytes", "held", "live_syn", "unreachable",
                            "guarded", "foreign", "decapsulated", "cookies", "requests", "cached",
                            "forged", "adopted", "yielded", "again", "icmp"), 0)
@@ -520,6 +555,7 @@ cdef dict _counters(Object obj):
             total["yielded"] += c[i].yielded
             total["again"] += c[i].again
             total["icmp"] += c[i].icmp
+    free(c)
     return total
 
 
@@ -650,6 +686,7 @@ cdef class FeEbpf(FeDatapath):
                 "offers", TCPHA_MAX_OPS * sizeof(tcpha_offer))
             self.table.fast_next = _fast_next
             self.table.fast_pass = _fast_pass
+            self.table.fast_later = _fast_later
             self.table.take_back = _take_back
             self.table.fast_socket = _fast_socket
             self.d.offers = self.table.offers

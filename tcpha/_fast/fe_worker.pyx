@@ -833,6 +833,7 @@ cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint
     say_more(f.c, 5, &k.snap.flow, b"chosen: back end %s, rule %ld", be.name, <int>k.entry.rule)
     o.backend = k.entry.backend
     o.rule = k.entry.rule
+    o.alone = k.head.pos == v.data_len and v.data[0] in (b'G', b'H')  # GET, HEAD
     o.target_len = k.head.target_len
     memcpy(o.target, v.data + k.head.target, min(k.head.target_len, TCPHA_TARGET_MAX))
     say_more(f.c, 3, &k.snap.flow, b"offered to %s, %ld bytes", be.name, v.data_len)
@@ -878,7 +879,7 @@ cdef void _on_requests(frontend *f, worker *w, uint32_t queue) noexcept nogil:
                 say_flow(f.c, 6, &flow, b"a later segment has come first: to a socket")
                 f.dp.fast_early(f.dp.self, queue, w.index, w.scratch, length, &flow)
             else:
-                f.dp.fast_pass(f.dp.self, queue, w.index, w.scratch, length, kind)
+                f.dp.fast_later(f.dp.self, queue, w.index, w.scratch, length)
         if add32(&f.fast_readers[queue], -1) == 0:
             return
 
