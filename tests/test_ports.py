@@ -3,17 +3,20 @@
 address translator, whose sequence numbers and clocks have nothing to do with each other."""
 from __future__ import annotations
 
+import contextlib
 import itertools
 import socket
 import struct
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from test_fastpath import internet_sum
 
-from tcpha.lab.bed import Cluster
-from test_serve import REQUEST
+from tcpha.lab.bed import Cluster, Host
+from test_serve import REQUEST, body, read_all
 
 pytestmark = pytest.mark.modes("direct", "fast-direct", "fast-tunnel", "nfqueue-direct")
 FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
@@ -163,3 +166,50 @@ def test_a_port_used_again(cluster: Cluster, order: str) -> None:
             assert c.answer(request).endswith(want), turn
     finally:
         wire.close()
+
+
+class Behind:
+    """Three hosts behind a real address translator, the cluster's client, which has few ports."""
+
+    PORTS = 50
+
+    def __init__(self, c: Cluster):
+        self.c = c
+        c.client.ip("addr", "add", "10.8.0.1/24", "dev", "eth0")
+        c.client.sysctl("net.ipv4.ip_forward", "1")
+        for name in ("all", "eth0"):
+            c.client.sysctl(f"net.ipv4.conf.{name}.send_redirects", "0")
+        self.hosts = [c.bed.host(f"inner{n}", f"10.8.0.{n}") for n in (2, 3, 4)]
+        for host in self.hosts:
+            host.ip("route", "add", "default", "via", "10.8.0.1")
+
+    def ask(self, address: str) -> list[float]:
+        """Seconds that each request of many took. The server closes first each time."""
+        self.c.client.nft(f"""table ip lab {{
+            chain out {{ type nat hook postrouting priority 100;
+                ip saddr 10.8.0.0/24 ip protocol tcp masquerade to :20000-{20000 + self.PORTS - 1}
+            }}
+        }}""")
+
+        def work(host: Host) -> list[float]:
+            took = []
+            for _ in range(100):
+                began = time.monotonic()
+                with host.connect(address) as s:
+                    s.sendall(REQUEST)
+                    assert len(body(read_all(s))) == 1024
+                took.append(time.monotonic() - began)
+            return took
+        with ThreadPoolExecutor() as pool:
+            return [t for each in pool.map(work, self.hosts) for t in each]
+
+
+def test_hosts_behind_an_address_translator(mode: dict[str, Any]) -> None:
+    """Where the server itself lets a client wait until it repeats its SYN, as the port was used a
+    moment ago, we let no more wait."""
+    with contextlib.closing(Cluster(1, **mode, rules=[(0, ".*")])) as c:
+        c.nginx[0].file("1k", size=1024)
+        behind = Behind(c)
+        direct, ours = (sum(t > 0.5 for t in behind.ask(address))
+                        for address in (c.be_hosts[0].address, c.VIP))
+        assert ours <= direct
