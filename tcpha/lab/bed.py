@@ -286,6 +286,7 @@ class Nginx:
             listener.close()
         port = str(self.ports[0]).rpartition(":")[2].split()[0]
         wait_for(lambda: listening(self.host, port), f"nginx on {self.host.name}")
+        self.worker_pids()  # nginx forgets a signal that comes before them
 
     def stop(self) -> None:
         self.process.terminate()
