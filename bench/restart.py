@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import selectors
 import socket
 import sys
 import threading
 import time
 
+from tcpha._fast.bpf import open_program, tcx_detach, tcx_programs
 from tcpha.lab.bed import Cluster, Daemon
 
 SIZE = 1 << 20
@@ -111,7 +113,16 @@ def lose(c: Cluster, fe: Daemon) -> None:
     for file in fe.run_dir.iterdir():
         file.unlink() if file.is_file() else None
     c.fe_host.ip("addr", "del", c.VIP, "dev", "eth0")
+    c.fe_host.inside(take_programs)
     c.fe_host.run("tc", "qdisc", "del", "dev", "eth0", "clsact", check=False)
+
+
+def take_programs() -> None:
+    index = socket.if_nametoindex("eth0")
+    for number in tcx_programs(index):
+        fd = open_program(number)
+        tcx_detach(index, fd)
+        os.close(fd)
 
 
 def measure(datapath: str, victim: str, count: int) -> dict[str, object]:

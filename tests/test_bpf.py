@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hooks import programs
 
 from tcpha.lab.bed import Cluster, Host
 
@@ -117,8 +118,7 @@ class Bpf:
     def __init__(self, host: Host, names: tuple[str, ...]):
         self.host = host
         self.file = host.dir / "frame"
-        net = json.loads(host.run("bpftool", "-j", "net", "show").stdout)[0]["tc"]
-        found = {p["name"].split(":")[0]: p["id"] for p in net}
+        found = programs(host)
         self.programs = {name: found[name] for name in names}
         self.maps = {}
         for program in self.programs.values():

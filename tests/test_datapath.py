@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from hooks import programs
 
 from tcpha.lab.bed import Cluster, Daemon, Host, sh
 from test_serve import REQUEST, body, read_all
@@ -20,6 +21,7 @@ REFUSED = """
 #include <bpf/bpf_helpers.h>
 const volatile char conf[SIZE] SEC(".rodata.conf");
 const volatile char lab_clock[16] SEC(".rodata.clock");
+const volatile int own SEC(".rodata.own");
 struct {
     __uint(type, BPF_MAP_TYPE_ARRAY);
     __uint(max_entries, 1);
@@ -109,7 +111,7 @@ def test_auto_takes_what_works(hosts: Cluster, refused: dict[str, Path], names: 
     c.be[0].stop()
     for host in (c.fe_host, c.be_hosts[0]):
         assert "tcpha" not in host.ip("link") and "192.168.1.36" not in host.ip("addr")
-        assert "clsact" not in host.run("tc", "qdisc").stdout
+        assert not programs(host) and "clsact" not in host.run("tc", "qdisc").stdout
 
 
 @pytest.mark.parametrize("role", ["fe", "be"])

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import hooks
 import pytest
+from hooks import names_on
 
 from conftest import MODES
 from tcpha.lab.bed import BIN, Bed, Cluster, Daemon, Host, sh, wait_for
@@ -31,20 +33,21 @@ def state(host: Host) -> dict[str, str]:
         "rules": host.ip("rule"),
         "qdiscs": host.run("tc", "qdisc").stdout,
         "filters": host.run("tc", "filter", "show", "dev", "eth0", "ingress", check=False).stdout,
+        "programs": " ".join(names_on(host, "eth0")),
         "nft": host.run("nft", "list", "ruleset").stdout,
         "sysctls": "\n".join(line for line in host.run("sysctl", "-a", "-r", "^net\\.").stdout
                              .splitlines() if "conntrack_count" not in line)}
     return out
 
 
-def programs(host: Host) -> set[int]:
-    """Ids of the BPF programs that are attached to a host's interfaces."""
-    return {p["id"] for p in json.loads(host.run("bpftool", "-j", "net", "show").stdout)[0]["tc"]}
-
-
 def loaded() -> set[int]:
     """Ids of all BPF programs in the kernel."""
     return {p["id"] for p in json.loads(sh("bpftool", "-j", "prog", "show").stdout)}
+
+
+def programs(host: Host) -> set[int]:
+    """Ids of the BPF programs that are attached to a host's interfaces."""
+    return set(hooks.programs(host).values())
 
 
 @pytest.fixture
@@ -132,6 +135,7 @@ def test_filters_of_the_administrator_are_kept(idle: Cluster) -> None:
            "match", "u32", "0", "0", "flowid", "1:1")
     before = state(fe)
     idle.start()
+    assert idle.get("/") == "x\n"
     assert idle.fe and idle.fe.stop() == 0
     assert state(fe) == before
 

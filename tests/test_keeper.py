@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hooks import names_on, take_away
 from test_host import state
 
 from conftest import MODES
@@ -24,8 +25,8 @@ def idle(mode: dict[str, Any]):
     c.close()
 
 
-def no_clsact(host: Host) -> None:
-    host.run("tc", "qdisc", "del", "dev", "eth0", "clsact", check=False)  # nfqueue has none
+def no_programs(host: Host) -> None:
+    take_away(host, "eth0")  # nfqueue has none
 
 
 def no_address(host: Host) -> None:
@@ -43,14 +44,13 @@ def old_sysctls(host: Host) -> None:
 
 
 def filtered(host: Host, device: str) -> bool:
-    return "bpf" in host.run("tc", "filter", "show", "dev", device, "ingress", check=False).stdout
+    return bool(names_on(host, device))
 
 
 def as_served(host: Host) -> dict[str, str]:
     """What of its state the daemon cares for."""
     seen = state(host)
-    seen["qdiscs"] = "clsact" if "clsact" in seen["qdiscs"] else ""
-    return {key: seen[key] for key in ("addresses", "qdiscs", "filters", "nft", "sysctls")}
+    return {key: seen[key] for key in ("addresses", "programs", "nft", "sysctls")}
 
 
 def doctor(daemon: Daemon) -> list[dict[str, str]]:
@@ -61,7 +61,7 @@ def doctor(daemon: Daemon) -> list[dict[str, str]]:
 
 
 @pytest.mark.modes(*MODES)
-@pytest.mark.parametrize("take", [no_clsact, no_address, no_rules, old_sysctls])
+@pytest.mark.parametrize("take", [no_programs, no_address, no_rules, old_sysctls])
 def test_what_is_taken_away_comes_back(idle: Cluster, take: Callable[[Host], None]) -> None:
     hosts = [idle.fe_host, *idle.be_hosts]
     before = [state(h) for h in hosts]
@@ -74,7 +74,7 @@ def test_what_is_taken_away_comes_back(idle: Cluster, take: Callable[[Host], Non
     assert idle.get("/") == "x\n"
     daemons = idle.fe, idle.be[0]
     taken = [d.ctl("status")["host"] for d in daemons]
-    bare = take is no_clsact and idle.datapath == ("nfqueue", "nfqueue")
+    bare = take is no_programs and idle.datapath == ("nfqueue", "nfqueue")
     assert any(t["taken"] for t in taken) != bare and not any(t["missing"] for t in taken)
     for daemon, loss in zip(daemons, taken, strict=True):
         assert daemon.log.read_text().count("somebody took it away") == len(loss["taken"])
@@ -165,30 +165,9 @@ def test_an_address_of_somebody_else_is_left_to_him(idle: Cluster) -> None:
     fe.ip("addr", "add", f"{idle.VIP}/32", "dev", "eth0")
     assert idle.get("/") == "x\n"
     no_address(fe)
-    no_clsact(fe)
+    no_programs(fe)
     if idle.datapath[0] == "ebpf":
         wait_for(lambda: idle.fe and idle.fe.ctl("status")["host"]["taken"], "a look")
     assert idle.VIP not in fe.ip("addr", "show", "eth0")
     assert idle.fe.stop() == 0
     assert state(fe) == before
-
-
-@pytest.mark.modes("direct", "fast-direct")
-def test_what_stands_before_us_is_named(idle: Cluster) -> None:
-    """A filter that ends the classification keeps packets from ours. It is the administrator's, and
-    stays; but he is told."""
-    idle.start()
-    assert idle.fe
-    fe, daemon = idle.fe_host, idle.fe
-    assert not daemon.ctl("status")["host"]["in_front"]
-    place = ("dev", "eth0", "ingress", "prio", "1", "protocol", "ip", "u32")
-    fe.run("tc", "filter", "add", *place, "match", "u32", "0", "0", "flowid", "1:1")
-    wait_for(lambda: daemon.ctl("status")["host"]["in_front"], "the finding")
-    assert "tc on eth0: a u32 filter of priority 1 before ours" in daemon.log.read_text()
-    done = fe.run(str(BIN / "tcphactl"), "--run-dir", str(daemon.run_dir), "--json", "doctor", "-c",
-                  str(daemon.config), check=False)
-    found = [x for x in json.loads(done.stdout) if x["check"] == "fe: tc"]
-    assert [x["state"] for x in found] == ["warning"] and "u32" in found[0]["finding"]
-    fe.run("tc", "filter", "del", *place)
-    wait_for(lambda: not daemon.ctl("status")["host"]["in_front"], "its end")
-    assert idle.get("/") == "x\n"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hooks import names_on
 
 from tcpha.lab.bed import Cluster, Nginx, program, wait_for
 from test_clients import connect_from
@@ -213,8 +214,7 @@ def test_bound_elsewhere(bound: Cluster) -> None:
     be = bound.be[0]
     assert be.stop() == 0
     for device in ("eth0", "lo"):
-        assert "be_" not in be.host.run("tc", "filter", "show", "dev", device, "ingress",
-                                        check=False).stdout
+        assert names_on(be.host, device) == []
     be.start()
     bound.connected()
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hooks import take_away
 from test_bpf import Bpf, number
 
 from tcpha.lab.bed import Cluster, Daemon, wait_for
@@ -167,7 +168,7 @@ def lose_all(c: Cluster) -> None:
     """As if another host took the front end's place."""
     shutil.rmtree(front(c).run_dir)
     c.fe_host.ip("addr", "del", c.VIP, "dev", "eth0")
-    c.fe_host.run("tc", "qdisc", "del", "dev", "eth0", "clsact")
+    take_away(c.fe_host, "eth0")
 
 
 def check_rebuilt(busy: Cluster, what: str) -> None:

@@ -16,6 +16,7 @@
 #include <bpf/bpf_helpers.h>
 
 #include "clock.h"
+#include "own.h"
 #include "tcpha.h"
 
 #define IP_MF 0x2000

@@ -12,6 +12,8 @@
 
 #include <bpf/bpf_helpers.h>
 
+#include "own.h"
+
 const volatile struct {
 	__u32 mark; /* of what is injected */
 	__u32 device;

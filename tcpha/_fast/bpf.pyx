@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""BPF objects, maps and tc filters, through libbpf. Errors are BpfError with libbpf's own words."""
+"""BPF objects, maps and their programs' places at tcx and tc, through libbpf. Errors are BpfError
+with libbpf's own words."""
 import os
 
+from libc.errno cimport errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memmove, memset
@@ -75,6 +77,7 @@ cdef extern from "<bpf/libbpf.h>" nogil:
 cdef extern from "<bpf/bpf.h>" nogil:
     struct bpf_prog_info:
         uint32_t id
+        char name[16]
         uint32_t nr_map_ids
         uint64_t map_ids
     struct bpf_map_info:
@@ -84,13 +87,43 @@ cdef extern from "<bpf/bpf.h>" nogil:
     ctypedef int attach_type "enum bpf_attach_type"
     int bpf_prog_query(int target, attach_type where, uint32_t flags, uint32_t *attach_flags,
                        uint32_t *ids, uint32_t *count)
+    int bpf_prog_detach2(int prog_fd, int target, attach_type where)
     int bpf_prog_get_fd_by_id(uint32_t id)
     int bpf_map_get_fd_by_id(uint32_t id)
     int bpf_obj_get_info_by_fd(int fd, void *info, uint32_t *length)
 
 
+# Of union bpf_attr, for BPF_PROG_ATTACH; headers before Linux 6.6 lack the last two.
+cdef extern from *:
+    """
+    #include <linux/bpf.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    struct tcx_attr {
+        __u32 ifindex, program, type, flags, replace, relative;
+        __u64 revision;
+    };
+
+    static long tcx_attach_call(struct tcx_attr *attr)
+    {
+        return syscall(SYS_bpf, BPF_PROG_ATTACH, attr, sizeof(*attr));
+    }
+    """
+    struct tcx_attr:
+        uint32_t ifindex
+        uint32_t program
+        uint32_t type
+        uint32_t flags
+        uint32_t relative
+    long tcx_attach_call(tcx_attr *attr)
+
 cdef enum:
     BPF_TCX_INGRESS = 46
+    BPF_F_BEFORE = 8
+    BPF_F_AFTER = 16
+    BPF_F_ID = 32
+    TCX_MOST = 64  # BPF_MPROG_MAX
 
 
 class BpfError(OSError):
@@ -174,10 +207,11 @@ cdef class Object:
     """A BPF object file, loaded into the kernel.
 
     rodata: initial bytes of the program's constants; max_entries: {map name: size}; reuse: maps to
-    go on with, by name (see attached_maps()).
+    go on with, by name (see maps_of()); instance: whose it is, for instance_of().
     """
 
-    def __cinit__(self, str path, bytes rodata=b"", dict max_entries=None, dict reuse=None):
+    def __cinit__(self, str path, bytes rodata=b"", dict max_entries=None, dict reuse=None,
+                  uint32_t instance=0):
         cdef bpf_object *obj
         cdef bpf_map *m
         cdef bytes raw = os.fsencode(path)
@@ -191,6 +225,7 @@ cdef class Object:
             self._constants(b".rodata.conf", <const char *>rodata, len(rodata))
             if bpf_object__find_map_by_name(obj, b".rodata.clock") != NULL:  # it asks for the time
                 self._constants(b".rodata.clock", &lab_clock, sizeof(lab_clock))
+            self._constants(b".rodata.own", &instance, sizeof(instance))
         for name, size in (max_entries or {}).items():
             m = bpf_object__find_map_by_name(obj, name.encode())
             if m == NULL:
@@ -273,43 +308,87 @@ def tc_attached(int ifindex, uint32_t priority, uint32_t handle):
 
 
 def tcx_programs(int ifindex):
-    """How many programs an interface's tcx ingress has (Linux 6.6), which come before any filter of
-    tc."""
-    cdef uint32_t ids[64]
-    cdef uint32_t count = 64, flags = 0
+    """Ids of the programs at an interface's tcx ingress (Linux 6.6), in their order. They come
+    before any filter of tc."""
+    cdef uint32_t ids[TCX_MOST]
+    cdef uint32_t count = TCX_MOST, flags = 0, i
     if bpf_prog_query(ifindex, <attach_type>BPF_TCX_INGRESS, 0, &flags, ids, &count) < 0:
         _said()
-        return 0  # an older kernel
-    return count
+        return []  # an older kernel
+    return [ids[i] for i in range(count)]
 
 
-def program_id(int fd):
-    """The kernel's id of a program."""
+def tcx_attach(int ifindex, int prog_fd, uint32_t behind):
+    """Attach a program to an interface's tcx ingress, right behind the one with an id, or before
+    all others (0). What it lets pass by TC_ACT_UNSPEC, which is TCX_NEXT, the others see. It stays
+    when we are gone."""
+    cdef tcx_attr attr
+    memset(&attr, 0, sizeof(attr))
+    attr.ifindex = ifindex
+    attr.program = prog_fd
+    attr.type = BPF_TCX_INGRESS
+    attr.flags = BPF_F_AFTER | BPF_F_ID if behind else BPF_F_BEFORE
+    attr.relative = behind
+    if tcx_attach_call(&attr) < 0:
+        _check(-errno, f"tcx on interface {ifindex}")
+
+
+def tcx_detach(int ifindex, int prog_fd):
+    """Take a program away from there."""
+    _check(bpf_prog_detach2(prog_fd, ifindex, <attach_type>BPF_TCX_INGRESS),
+           f"tcx on interface {ifindex}")
+
+
+cdef bpf_prog_info _info(int fd) except *:
     cdef bpf_prog_info program
     cdef uint32_t length = sizeof(program)
     memset(&program, 0, sizeof(program))
     _check(bpf_obj_get_info_by_fd(fd, &program, &length), "BPF program")
-    return program.id
+    return program
 
 
-def attached_maps(int ifindex, uint32_t priority, uint32_t handle):
-    """{name: (descriptor, size of a key, of a value)} of the maps of the program that tc_attach()
-    put there, perhaps in another process. The descriptors are the caller's to close."""
+def program_id(int fd):
+    """The kernel's id of a program."""
+    return _info(fd).id
+
+
+def program_name(int fd):
+    cdef bpf_prog_info program = _info(fd)
+    return program.name.decode(errors="replace")
+
+
+def open_program(uint32_t number):
+    """A descriptor of the program with an id, which is the caller's to close; for those with
+    CAP_SYS_ADMIN."""
+    return _check(bpf_prog_get_fd_by_id(number), f"BPF program {number}")
+
+
+def instance_of(int prog_fd):
+    """The instance that Object() was told when a program was loaded; None: it was not by us."""
+    cdef uint32_t key = 0, value = 0
+    instance = None
+    for name, (fd, _, size) in maps_of(prog_fd).items():
+        if name == ".rodata.own" and size == sizeof(value) and \
+                bpf_map_lookup_elem(fd, &key, &value) == 0:
+            instance = value
+        os.close(fd)
+    return instance
+
+
+def maps_of(int prog_fd):
+    """{name: (descriptor, size of a key, of a value)} of a program's maps. The descriptors are the
+    caller's to close; for those with CAP_SYS_ADMIN."""
     cdef bpf_prog_info program
     cdef bpf_map_info info
     cdef uint32_t ids[64]
     cdef uint32_t length = sizeof(program), i
     cdef int fd
     memset(&program, 0, sizeof(program))
-    found = {}
-    if (attached := tc_attached(ifindex, priority, handle)) == 0 or \
-            (fd := bpf_prog_get_fd_by_id(attached)) < 0:
-        return found
     program.nr_map_ids = 64
     program.map_ids = <uint64_t>&ids[0]
-    if bpf_obj_get_info_by_fd(fd, &program, &length) < 0:
+    found = {}
+    if bpf_obj_get_info_by_fd(prog_fd, &program, &length) < 0:
         program.nr_map_ids = 0
-    os.close(fd)
     for i in range(min(program.nr_map_ids, <uint32_t>64)):
         fd = bpf_map_get_fd_by_id(ids[i])
         length = sizeof(info)

@@ -611,7 +611,7 @@ cdef dict _fitting(dict left, dict sizes):
 cdef class FeEbpf(FeDatapath):
     """The front end's half. tap: (descriptor, ifindex) of its TAP device; fast: None, or
     (descriptors, ifindex, MSS, window scale, options as in struct tcpha_fe_conf) of the packet
-    path; left: the maps of a run that was killed, as attached_maps() says."""
+    path; instance: see Object; left: the maps of a run that was killed, as maps_of() says."""
 
     cdef fe_ebpf *d
     cdef readonly Object obj
@@ -619,7 +619,7 @@ cdef class FeEbpf(FeDatapath):
     cdef readonly bint fresh       # not all of them are known, if there are any
 
     def __cinit__(self, str path, tap, str vaddr, int port, int slots, int maxflows, bint tunnel,
-                  fast=None, dict left=None):
+                  uint32_t instance, fast=None, dict left=None):
         cdef tcpha_fe_conf conf
         cdef int i
         self.d = <fe_ebpf *>calloc(1, sizeof(fe_ebpf))
@@ -652,7 +652,7 @@ cdef class FeEbpf(FeDatapath):
         reuse = self._reusable(left, &conf)
         self.taken_over = bool(reuse)
         self.obj = Object(path, (<char *>&conf)[:sizeof(conf)],
-                          {k: v for k, v in sizes.items() if k not in reuse}, reuse)
+                          {k: v for k, v in sizes.items() if k not in reuse}, reuse, instance)
         self.table.state = <tcpha_state *>self.obj.map_memory("state", sizeof(tcpha_state))
         memcpy(self.table.state.vaddr, conf.vaddr, 16)
         self.table.state.vport = conf.vport
@@ -1107,15 +1107,15 @@ cdef void _nothing(void *self, uint64_t now) noexcept nogil:
 
 
 cdef class BeEbpf(BeDatapath):
-    """The back end's half. sockets: given on the front end, for its Local Node; fast: with the
-    packet path; left: as for FeEbpf, for those who tunnel to us."""
+    """The back end's half. instance, and left, for those who tunnel to us: as for FeEbpf; sockets:
+    given on the front end, for its Local Node; fast: with the packet path."""
 
     cdef be_ebpf *d
     cdef readonly Object obj
     cdef SockDiag sockets
 
     def __cinit__(self, str path, tap, str vaddr, str raddr, str listen_addr, int listen_port,
-                  SockDiag sockets=None, bint fast=False, dict left=None):
+                  uint32_t instance, SockDiag sockets=None, bint fast=False, dict left=None):
         cdef tcpha_be_conf conf
         self.d = <be_ebpf *>calloc(1, sizeof(be_ebpf))
         if self.d == NULL:
@@ -1126,7 +1126,7 @@ cdef class BeEbpf(BeDatapath):
         conf.tap = tap[1]
         conf.fast = fast
         self.obj = Object(path, (<char *>&conf)[:sizeof(conf)], None,
-                          _fitting(left, {"frontends": (16, 4)}))
+                          _fitting(left, {"frontends": (16, 4)}), instance)
         self.d.tap = tap[0]
         self.d.forged = self.obj.program_fd("be_forged")
         self.d.gate = <tcpha_gate *>self.obj.map_memory("gate", sizeof(tcpha_gate))

@@ -21,6 +21,7 @@ from tcpha.application import address_of, devices_of, find
 from tcpha.config import ANY, Config, ConfigError, load
 from tcpha.datapath import ADOPT_KFUNC, DatapathError, choose, describe
 from tcpha.net.host import Host, HostError
+from tcpha.net.keeper import BEFORE_US
 
 Finding = dict[str, str]
 GOOD, WARNING, FAULT = "good", "warning", "fault"
@@ -120,8 +121,7 @@ def _kept(host: dict[str, list[dict[str, Any]]]) -> Iterator[Row]:
                    "find out who does that: a network manager, an agent, a firewall's reload?")
     for found in host["in_front"]:
         yield ("tc", WARNING, f"{found['interface']}: {' and '.join(found['what'])} before ours: "
-               "packets that it takes or accepts do not reach us",
-               "give it a priority above 201, or have it continue (TC_ACT_UNSPEC, TCX_NEXT)")
+               "packets that it takes or accepts do not reach us", BEFORE_US)
     if not host["missing"]:
         yield "in place", GOOD, "all that the daemon has put on this host", ""
 

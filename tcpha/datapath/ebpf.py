@@ -81,7 +81,7 @@ class EbpfFrontend(_Ebpf):
         self.table = FeEbpf(program_file("fe" if self.fastpath else "fe_socket"),
                             (self.tap_fd, self.tap_index), config.vaddr, config.port,
                             config.maxclients, config.maxflows, config.forward == "tunnel",
-                            self._open_fast(), left)
+                            host.handle, self._open_fast(), left)
         self.left: dict[str, tuple[int, int]] = {}
         self.fresh = bool(self.table.fresh)
         if self.table.taken_over:
@@ -194,8 +194,8 @@ class EbpfBackend(_Adopter):
             leave_untracked(host, self.rules, config.vaddr)
             host.forget_rules()
             self.table = BeEbpf(program_file("be"), (self.tap_fd, self.tap_index), config.vaddr,
-                                config.raddr, listen, config.redirectport, fast=fastpath,
-                                left=host.maps.get(BE_PRIORITY, {}))
+                                config.raddr, listen, config.redirectport, host.handle,
+                                fast=fastpath, left=host.maps.get(BE_PRIORITY, {}))
             self._attach(config, host, BE_PRIORITY, "be_tap", "be_ingress")
         except BaseException:
             self.close()
@@ -220,7 +220,7 @@ class EbpfLocal(_Adopter):
         self.sockets = SockDiag()
         try:
             self.table = BeEbpf(program_file("be"), (self.tap_fd, self.tap_index), config.vaddr,
-                                config.vaddr, address, port, self.sockets)
+                                config.vaddr, address, port, host.handle, self.sockets)
             self._attach_tap(host, BE_PRIORITY, "be_tap")
         except BaseException:
             self.close()

@@ -285,7 +285,8 @@ class _Adopter(_Nfqueue):
 
     def follow(self, device: int) -> None:
         host = self.host
-        programs = Object(program_file("detour"), struct.pack("=2I", MARK, device))
+        programs = Object(program_file("detour"), struct.pack("=2I", MARK, device),
+                          instance=host.handle)
         self.programs.append(programs)  # their descriptors are needed as long as they are kept
         host.attach(device, programs.program_fd("be_arrival"), DEVICE_PRIORITY)
         host.attach(socket.if_nametoindex("lo"), programs.program_fd("be_detour"), DEVICE_PRIORITY)

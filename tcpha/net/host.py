@@ -25,9 +25,13 @@ from typing import Any
 from pyroute2 import DiagSocket, IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from tcpha._fast.bpf import maps_of, open_program, program_id, tc_attach, tc_attached
+from tcpha.net.tcx import Tcx
+
 log = logging.getLogger("tcpha")
 
-CLSACT_INGRESS = 0xFFFFFFF2
+CLSACT_INGRESS, CLSACT_EGRESS = 0xFFFFFFF2, 0xFFFFFFF3
+PRIORITIES, LAST_PRIORITY = 3, 201  # of our filters at tc: how many, and the greatest
 ETH_P_ALL = 0x0003
 ETH_P_ARP = 0x0806
 ARPHRD_ETHER = 1
@@ -40,7 +44,8 @@ TAP_PREFIXES = ("tcphafe", "tcphabe", "tcphaln", "tcphafp", "tcphafr")
 # what tells changes of each kind apart
 IDENTITY = {"sysctl": ("name",), "address": ("address",), "rules": ("name",), "arp": ("name",),
             "filter": ("interface", "priority", "handle")}
-LINK, NFT, POLLED, SLOW = "link", "nft", "polled", "slow"  # how a loss of what is kept shows
+# how a loss of what is kept shows
+LINK, NFT, POLLED, PROGRAM, SLOW = "link", "nft", "polled", "program", "slow"
 
 
 def _kind(link: Any) -> str:
@@ -69,7 +74,8 @@ class Route:
 @dataclass(frozen=True)
 class Kept:
     """Something that has to stay as it is while we run. what: its name, for people. kind: LINK or
-    NFT, a notification tells of its loss; POLLED, a cheap look each second does; SLOW, a dear one.
+    NFT, a notification tells of its loss; POLLED, a cheap look each second does; PROGRAM, LINK's
+    notifications may, and a look each second, which may have to wait; SLOW, a dear one does.
     """
 
     what: str
@@ -124,8 +130,9 @@ class Host:
         self.kept: dict[tuple[Any, ...], Kept] = {}
         # names (none: all), program and priority of what is attached to the network's interfaces
         self.everywhere: tuple[list[str], int, int] | None = None
-        # distinguishes the tc filters of instances with other run directories
+        # distinguishes the programs of instances with other run directories
         self.handle = zlib.crc32(str(journal).encode()) % 0xFFFE + 1
+        self.tcx = Tcx(self.handle)
 
     @cached_property
     def ipr(self) -> _Netlink:
@@ -136,6 +143,7 @@ class Host:
     def recover(self) -> None:
         """Learn what a killed predecessor left. It stays in force until there is something in its
         place, so that its connections go on: see settle()."""
+        self.tcx.recover()
         try:
             left = json.loads(self.journal.read_text())
         except FileNotFoundError:
@@ -150,19 +158,30 @@ class Host:
         self._claim_maps()
 
     def _claim_maps(self) -> None:
-        """Of the programs that are still attached, by priority of their filter: {name: (descriptor,
-        size of a key, of a value)}. Nobody without CAP_SYS_ADMIN can get at them later."""
-        from tcpha._fast.bpf import attached_maps
+        """Of the programs that are still attached, by priority: {name: (descriptor, size of a key,
+        of a value)}. Nobody without CAP_SYS_ADMIN can get at them later."""
         for change in self.inherited:
             if change["what"] == "filter" and not self.maps.get(change["priority"]):
                 with contextlib.suppress(OSError):
-                    self.maps[change["priority"]] = dict(attached_maps(
-                        socket.if_nametoindex(change["interface"]), change["priority"],
-                        self.handle))
+                    self.maps[change["priority"]] = self._maps_of(change)
+
+    def _maps_of(self, change: dict[str, Any]) -> dict[str, tuple[int, int, int]]:
+        if number := change.get("program"):
+            return self.tcx.maps(number)
+        index = socket.if_nametoindex(change["interface"])
+        number = tc_attached(index, change.get("at", change["priority"]), self.handle)
+        if not number:
+            return {}
+        fd = open_program(number)
+        try:
+            return dict(maps_of(fd))
+        finally:
+            os.close(fd)
 
     def settle(self) -> None:
         """All of ours is in force: undo what else a killed predecessor changed."""
         self._forget(self.inherited)
+        self.tcx.settle()
         for fd, _, _ in (m for maps in self.maps.values() for m in maps.values()):
             os.close(fd)
         self.maps.clear()
@@ -241,6 +260,7 @@ class Host:
         """Put everything back, latest change first."""
         self.withdraw()
         self.restore_to(0)
+        self.tcx.end()
         self.journal.unlink(missing_ok=True)
 
     @_one_at_a_time
@@ -524,17 +544,18 @@ class Host:
         from tcpha.net.rules import show_in_arp
         show_in_arp(change["name"])
 
-    # Filters
+    # Programs
 
     def attach(self, index: int, program_fd: int, priority: int) -> None:
-        """Put a BPF program on an interface's tc ingress, beside whatever is there, and keep it
-        there as long as there is this interface."""
+        """Put a BPF program where it sees what an interface receives before others do, who see what
+        it lets pass, and keep it there as long as there is this interface. In the order of their
+        priorities, if there are several of ours."""
         name = self.interface(index)
         key = "filter", name, priority, self.handle
         self._attach(index, program_fd, priority)
         self.keep(key, Kept(
-            f"tc filter on {name}", LINK,
-            lambda: self._detached(index, program_fd, priority, key),
+            f"BPF program on {name}", PROGRAM,
+            lambda: self._detached(index, program_fd, key),
             lambda: self._attach(index, program_fd, priority)))
 
     def attach_everywhere(self, names: list[str], program_fd: int, priority: int) -> None:
@@ -566,24 +587,42 @@ class Host:
         except HostError:
             return []
 
-    def _detached(self, index: int, program_fd: int, priority: int, key: tuple[Any, ...]) -> bool:
+    def _attachment(self, key: tuple[Any, ...]) -> dict[str, Any]:
+        """How the journal has a program that was attached: with its id, if it is at tcx."""
+        return next((c for c in self.undo if _identity(c) == key and c not in self.inherited), {})
+
+    def _detached(self, index: int, program_fd: int, key: tuple[Any, ...]) -> bool:
         """Whether a program is not where it was attached. Nothing is missing, and nothing to be
         undone, if the interface is gone, or has another name, under which it comes again."""
-        from tcpha._fast.bpf import program_id, tc_attached
         try:
             gone = self.interface(index) != key[1]
         except OSError:
             gone = True
+            self.tcx.gone(index)
         if gone:
             self.forget(*key)
             return False
-        return bool(tc_attached(index, priority, self.handle) != program_id(program_fd))
+        change = self._attachment(key)
+        if number := change.get("program"):
+            return not self.tcx.attached(index, number)
+        at = change.get("at", key[2])
+        return bool(tc_attached(index, at, self.handle) != program_id(program_fd))
 
+    @_one_at_a_time
     def _attach(self, index: int, program_fd: int, priority: int) -> None:
-        from tcpha._fast.bpf import tc_attach
+        """At tcx, or by a filter of tc where the kernel has none."""
         place = {"interface": self.interface(index), "priority": priority, "handle": self.handle}
-        if self.inherit(what="filter", **place):  # the new program takes the old one's place
-            tc_attach(index, program_fd, priority, self.handle)
+        if number := self.tcx.attach(index, program_fd, priority):
+            self.will_undo(what="filter", **place, qdisc=False, program=number)
+        else:
+            self._attach_filter(index, program_fd, place)
+        self._forget([c for c in self.inherited
+                      if _identity(c) == ("filter", *place.values())])
+
+    def _attach_filter(self, index: int, program_fd: int, place: dict[str, Any]) -> None:
+        # the new program takes the old one's place
+        if old := self.inherit(what="filter", **place, program=None):
+            tc_attach(index, program_fd, old.get("at", place["priority"]), self.handle)
             return
         # the qdisc goes with the last of our instances, if one of them made it
         ours = not self._has_clsact(index) or (bool(self._filters(index)) and all(
@@ -591,26 +630,44 @@ class Host:
         # or if we did, and somebody has taken only the filter away since
         ours = ours or any(c["what"] == "filter" and c["interface"] == place["interface"] and
                            c["qdisc"] for c in self.undo)
-        self.will_undo(what="filter", **place, qdisc=ours)
-        tc_attach(index, program_fd, priority, self.handle)
+        at = self._best_priority(index, place["priority"])
+        self.will_undo(what="filter", **place, qdisc=ours, at=at)
+        tc_attach(index, program_fd, at, self.handle)
+
+    def _best_priority(self, index: int, wanted: int) -> int:
+        """Before the filters of others, if there is room before the first one; else as wanted. No
+        lower than it takes, since whoever wants a priority that is in use is refused."""
+        first = min((f["info"] >> 16 for f in self._ingress_filters(index)
+                     if f["info"] >> 16 and not self._is_bpf_of_ours(f)), default=LAST_PRIORITY + 1)
+        lower = min(wanted, wanted - (LAST_PRIORITY + 1 - first))
+        return lower if first > PRIORITIES else wanted
 
     def in_front(self) -> dict[str, list[str]]:
         """By interface, what sees packets before our programs do, and may keep them to itself."""
-        from tcpha._fast.bpf import tcx_programs
         found = {}
-        for kind, name, *place in list(self.kept):
-            if kind == "filter" and not name.startswith(TAP_PREFIXES):
-                try:
-                    index = socket.if_nametoindex(name)
-                except OSError:  # gone since; see _detached()
-                    continue
-                before = [f"a {f.get_attr('TCA_KIND')} filter of priority {f['info'] >> 16}"
-                          for f in self.ipr.get_filters(index=index, parent=CLSACT_INGRESS)
-                          if 0 < f["info"] >> 16 < place[0] and not self._is_bpf_of_ours(f)]
-                if count := tcx_programs(index):
-                    before.insert(0, f"{count} tcx programs")
-                found[name] = list(dict.fromkeys(before))
+        for key in list(self.kept):
+            if key[0] != "filter" or key[1].startswith(TAP_PREFIXES):
+                continue
+            try:
+                index = socket.if_nametoindex(key[1])
+                found[key[1]] = self._before(index, self._attachment(key))
+            except (OSError, HostError):  # gone since; see _detached()
+                continue
         return found
+
+    def _before(self, index: int, change: dict[str, Any]) -> list[str]:
+        found = []
+        xdp = self._link(index).get_attr("IFLA_XDP")
+        if xdp and xdp.get_attr("IFLA_XDP_ATTACHED"):
+            found.append("an XDP program")
+        number = change.get("program", 0)
+        if count := self.tcx.in_front(index, number):
+            found.append(f"{count} tcx program{'s' * (count > 1)}")
+        if not number:
+            found += [f"a {f.get_attr('TCA_KIND')} filter of priority {f['info'] >> 16}"
+                      for f in self._ingress_filters(index)
+                      if 0 < f["info"] >> 16 < change.get("at", 0) and not self._is_bpf_of_ours(f)]
+        return list(dict.fromkeys(found))
 
     def _is_bpf_of_ours(self, filter_: Any) -> bool:
         return filter_.get_attr("TCA_KIND") == "bpf" and self._is_ours(filter_)
@@ -629,14 +686,20 @@ class Host:
             index = socket.if_nametoindex(change["interface"])
         except OSError:
             return
+        if number := change.get("program"):
+            self.tcx.detach(index, number)
+            return
         try:
             self.ipr.tc("del-filter", "bpf", index, change["handle"], parent=CLSACT_INGRESS,
-                        prio=change["priority"], protocol=ETH_P_ALL)
+                        prio=change.get("at", change["priority"]), protocol=ETH_P_ALL)
         except NetlinkError as error:
             log.debug("filter on %s: %s", change["interface"], error)
         if change["qdisc"] and self._has_clsact(index) and not self._filters(index):
             self.ipr.tc("del", "clsact", index)
 
+    def _ingress_filters(self, index: int) -> list[Any]:
+        return list(self.ipr.get_filters(index=index, parent=CLSACT_INGRESS))
+
     def _filters(self, index: int) -> list[Any]:
-        return [f for parent in (0xFFFFFFF2, 0xFFFFFFF3)
-                for f in self.ipr.get_filters(index=index, parent=parent)]
+        return [*self._ingress_filters(index),
+                *self.ipr.get_filters(index=index, parent=CLSACT_EGRESS)]

@@ -2,8 +2,8 @@
 """What others take away from a host while we run is put back at once, and said.
 
 Network managers, agents of container networks and administrators reload what they know of, and
-what we added is none of that. The kernel tells of links, addresses, tc and nft; sysctls are looked
-at.
+what we added is none of that. The kernel tells of links, addresses, tc and nft; sysctls and tcx are
+looked at.
 """
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tcpha.net.host import LINK, NFT, POLLED, SLOW, Host, Kept
+from tcpha.net.host import LINK, NFT, POLLED, PROGRAM, SLOW, Host, Kept
 
 log = logging.getLogger("tcpha")
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
@@ -29,6 +29,7 @@ GROUPS = {LINK: (NETLINK_ROUTE, (RTNLGRP_LINK, RTNLGRP_TC, RTNLGRP_IPV4_IFADDR))
 PAUSE_FIRST, PAUSE_MOST = 0.02, 0.5  # seconds between two looks; doubled while there is much told
 SLOWLY = 10.0  # seconds between two dear looks, which are at all there is
 QUIET = 60.0   # seconds between two lines about the same thing
+BEFORE_US = "have it let them pass (TC_ACT_UNSPEC, TCX_NEXT, XDP_PASS), or attach it behind ours"
 
 
 @dataclass
@@ -88,6 +89,7 @@ class Keeper:
         """To be called every second."""
         if any(k.missing() for k in list(self.host.kept.values()) if k.kind == POLLED):
             self._ask(POLLED)
+        self._ask(PROGRAM)
         if time.monotonic() >= self.next_slow:
             self.next_slow = time.monotonic() + SLOWLY
             self._ask(LINK, NFT, SLOW)
@@ -124,6 +126,7 @@ class Keeper:
     def look(self, kinds: set[str]) -> None:
         """Put back what is missing."""
         if LINK in kinds:
+            kinds = kinds | {PROGRAM}
             self._try("interfaces", self._join_late)
         for kept in list(self.host.kept.values()):
             if kept.kind in kinds:
@@ -159,13 +162,12 @@ class Keeper:
             self._back(kept.what)
 
     def _look_in_front(self) -> None:
-        """What comes before us in tc may end the classification, and we see nothing."""
+        """What comes before us may keep packets, and we see nothing."""
         found = self.host.in_front()
         for name, before in found.items():
             if before and before != self.in_front.get(name):
                 log.warning("tc on %s: %s before ours: packets that it takes or accepts do not "
-                            "reach us; give it a priority above 201, or have it continue", name,
-                            " and ".join(before))
+                            "reach us; %s", name, " and ".join(before), BEFORE_US)
         self.in_front = found
 
     def _back(self, what: str) -> None:
