@@ -315,7 +315,6 @@ def published(mode: dict[str, Any]) -> Iterator[Cluster]:
         c.close()
 
 
-@pytest.mark.modes("direct", "tunnel", "fast-direct")
 def test_published_port_with_a_proxy(published: Cluster) -> None:
     """What listens on the host takes what is handed over, whatever the rules say."""
     host, out = published.be_hosts[0], published.bed.dir / "big"
@@ -333,7 +332,6 @@ def test_published_port_with_a_proxy(published: Cluster) -> None:
     settle(published)
 
 
-@pytest.mark.modes("direct", "tunnel", "fast-direct")
 def test_published_port_alone(published: Cluster) -> None:
     """Nothing on the host listens: the next back end takes it, and it is said why."""
     host, be = published.be_hosts[0], published.be[0]
@@ -349,3 +347,33 @@ def test_published_port_alone(published: Cluster) -> None:
     published.nginx[0].start()
     wait_for(lambda: application(published) == "listening", "the listener")
     settle(published)
+
+
+def test_published_later(published: Cluster) -> None:
+    """As by docker that is started, or restarted, while the daemon runs."""
+    host, be = published.be_hosts[0], published.be[0]
+    assert be.stop() == 0
+    host.run("nft", "delete", "table", "ip", "nat")
+    bare = host.run("nft", "list", "tables").stdout
+    be.start()
+    published.connected()
+    published.nginx[1].stop()
+    try:
+        assert published.get("/a.jpg") == "be1\n"
+        host.run("nft", "-f", "-", input=PUBLISHED)
+        if published.datapath[1] == "nfqueue":
+            wait_for(lambda: "type nat hook output priority -101" in host.run(
+                "nft", "list", "ruleset").stdout, "rules of our own")
+        for _ in range(10):
+            assert published.get("/a.jpg") == "be1\n"
+    finally:
+        published.nginx[1].start()
+    assert published.curl(f"http://{host.address}/").stdout == "container\n"
+    assert "somebody took it away" not in be.log.read_text()
+    settle(published)
+    assert be.stop() == 0
+    host.run("nft", "delete", "table", "ip", "nat")
+    assert host.run("nft", "list", "tables").stdout == bare
+    host.run("nft", "-f", "-", input=PUBLISHED)
+    be.start()
+    published.connected()

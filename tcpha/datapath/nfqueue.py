@@ -26,6 +26,7 @@ from tcpha.application import devices_of
 from tcpha.config import ANY, Config
 from tcpha.datapath import DEVICE_PRIORITY, LOCAL_CONNECTIONS, DatapathError, Path, program_file
 from tcpha.datapath.fragments import open_fragments
+from tcpha.datapath.pinned import Pinned
 from tcpha.net import rules
 from tcpha.net.host import Host, HostError
 from tcpha.net.rules import Rule
@@ -254,6 +255,8 @@ class _Adopter(_Nfqueue):
                  connections: int, file: FilePath | None):
         super().__init__(config, host, role, heads=True)
         self.file = file
+        self.port = port
+        self.pinned: Pinned | None = None
         self.programs: list[Object] = []
         self.table = BeNfqueue(config.vaddr, address, port, connections * 2 + TIME_WAIT_FLOWS, MARK,
                                self.queues, str(file) if file else None,
@@ -276,6 +279,8 @@ class _Adopter(_Nfqueue):
         if address.startswith("127."):
             # packets for it come from the network and leave for it; only those that we rewrite may
             guard = [Rule("prerouting", drop=True, protocol=None, destination=rules.LOOPBACK)]
+        self.pinned = Pinned(self.host, f"{self.rules}_n", address, self.port, MARK,
+                             outside=not self.direct)
         self._begin([*guard, Rule("prerouting", mark=MARK), *inward, *self.direct, *self.outward])
         if guard:
             self.host.sysctl("net/ipv4/conf/all/route_localnet", "1")
@@ -296,6 +301,8 @@ class _Adopter(_Nfqueue):
         # without us their packets would leave as they are, and mean nothing to the clients
         self.table.end_all()
         self.handshakes.close()
+        if self.pinned:
+            self.pinned.close()
         super().close()
         if self.file:
             self.file.unlink(missing_ok=True)

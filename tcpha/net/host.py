@@ -82,6 +82,7 @@ class Kept:
     kind: str
     missing: Callable[[], bool]
     restore: Callable[[], None]
+    late: bool = False  # it is needed only since others have come: nobody took it away
 
 
 class _Netlink:

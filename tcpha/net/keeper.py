@@ -159,7 +159,8 @@ class Keeper:
     def _look_at(self, kept: Kept) -> None:
         if kept.missing():
             kept.restore()
-            self._back(kept.what)
+            if not kept.late:
+                self._back(kept.what)
 
     def _look_in_front(self) -> None:
         """What comes before us may keep packets, and we see nothing."""

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pyroute2.netlink.exceptions import NetlinkError
@@ -36,9 +37,11 @@ NF_DROP, NF_ACCEPT = 0, 1
 LOOPBACK = "127.0.0.0/8"
 # netfilter's name of each hook, and the priority: raw, before conntrack; mangle, after it
 HOOKS = {"prerouting": ("prerouting", -300), "postrouting": ("postrouting", -150),
-         "numbers": ("postrouting", -149), "input": ("input", -150), "output": ("output", -300)}
+         "numbers": ("postrouting", -149), "input": ("input", -150), "output": ("output", -300),
+         "pin_in": ("prerouting", -101), "pin_out": ("output", -101)}  # before others' NAT
 IPTABLES_CHAIN = {"prerouting": ("raw", "PREROUTING", "-i"), "input": ("filter", "INPUT", "-i"),
-                  "postrouting": ("mangle", "POSTROUTING", "-o"), "output": ("raw", "OUTPUT", "-o")}
+                  "postrouting": ("mangle", "POSTROUTING", "-o"), "output": ("raw", "OUTPUT", "-o"),
+                  "pin_in": ("nat", "PREROUTING", "-i"), "pin_out": ("nat", "OUTPUT", "-o")}
 SYN, SYN_ACK = 0x02, 0x12
 META_PRIORITY, META_MARK, META_IIFNAME, META_OIFNAME = 2, 3, 6, 7
 NETWORK, TRANSPORT = 1, 2
@@ -47,6 +50,8 @@ ARP_OPERATION, ARP_SENDER, ARP_TARGET = 6, 14, 24  # offsets, for Ethernet and I
 ARP_RULES = 3
 NETLINK_NETFILTER, NLM_F_REQUEST, NLA_TYPE_MASK = 12, 1, 0x3FFF
 NFT_MSG_NEWCHAIN, NFT_MSG_GETCHAIN = 0x0A03, 0x0A04
+NFPROTO_INET, NF_INET_PRE_ROUTING, NF_INET_LOCAL_OUT = 1, 0, 3
+NFT_NAT_DNAT = 1
 NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_USE = 1, 3, 6
 ANSWER = 5.0  # seconds; the kernel answers within the call
 
@@ -55,14 +60,16 @@ ANSWER = 5.0  # seconds; the kernel answers within the call
 class Rule:
     """One rule. Packets of lo are left alone, or alone concerned. queue: number of the first and
     how many (a power of two) share the load by the client's port; None: accept, drop, or hide from
-    conntrack (untracked). bypass: accept if nobody serves the queue. destination: an address, or
-    LOOPBACK for all that begin with 127."""
+    conntrack (untracked), or have NAT leave the destination as it is (pin: by NAT to the very same
+    address). bypass: accept if nobody serves the queue. destination: an address, or LOOPBACK for
+    all that begin with 127."""
 
     hook: str
     queue: tuple[int, int] | None = None
     bypass: bool = False
     drop: bool = False
     untracked: bool = False
+    pin: bool = False
     mark: int | None = None
     protocol: int | None = socket.IPPROTO_TCP
     source: str | None = None
@@ -186,6 +193,26 @@ def _in_thread(work: Callable[[Any], T], family: int = socket.AF_INET) -> T:
         return pool.submit(run).result()
 
 
+def others_translate() -> bool:
+    """Whether there are rules of others for NAT of destinations."""
+    with contextlib.suppress(OSError):
+        if "nat" in Path("/proc/net/ip_tables_names").read_text().split():
+            return True
+    with contextlib.suppress(NetlinkError, OSError):  # a kernel without nf_tables
+        return any(_in_thread(_translates, family) for family in (socket.AF_INET, NFPROTO_INET))
+    return False
+
+
+def _translates(nft: Any) -> bool:
+    for chain in nft.get_chains():
+        hook = chain.get_attr("NFTA_CHAIN_HOOK")
+        if hook and chain.get_attr("NFTA_CHAIN_TYPE") == "nat" and \
+                hook.get_attr("NFTA_HOOK_HOOKNUM") in (NF_INET_PRE_ROUTING, NF_INET_LOCAL_OUT) \
+                and not str(chain.get_attr("NFTA_CHAIN_TABLE")).startswith("tcpha"):
+            return True
+    return False
+
+
 # nft
 
 def _chain_use(family: int, table: str, chain: str) -> int:
@@ -238,7 +265,8 @@ def _meta(key: int) -> dict[str, Any]:
 
 def _expressions(rule: Rule, native: bool) -> list[list[list[dict[str, Any]]]]:
     """The rule as nft knows it; or several, if queues share the load."""
-    device = META_IIFNAME if rule.hook in ("prerouting", "input") else META_OIFNAME
+    arriving = HOOKS[rule.hook][0] in ("prerouting", "input")
+    device = META_IIFNAME if arriving else META_OIFNAME
     steps = [_compare(_meta(device), b"lo".ljust(16, b"\0"), equal=rule.lo)]
     if rule.protocol is not None:
         steps.append(_compare(_payload(NETWORK, 9, 1), bytes([rule.protocol])))
@@ -261,6 +289,8 @@ def _expressions(rule: Rule, native: bool) -> list[list[list[dict[str, Any]]]]:
         return [[*steps, *parts] for parts in _store()]
     if rule.untracked:
         return [[*steps, [{"attrs": [("NFTA_EXPR_NAME", "notrack")]}]]]
+    if rule.pin:
+        return [[*steps, _pin(str(rule.destination))]]
     if rule.queue is None:
         return [[*steps, verdict(NF_DROP if rule.drop else NF_ACCEPT)]]
     first, total = rule.queue
@@ -296,6 +326,11 @@ def _store() -> list[list[list[dict[str, Any]]]]:
             [marked, clear]]
 
 
+def _pin(address: str) -> list[dict[str, Any]]:
+    return [genex("immediate", {"dreg": 1, "data": _data(socket.inet_aton(address))}),
+            genex("nat", {"type": NFT_NAT_DNAT, "family": socket.AF_INET, "reg_addr_min": 1})]
+
+
 def _queue(num: int, bypass: bool, native: bool) -> dict[str, Any]:
     if native:  # NFT_QUEUE_FLAG_BYPASS
         return dict(genex("queue", {"num": num, "total": 1, "flags": {"value": int(bypass)}}))
@@ -307,8 +342,8 @@ def _nft(name: str, rules: list[Rule], native: bool, nft: Any) -> None:
     nft.table("add", name=name)
     for hook in dict.fromkeys(r.hook for r in rules):
         netfilter, priority = HOOKS[hook]
-        nft.chain("add", table=name, name=hook, hook=netfilter, type="filter", policy=NF_ACCEPT,
-                  priority=priority)
+        nft.chain("add", table=name, name=hook, hook=netfilter, policy=NF_ACCEPT,
+                  type="nat" if hook.startswith("pin") else "filter", priority=priority)
     for rule in rules:
         for expressions in _expressions(rule, native):
             nft.rule("add", table=name, chain=rule.hook, expressions=expressions)
@@ -321,8 +356,8 @@ def _ipt(*args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
 
 
 def _own_chain(name: str, hook: str) -> str:
-    """Two of the hooks are in one table."""
-    return f"{name}_o" if hook == "output" else name
+    """Several of the hooks are in one table."""
+    return f"{name}_o" if hook in ("output", "pin_out") else name
 
 
 def _iptables(name: str, rules: list[Rule]) -> None:
@@ -333,7 +368,8 @@ def _iptables(name: str, rules: list[Rule]) -> None:
         for rule in rules:
             if rule.hook == hook:
                 _ipt("-t", table, "-A", own, *_arguments(rule, device))
-        _ipt("-t", table, "-A", chain, "-j", own)
+        # where others want the same packets, the first one decides
+        _ipt("-t", table, "-I" if table == "nat" else "-A", chain, "-j", own)
 
 
 def _iptables_stand(name: str, rules: list[Rule]) -> bool:
@@ -362,6 +398,8 @@ def _arguments(rule: Rule, device: str) -> list[str]:
         args += ["--tcp-flags", "SYN,ACK", "SYN,ACK" if rule.flags == SYN_ACK else "SYN"]
     if rule.untracked:
         return [*args, "-j", "CT", "--notrack"]
+    if rule.pin:
+        return [*args, "-j", "DNAT", "--to-destination", str(rule.destination)]
     if rule.queue is None:
         return [*args, "-j", "DROP" if rule.drop else "ACCEPT"]
     first, total = rule.queue  # shared by addresses: few kernels have a match for bits of a port
