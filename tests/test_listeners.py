@@ -274,6 +274,25 @@ def test_multipath_listener_is_served(multipath: Cluster) -> None:
     settle(multipath)
 
 
+def test_a_back_end_that_asks_the_vip(mode: dict[str, Any]) -> None:
+    """It reaches itself, whatever the rules say, and the doctor says so, which is no fault."""
+    c = Cluster(2, **mode, rules=[(1, ".*")])
+    try:
+        for server in c.nginx:
+            fill(server)
+        assert c.get("/a.jpg") == "be2\n"
+        be = c.be[0]
+        assert be.host.run("curl", "-sS", f"http://{c.VIP}/a.jpg").stdout == "be1\n"
+        done = be.host.run(program("tcphactl"), "--run-dir", str(be.run_dir), "--json", "doctor",
+                           "-c", str(be.config))
+        row = next(r for r in json.loads(done.stdout) if r["check"] == "be: own requests")
+        assert row["state"] == "good" and c.VIP in row["finding"] and "own server" in row["finding"]
+        assert c.get("/a.jpg") == "be2\n"
+        settle(c)
+    finally:
+        c.close()
+
+
 # as docker publishes a container's port 80
 PUBLISHED = """
 table ip nat {

@@ -185,6 +185,10 @@ def _addresses(role: str, config: Config, host: Host) -> Iterator[Row]:
                "adds it")
     elif holder is not None:
         yield "vaddr", GOOD, f"{config.vaddr} on {host.interface(holder)}", ""
+        if role == "be":
+            yield ("own requests", GOOD, f"programs on this host that ask {config.vaddr} reach its "
+                   "own server, whatever the rules say, and containers behind its bridges nobody",
+                   "if that is not what they need, have them run on a host that is no back end")
     elif role == "fe" and host.is_ethernet(index) and (
             mac := _quietly(lambda: host.holder_on_link(index, config.vaddr))):
         yield ("vaddr", FAULT, f"{config.vaddr} is in use: {mac} answers for it",
