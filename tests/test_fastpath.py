@@ -17,8 +17,10 @@ from netfilterqueue import NetfilterQueue
 from test_between import nft_on_switch
 from test_bpf import (
     ACK,
+    CLIENT,
     DROP,
     F_FIN,
+    FE,
     FIN,
     FORWARD,
     GONE,
@@ -28,6 +30,7 @@ from test_bpf import (
     RST,
     STACK,
     SYN,
+    VIP,
     Bpf,
     Packet,
     entry,
@@ -739,6 +742,24 @@ UNUSUAL = {
 def test_unusual_syns(lab: Cluster, what: str) -> None:
     packet, want = UNUSUAL[what]
     assert Bpf(lab.fe_host, ("fe_ingress",)).run("fe_ingress", packet)[0] == want
+
+
+# of SYNs, and whether the packet path answers them: broadcast addresses, our own ones, and what the
+# kernel calls martians are none of its business, nor is what has no route
+SOURCES = {
+    "192.168.1.99": True, "1.2.3.4": True, "223.1.2.3": True, "0.1.2.3": False, "127.0.0.1": False,
+    "127.8.9.1": False, "224.0.0.1": False, "239.1.2.3": False, "240.0.0.1": False,
+    "255.255.255.255": False, "192.168.1.255": False, VIP: False, FE: False, "203.0.113.9": False,
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_sources(lab: Cluster, source: str) -> None:
+    for net in ("1.2.3.0/24", "223.1.2.0/24", "0.0.0.0/8", "240.0.0.0/8"):
+        lab.fe_host.ip("route", "replace", net, "via", CLIENT)
+    packet = Packet(SYN, source=source, sport=4004)
+    assert Bpf(lab.fe_host, ("fe_ingress",)).run("fe_ingress", packet)[0] == \
+        (REDIRECT if SOURCES[source] else STACK)
 
 
 def test_segment_behind_one_that_yields(lab: Cluster) -> None:

@@ -3,13 +3,14 @@
 over, and must not judge it."""
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
 import pytest
 from test_edges import resets
 
-from tcpha.lab.bed import Cluster, Host
+from tcpha.lab.bed import Cluster, Host, program
 from test_serve import digest, settle, upload_many
 
 pytestmark = pytest.mark.modes("direct", "tunnel", "fast-direct", "nfqueue-direct")
@@ -37,6 +38,14 @@ table inet site_filter {
 }"""
 RULES = {"NAT": (NAT, "1"), "stateful": (STATEFUL, "1"), "stateful, strict": (STATEFUL, "0"),
          "NAT and stateful": (NAT + STATEFUL, "1")}
+
+
+def firewall_found(c: Cluster) -> list[dict[str, str]]:
+    """What the doctor says of the front end's firewall."""
+    assert c.fe
+    done = c.fe_host.run(program("tcphactl"), "--run-dir", str(c.fe.run_dir), "--json", "doctor",
+                         "-c", str(c.fe.config), check=False)
+    return [x for x in json.loads(done.stdout) if x["check"] == "fe: firewall"]
 
 
 def tables(host: Host) -> list[str]:
@@ -73,5 +82,51 @@ def test_rules_of_others(mode: dict[str, Any], kind: str) -> None:
         for daemon in (c.fe, *c.be):
             daemon.stop()
         assert {host.name: tables(host) for host in hosts} == before
+    finally:
+        c.close()
+
+
+ONE_CHAIN = """
+table {} site {{
+    chain in {{
+        type filter hook {};
+        {}
+    }}
+}}"""
+BY_NFT = ("nft", "-f", "-")
+JUDGED = {  # what sets it up, what it reads, and the chain that the doctor names
+    "stateful": (BY_NFT, STATEFUL, "nft inet site_filter in"),
+    "NAT": (BY_NFT, NAT, "nft ip site_nat before"),
+    "policy": (BY_NFT, ONE_CHAIN.format("ip", "input priority 0; policy drop", ""),
+               "nft ip site in"),
+    "ingress": (BY_NFT, ONE_CHAIN.format("netdev", "ingress device eth0 priority 0",
+                                         "ip saddr 192.0.2.1 drop"), "nft netdev site in"),
+    "iptables-nft": (("iptables-nft", "-A", "INPUT", "-s", "192.0.2.1", "-j", "DROP"), "",
+                     "nft ip filter INPUT"),
+    "iptables-legacy": (("iptables-legacy", "-t", "raw", "-A", "PREROUTING", "-s", "192.0.2.1",
+                         "-j", "DROP"), "", "iptables raw PREROUTING"),
+    "no rules": (BY_NFT, ONE_CHAIN.format("ip", "input priority 0", ""), ""),
+    "output": (BY_NFT, ONE_CHAIN.format("ip", "output priority 0", "ip daddr 192.0.2.1 drop"), ""),
+}
+
+
+@pytest.mark.modes("direct", "fast-direct", "nfqueue-direct")
+def test_doctor_names_rules_that_clients_do_not_pass_through(mode: dict[str, Any]) -> None:
+    c = Cluster(1, **mode, rules=[(0, ".*")])
+    try:
+        for kind, (command, rules, chain) in JUDGED.items():
+            c.fe_host.run(*command, input=rules)
+            found = firewall_found(c)
+            if not c.fastpath:
+                assert found == []
+            elif chain:
+                assert [f["state"] for f in found] == ["warning"], kind
+                assert f" {chain}:" in found[0]["finding"], kind
+            else:
+                assert [f["state"] for f in found] == ["good"], kind
+            c.fe_host.run("iptables-legacy", "-t", "raw", "-F")
+            for table in tables(c.fe_host):
+                if not table.split()[-1].startswith("tcpha"):
+                    c.fe_host.run("nft", "delete", *table.split())
     finally:
         c.close()

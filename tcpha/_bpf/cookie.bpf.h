@@ -214,9 +214,37 @@ struct packet_type {
 	struct list_head list;
 } __attribute__((preserve_access_index));
 
+struct ipv4_devconf {
+	int data[IPV4_DEVCONF_RP_FILTER]; /* and more */
+} __attribute__((preserve_access_index));
+
+struct in_device {
+	void *ifa_list;
+	struct ipv4_devconf cnf;
+} __attribute__((preserve_access_index));
+
+struct netns_ipv4 {
+	struct ipv4_devconf *devconf_all;
+} __attribute__((preserve_access_index));
+
+struct net {
+	struct netns_ipv4 ipv4;
+} __attribute__((preserve_access_index));
+
+typedef struct {
+	struct net *net;
+} __attribute__((preserve_access_index)) possible_net_t;
+
+enum netdev_priv_flags {
+	IFF_L3MDEV_SLAVE = 1 << 21,
+};
+
 struct net_device {
+	unsigned int priv_flags;
 	unsigned int mtu;
+	struct in_device *ip_ptr;
 	struct list_head ptype_specific; /* packet sockets that are bound to it, and to one protocol */
+	possible_net_t nd_net;
 } __attribute__((preserve_access_index));
 
 struct sk_buff {

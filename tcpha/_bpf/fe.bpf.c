@@ -15,6 +15,7 @@
 
 #include "cookie.bpf.h"
 #include "flow.h"
+#include "route.bpf.h"
 #include "verdict.bpf.h"
 
 const volatile struct tcpha_fe_conf conf SEC(".rodata.conf");
@@ -142,7 +143,7 @@ static __always_inline int to_stack(struct __sk_buff *skb)
 
 static __always_inline int to_backend(struct __sk_buff *skb, const struct tcpha_backend *be)
 {
-	struct bpf_redir_neigh nh = {.nh_family = 2 /* AF_INET */};
+	struct bpf_redir_neigh nh = {.nh_family = AF_INET};
 	long ret;
 
 	if (be->mode == TCPHA_LOCAL)
@@ -293,15 +294,14 @@ static __always_inline bool is_sound(struct __sk_buff *skb, const struct tcpha_f
 }
 
 /*
- * Answer a SYN with a cookie, in place. No IP options in it. The checksum is left to whoever would have
- * completed that of the SYN, if it was not complete: our TCP header stands where that one stood.
+ * Answer a SYN with a cookie, in place, if the way back is sure. No IP options in it. The checksum is left to
+ * whoever would have completed that of the SYN, if it was not complete: our TCP header stands where that one
+ * stood.
  */
 static __always_inline int answer_syn(struct __sk_buff *skb, const struct headers *h,
 				      const struct tcpha_flow *flow, const struct tcpha_state *own)
 {
 	struct {
-		__u16 align;
-		struct ethhdr eth;
 		struct iphdr ip;
 		struct tcphdr tcp;
 		__be32 opt[6];
@@ -310,14 +310,15 @@ static __always_inline int answer_syn(struct __sk_buff *skb, const struct header
 	struct options o;
 	const struct tcpha_keys *k = &own->keys;
 	__u32 key = k->current & 1, meta = key, isn, n = 1, tcp_len, i, found, sum = 0;
-	__u32 mtu = own->mtu;
+	__u32 mtu = own->mtu, mss;
+	struct way *way;
 	__u64 hash;
 	__s64 check;
 	bool ecn;
 
-	out.eth = *h->eth;
-	__builtin_memcpy(out.eth.h_dest, h->eth->h_source, ETH_ALEN);
-	__builtin_memcpy(out.eth.h_source, h->eth->h_dest, ETH_ALEN);
+	way = way_back(skb, h);
+	if (!way)
+		return TC_ACT_UNSPEC;
 	out.ip.saddr = h->ip->daddr;
 	out.ip.daddr = h->ip->saddr;
 	out.tcp.source = h->tcp->dest;
@@ -343,7 +344,10 @@ static __always_inline int answer_syn(struct __sk_buff *skb, const struct header
 
 	if (!mtu || mtu > kernel->dev->mtu)
 		mtu = kernel->dev->mtu;
-	out.opt[0] = bpf_htonl(0x02040000 | ((mtu - conf.headers) & 0xffff));
+	mss = mtu - conf.headers;
+	if (mss > way->mss)
+		mss = way->mss;
+	out.opt[0] = bpf_htonl(0x02040000 | (mss & 0xffff));
 	if (found & OPT_TS) {
 		out.opt[1] = bpf_htonl(found & OPT_SACK ? 0x0402080a : 0x0101080a);
 		out.opt[2] = bpf_htonl(clock_ms() + (__u32)(hash >> 32));
@@ -388,14 +392,13 @@ static __always_inline int answer_syn(struct __sk_buff *skb, const struct header
 		out.tcp.check = fold(check);
 	}
 	if (bpf_skb_change_tail(skb, ETH_HLEN + sizeof(struct iphdr) + tcp_len, 0) < 0 ||
-	    bpf_skb_store_bytes(skb, 0, &out.eth, sizeof(out.eth) + sizeof(out.ip) + sizeof(out.tcp) + 4, 0) <
-		    0)
+	    bpf_skb_store_bytes(skb, ETH_HLEN, &out.ip, sizeof(out.ip) + sizeof(out.tcp) + 4, 0) < 0)
 		return TC_ACT_SHOT;
-	if (n > 1 && bpf_skb_store_bytes(skb, sizeof(out.eth) + sizeof(out.ip) + sizeof(out.tcp) + 4,
-					 &out.opt[1], ((n - 1) & 7) * 4, 0) < 0)
+	if (n > 1 && bpf_skb_store_bytes(skb, ETH_HLEN + sizeof(out.ip) + sizeof(out.tcp) + 4, &out.opt[1],
+					 ((n - 1) & 7) * 4, 0) < 0)
 		return TC_ACT_SHOT;
 	COUNT(cookies, 1);
-	return bpf_redirect(skb->ifindex, 0);
+	return bpf_redirect_neigh(way->fib.ifindex, &way->hop, sizeof(way->hop), 0);
 }
 
 /* The state of the socket that owns a flow on this host; 0: none does. */

@@ -19,7 +19,8 @@ from tcpha._fast.diag import SockDiag
 from tcpha.admin.server import Refused, ask
 from tcpha.application import address_of, devices_of, find
 from tcpha.config import ANY, Config, ConfigError, load
-from tcpha.datapath import ADOPT_KFUNC, DatapathError, choose, describe
+from tcpha.datapath import ADOPT_KFUNC, DatapathError, Way, choose, describe
+from tcpha.net import firewall
 from tcpha.net.host import Host, HostError
 from tcpha.net.keeper import BEFORE_US
 
@@ -74,6 +75,7 @@ def _findings(role: str, file: str, run_dir: Path) -> Iterator[Row]:
     yield from _sysctls(role, config, host)
     yield from _addresses(role, config, host)
     if role == "fe":
+        yield from _firewall(config)
         yield from _peers(config, host)
         yield from _application(role, config, host)
     else:
@@ -267,10 +269,28 @@ def _arp(config: Config, host: Host) -> Iterator[Row]:
         yield "ARP", GOOD, f"arp_ignore = {ignore}, arp_announce = {announce}", ""
 
 
-def _datapath(role: str, config: Config) -> str:
+def _firewall(config: Config) -> Iterator[Row]:
+    """The packet path answers a SYN where it arrives, before netfilter has it."""
+    if _way("fe", config) != ("ebpf", True):
+        return
+    try:
+        chains = firewall.chains()
+    except OSError as error:
+        yield "firewall", WARNING, f"rules of netfilter cannot be listed: {error}", "look yourself"
+        return
+    if chains:
+        yield ("firewall", WARNING, f"clients of {config.vaddr}:{config.port} do not pass through "
+               f"{', '.join(chains)}: the packet path answers before that",
+               "keep out whom these rules are to keep out by a filter of tc (a priority below "
+               "199), or on the router; or write 'fastpath = off'")
+    else:
+        yield "firewall", GOOD, "no rules that the packet path would leave out", ""
+
+
+def _way(role: str, config: Config) -> Way:
     with contextlib.suppress(DatapathError):
-        return choose(role, config)[0][0][0]
-    return ""
+        return choose(role, config)[0][0]
+    return "", False
 
 
 def _application(role: str, config: Config, host: Host) -> Iterator[Row]:
@@ -279,7 +299,7 @@ def _application(role: str, config: Config, host: Host) -> Iterator[Row]:
     sockets = SockDiag()
     try:
         found = find(sockets, devices_of(config, host), address_of(config), config.redirectport,
-                     _datapath(role, config))
+                     _way(role, config)[0])
     finally:
         sockets.close()
     if not found.trouble:

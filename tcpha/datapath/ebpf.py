@@ -126,6 +126,8 @@ class EbpfFrontend(_Ebpf):
             return None
         config, host = self.config, self.host
         allow_adoption(host)
+        # or BPF may look up no routes there; nothing comes in by lo that could be sent on
+        host.sysctl("net/ipv4/conf/lo/forwarding", "1")
         self.queues, self.fast_index, name = open_queues(
             host, "tcphafp", min(os.cpu_count() or 1, MAX_QUEUES))
         accept_any_source(host, name, self.fast_index, config.vaddr)

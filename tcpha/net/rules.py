@@ -28,6 +28,7 @@ from pyroute2.nftables.main import NFTables
 
 from tcpha.net.host import NFT as BY_NFT
 from tcpha.net.host import SLOW, Host, HostError, Kept
+from tcpha.net.netlink import attributes
 
 T = TypeVar("T")
 NATIVE, COMPAT, IPTABLES = "nft queue", "nft with the NFQUEUE target", "iptables"
@@ -48,7 +49,7 @@ NETWORK, TRANSPORT = 1, 2
 NFPROTO_ARP = 3
 ARP_OPERATION, ARP_SENDER, ARP_TARGET = 6, 14, 24  # offsets, for Ethernet and IPv4
 ARP_RULES = 3
-NETLINK_NETFILTER, NLM_F_REQUEST, NLA_TYPE_MASK = 12, 1, 0x3FFF
+NETLINK_NETFILTER, NLM_F_REQUEST = 12, 1
 NFT_MSG_NEWCHAIN, NFT_MSG_GETCHAIN = 0x0A03, 0x0A04
 NFPROTO_INET, NF_INET_PRE_ROUTING, NF_INET_LOCAL_OUT = 1, 0, 3
 NFT_NAT_DNAT = 1
@@ -227,12 +228,9 @@ def _chain_use(family: int, table: str, chain: str) -> int:
                            family, 0, 0) + names)
         answer = s.recv(65536)
     length, kind = struct.unpack_from("=IH", answer)
-    at = 20
-    while kind == NFT_MSG_NEWCHAIN and at + 4 <= length:
-        size, attribute = struct.unpack_from("=HH", answer, at)
-        if attribute & NLA_TYPE_MASK == NFTA_CHAIN_USE:
-            return int(struct.unpack_from("!I", answer, at + 4)[0])
-        at += size + -size % 4
+    for attribute, begin, _ in attributes(answer, 20, length) if kind == NFT_MSG_NEWCHAIN else ():
+        if attribute == NFTA_CHAIN_USE:
+            return int(struct.unpack_from("!I", answer, begin)[0])
     return -1
 
 
