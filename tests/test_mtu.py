@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tcpha.lab.bed import Cluster, Host, Nginx, sh
+from tcpha.lab.bed import Cluster, Host, Nginx, sh, wait_for
 from test_serve import upload_many
 
 NARROW = 1300
@@ -109,3 +109,51 @@ def test_an_interface_that_nothing_passes_through(mode: dict[str, Any]) -> None:
                 1500 - 52 - 20 * (c.forward == "tunnel")
     finally:
         c.close()
+
+
+OTHER = "198.51.100.7"
+ALL = 0  # that the interface has room for
+ROUTES = (  # of the front end, one after the other; and what clients at two addresses are told
+    ("", 1200, None), ("replace 192.168.1.50 dev eth0 mtu 1140", 1100, None),
+    ("replace 192.168.1.50 dev eth0 mtu lock 1040", 1000, None),
+    ("replace 192.168.1.50 dev eth0 mtu 100", 256, None),  # net.ipv4.route.min_adv_mss
+    ("replace 192.168.1.50 dev eth0", ALL, None),
+    ("replace 192.168.1.0/24 dev eth0 advmss 800", ALL, None), ("del 192.168.1.50", 800, None),
+    ("add default via 192.168.1.50 advmss 900", 800, 900),
+    ("add 198.51.0.0/16 via 192.168.1.50", 800, ALL),
+    ("add 198.51.100.0/24 advmss 950 nexthop via 192.168.1.50 nexthop via 192.168.1.50 weight 2",
+     800, 950),
+    ("replace 192.168.1.0/24 dev eth0 advmss 1400", 1400, 950), ("del 198.51.100.0/24", 1400, ALL),
+    ("del 198.51.0.0/16", 1400, 900), ("del default", 1400, None),
+    ("replace 192.168.1.0/24 dev eth0", ALL, None))
+
+
+@pytest.mark.modes(*MODES)
+def test_routes_that_say_what_clients_may_send(mode: dict[str, Any]) -> None:
+    c = Cluster(1, **mode, rules=[(0, ".*")], start=False)
+    try:
+        c.client.ip("addr", "add", f"{OTHER}/32", "dev", "eth0")
+        c.fe_host.ip("route", "add", c.client.address, "dev", "eth0", "advmss", "1200")
+        c.start()
+        for route, *told in ROUTES:
+            if route:
+                c.fe_host.ip("route", *route.split())
+            for source, mss in zip((c.client.address, OTHER), told, strict=True):
+                if mss is not None:
+                    want = mss or 1460 - 20 * (c.forward == "tunnel")
+                    wait_for(lambda s=source, n=want: offered(c, s) == n, f"{want} after {route}")
+        if c.fastpath:
+            assert c.fe and c.fe.ctl("status")["packets"]["cookies"] > len(ROUTES)
+    finally:
+        c.close()
+
+
+def offered(c: Cluster, source: str) -> int:
+    """The MSS that the front end tells a client; its segments have 12 bytes of options."""
+    def dial() -> int:
+        with socket.socket() as s:
+            s.settimeout(10)
+            s.bind((source, 0))
+            s.connect((c.VIP, 80))
+            return s.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG) + 12
+    return c.client.inside(dial)

@@ -28,6 +28,15 @@ struct {
 	__type(value, struct way);
 } ways SEC(".maps");
 
+/* The MSS that routes tell of: advmss, or what mtu leaves. Kept by net/routes.py. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, TCPHA_MAX_ROUTES);
+	__type(key, struct tcpha_route);
+	__type(value, __u32);
+} routes SEC(".maps");
+
 /*
  * Whether the kernel takes packets on a device whose senders are not reached by it:
  * net.ipv4.conf.*.rp_filter, of which the higher one counts (RFC 3704). Loosely, it does so only where the
@@ -60,7 +69,8 @@ static __always_inline bool may_differ(const struct net_device *dev)
 static __always_inline struct way *way_back(struct __sk_buff *skb, const struct headers *h)
 {
 	const struct sk_buff *kernel = bpf_cast_to_kern_ctx(skb);
-	__u32 zero = 0, first = bpf_ntohl(h->ip->saddr) >> 24;
+	struct tcpha_route route = {.prefixlen = 8 * (sizeof(route) - sizeof(route.prefixlen))};
+	__u32 zero = 0, first = bpf_ntohl(h->ip->saddr) >> 24, *mss;
 	struct way *w = bpf_map_lookup_elem(&ways, &zero);
 	__u64 flags;
 
@@ -82,6 +92,11 @@ static __always_inline struct way *way_back(struct __sk_buff *skb, const struct 
 	    (w->fib.ifindex != skb->ifindex && !may_differ(kernel->dev)))
 		return 0;
 	w->mss = w->fib.mtu_result - sizeof(struct iphdr) - sizeof(struct tcphdr);
+	route.ifindex = w->fib.ifindex;
+	map_v4(route.addr, h->ip->saddr);
+	mss = bpf_map_lookup_elem(&routes, &route);
+	if (mss && *mss && *mss < w->mss)
+		w->mss = *mss;
 	w->hop.nh_family = w->fib.family; /* of the gateway, which may be an IPv6 one */
 	__builtin_memcpy(w->hop.ipv6_nh, w->fib.ipv6_dst, sizeof(w->hop.ipv6_nh));
 	return w;

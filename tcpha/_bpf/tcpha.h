@@ -33,10 +33,11 @@
 #define TCPHA_MARK_FRAGMENT 0x7c9a0002 /* of a first fragment, so of the packet that becomes of it */
 #define TCPHA_MARK_FORGED 0x7c9a0003   /* of what passes from the TAP to the listener's device */
 #define TCPHA_COOKIE_MS 120000	       /* the oldest SYN-ACK that a request may answer, milliseconds */
-#define TCPHA_HEAD_MAX 2048 /* bytes of a request head that the verdict cache knows; a power of two */
-#define TCPHA_LINE_MAX 512  /* of which method and request-target */
-#define TCPHA_CHOICES 8	    /* back ends that a cached verdict may choose from */
-#define TCPHA_MAX_FAST 8    /* front ends of a back end that may use the packet path */
+#define TCPHA_HEAD_MAX 2048    /* bytes of a request head that the verdict cache knows; a power of two */
+#define TCPHA_LINE_MAX 512     /* of which method and request-target */
+#define TCPHA_CHOICES 8	       /* back ends that a cached verdict may choose from */
+#define TCPHA_MAX_FAST 8       /* front ends of a back end that may use the packet path */
+#define TCPHA_MAX_ROUTES 16384 /* by which clients are told another MSS than their interface has room for */
 
 /* A flow, as a hash key. */
 struct tcpha_flow {
@@ -204,6 +205,13 @@ struct tcpha_counters {
 	__u64 yielded;	/* back end: older sockets on the tuple that were ended for that */
 	__u64 again;	/* back end: rounds of segments that waited for their socket */
 	__u64 icmp;	/* front end: ICMP errors sent on to the back end that they concern */
+};
+
+/* A route, as the key of a longest-prefix match: the address and its length are the v4-mapped ones. */
+struct tcpha_route {
+	__u32 prefixlen; /* bits of what follows */
+	__u32 ifindex;
+	__u8 addr[16];
 };
 
 /* The cookie keys of one front end. */

@@ -7,6 +7,7 @@ cdef extern from "tcpha.h" nogil:
     enum:
         TCPHA_MAX_BACKENDS
         TCPHA_MAX_RULES
+        TCPHA_MAX_ROUTES
         TCPHA_LOCAL_NODE
         TCPHA_MAX_OPS
         TCPHA_LOCKED_OP
@@ -192,6 +193,11 @@ cdef extern from "tcpha.h" nogil:
         uint64_t until_ns
         uint32_t count
         tcpha_choice choice[8]
+
+    struct tcpha_route:
+        uint32_t prefixlen
+        uint32_t ifindex
+        uint8_t addr[16]
 
     struct tcpha_load:
         uint64_t handed

@@ -21,17 +21,17 @@ from tcpha._fast.datapath cimport (
     flow_row)
 from tcpha._fast.defs cimport (
     TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_FAST_EARLY, TCPHA_FAST_FIRST, TCPHA_FAST_LATER,
-    TCPHA_FAST_PASSED, TCPHA_FAST_SEND, TCPHA_FAST_SOCKET,
-    TCPHA_FLOWING, TCPHA_FORWARD, TCPHA_F_ANSWERED, TCPHA_F_FAST, TCPHA_F_RST, TCPHA_GIVEN_UP,
-    TCPHA_IPID_PLAIN, TCPHA_LOCAL, TCPHA_LOCAL_NODE, TCPHA_LOCKED_OP, TCPHA_MAC_FAST, TCPHA_MAC_KEPT, TCPHA_MAC_MARK,
+    TCPHA_FAST_PASSED, TCPHA_FAST_SEND, TCPHA_FAST_SOCKET, TCPHA_FLOWING, TCPHA_FORWARD,
+    TCPHA_F_ANSWERED, TCPHA_F_FAST, TCPHA_F_RST, TCPHA_GIVEN_UP, TCPHA_IPID_PLAIN, TCPHA_LOCAL,
+    TCPHA_LOCAL_NODE, TCPHA_LOCKED_OP, TCPHA_MAC_FAST, TCPHA_MAC_KEPT, TCPHA_MAC_MARK,
     TCPHA_MAC_ROOM, TCPHA_MARK_FORGED, TCPHA_MAX_BACKENDS, TCPHA_MAX_FAST, TCPHA_MAX_OPS,
-    TCPHA_MAX_RULES, TCPHA_OP_ADOPT, TCPHA_OP_DROP, TCPHA_OP_END, TCPHA_OP_GIVE_BACK,
-    TCPHA_OP_HAND_OVER, TCPHA_OP_LET_FLOW, TCPHA_OP_QUERY, TCPHA_OP_TAKE_BACK, TCPHA_PENDING, TCPHA_R_ASSIGN,
-    TCPHA_R_BACKLOG, TCPHA_R_LIVE, TCPHA_R_NONE, TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_OK,
-    TCPHA_R_TIME_WAIT, TCPHA_STATE_VERSION, TCPHA_TUNNEL, tcpha_adoption, tcpha_backend,
-    tcpha_be_conf, tcpha_cache, tcpha_counters, tcpha_entry, tcpha_event, tcpha_fe_conf, tcpha_flow,
-    tcpha_gate, tcpha_keys, tcpha_load, tcpha_offer, tcpha_op, tcpha_shaken, tcpha_state,
-    tcpha_tag, tcpha_verdict)
+    TCPHA_MAX_ROUTES, TCPHA_MAX_RULES, TCPHA_OP_ADOPT, TCPHA_OP_DROP, TCPHA_OP_END,
+    TCPHA_OP_GIVE_BACK, TCPHA_OP_HAND_OVER, TCPHA_OP_LET_FLOW, TCPHA_OP_QUERY, TCPHA_OP_TAKE_BACK,
+    TCPHA_PENDING, TCPHA_R_ASSIGN, TCPHA_R_BACKLOG, TCPHA_R_LIVE, TCPHA_R_NONE, TCPHA_R_NO_LISTENER,
+    TCPHA_R_NO_SOCKET, TCPHA_R_OK, TCPHA_R_TIME_WAIT, TCPHA_STATE_VERSION, TCPHA_TUNNEL,
+    tcpha_adoption, tcpha_backend, tcpha_be_conf, tcpha_cache, tcpha_counters, tcpha_entry,
+    tcpha_event, tcpha_fe_conf, tcpha_flow, tcpha_gate, tcpha_keys, tcpha_load, tcpha_offer,
+    tcpha_op, tcpha_route, tcpha_shaken, tcpha_state, tcpha_tag, tcpha_verdict)
 from tcpha._fast.diag cimport SockDiag, diag, diag_refusal
 from tcpha._fast.ledger cimport (
     PUT_NEW, ledger, ledger_close, ledger_divert, ledger_drop_pending, ledger_forget,
@@ -53,6 +53,8 @@ from tcpha._fast.sys cimport (
 
 cdef extern from "<unistd.h>" nogil:
     int usleep(unsigned int usec)
+
+MAX_ROUTES = TCPHA_MAX_ROUTES
 
 cdef enum:
     TCP_REPAIR = 19
@@ -768,6 +770,27 @@ cdef class FeEbpf(FeDatapath):
         if bpf_map_lookup_elem(self.obj.map_fd("backends"), &index, &b) == 0 and b.down != down:
             b.down = down
             bpf_map_update_elem(self.obj.map_fd("backends"), &index, &b, BPF_ANY)
+
+    def set_route(self, place, mss):
+        """Say which MSS clients are told whose route is at a place (interface, length of the
+        prefix, address), or with None that there is no such place any more. Raises OSError."""
+        cdef tcpha_route key
+        cdef uint32_t value = mss or 0
+        cdef bytes raw
+        cdef int rc
+        index, length, address = place
+        raw = address.to_bytes(4, "big")
+        memset(&key, 0, sizeof(key))
+        key.prefixlen = 8 * (sizeof(key.ifindex) + 12) + length
+        key.ifindex = index
+        memset(&key.addr[10], 0xff, 2)
+        memcpy(&key.addr[12], <const char *>raw, 4)
+        if mss is None:
+            rc = bpf_map_delete_elem(self.obj.map_fd("routes"), &key)
+        else:
+            rc = bpf_map_update_elem(self.obj.map_fd("routes"), &key, &value, BPF_ANY)
+        if rc < 0:
+            raise OSError(-rc, f"a route's MSS: {os.strerror(-rc)}")
 
     def set_local(self):
         """Flows of the Local Node are left to our own stack from now on."""

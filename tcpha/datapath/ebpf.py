@@ -8,7 +8,7 @@ from typing import Any
 
 from tcpha._fast.bpf import kernel_has_function
 from tcpha._fast.diag import SockDiag
-from tcpha._fast.ebpf import BeEbpf, FeEbpf
+from tcpha._fast.ebpf import MAX_ROUTES, BeEbpf, FeEbpf
 from tcpha.config import ANY, Config
 from tcpha.datapath import (
     ADOPT_KFUNC,
@@ -22,7 +22,8 @@ from tcpha.datapath import (
 from tcpha.datapath.fragments import Fragments, open_fragments
 from tcpha.datapath.untracked import leave_untracked
 from tcpha.net import rules
-from tcpha.net.host import Host, HostError
+from tcpha.net.host import ROUTE, Host, HostError
+from tcpha.net.routes import Routes
 from tcpha.net.tap import accept_any_source, open_queues, open_tap
 
 log = logging.getLogger("tcpha")
@@ -96,6 +97,9 @@ class EbpfFrontend(_Ebpf):
         self.rules = f"tcphafr_{host.handle:04x}_{os.getpid()}"
         self.fragments = self._open_fragments()
         self._attach(config, host, FE_PRIORITY, "fe_tap", "fe_ingress")
+        if self.fastpath:
+            host.follow(ROUTE, "MSS of routes",
+                        Routes(host, MAX_ROUTES, self.table.set_route).look)
 
     def _open_fragments(self) -> Fragments | None:
         config, host = self.config, self.host

@@ -44,8 +44,8 @@ TAP_PREFIXES = ("tcphafe", "tcphabe", "tcphaln", "tcphafp", "tcphafr")
 # what tells changes of each kind apart
 IDENTITY = {"sysctl": ("name",), "address": ("address",), "rules": ("name",), "arp": ("name",),
             "filter": ("interface", "priority", "handle")}
-# how a loss of what is kept shows
-LINK, NFT, POLLED, PROGRAM, SLOW = "link", "nft", "polled", "program", "slow"
+# how a loss of what is kept shows; routes are not kept, only followed
+LINK, NFT, POLLED, PROGRAM, SLOW, ROUTE = "link", "nft", "polled", "program", "slow", "route"
 
 
 def _kind(link: Any) -> str:
@@ -129,6 +129,7 @@ class Host:
         self.maps: dict[int, dict[str, tuple[int, int, int]]] = {}
         # by kind of the change and what tells it apart
         self.kept: dict[tuple[Any, ...], Kept] = {}
+        self.followers: dict[str, list[tuple[str, Callable[[], None]]]] = {}
         # names (none: all), program and priority of what is attached to the network's interfaces
         self.everywhere: tuple[list[str], int, int] | None = None
         # distinguishes the programs of instances with other run directories
@@ -226,6 +227,10 @@ class Host:
         """See to it that something stays until it is undone (see net/keeper.py). key: the identity
         of its change, whether or not one had to be made."""
         self.kept[key] = kept
+
+    def follow(self, kind: str, what: str, work: Callable[[], None]) -> None:
+        """Have something done whenever there may be news of a kind. It may wait for netlink."""
+        self.followers.setdefault(kind, []).append((what, work))
 
     @_one_at_a_time
     def forget(self, *key: Any) -> None:

@@ -2,8 +2,8 @@
 """What others take away from a host while we run is put back at once, and said.
 
 Network managers, agents of container networks and administrators reload what they know of, and
-what we added is none of that. The kernel tells of links, addresses, tc and nft; sysctls and tcx are
-looked at.
+what we added is none of that. The kernel tells of links, addresses, routes, tc and nft; sysctls and
+tcx are looked at.
 """
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tcpha.net.host import LINK, NFT, POLLED, PROGRAM, SLOW, Host, Kept
+from tcpha.net.host import LINK, NFT, POLLED, PROGRAM, ROUTE, SLOW, Host, Kept
 
 log = logging.getLogger("tcpha")
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
 SOL_NETLINK, NETLINK_ADD_MEMBERSHIP = 270, 1
-RTNLGRP_LINK, RTNLGRP_TC, RTNLGRP_IPV4_IFADDR, NFNLGRP_NFTABLES = 1, 4, 5, 7
+RTNLGRP_LINK, RTNLGRP_TC, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, NFNLGRP_NFTABLES = 1, 4, 5, 7, 7
 GROUPS = {LINK: (NETLINK_ROUTE, (RTNLGRP_LINK, RTNLGRP_TC, RTNLGRP_IPV4_IFADDR)),
+          ROUTE: (NETLINK_ROUTE, (RTNLGRP_IPV4_ROUTE,)),
           NFT: (NETLINK_NETFILTER, (NFNLGRP_NFTABLES,))}
 PAUSE_FIRST, PAUSE_MOST = 0.02, 0.5  # seconds between two looks; doubled while there is much told
 SLOWLY = 10.0  # seconds between two dear looks, which are at all there is
@@ -62,6 +63,8 @@ class Keeper:
     def begin(self) -> None:
         loop = asyncio.get_running_loop()
         for kind, (protocol, groups) in GROUPS.items():
+            if kind == ROUTE and ROUTE not in self.host.followers:
+                continue  # routers have many
             try:
                 s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC
                                   | socket.SOCK_NONBLOCK, protocol)
@@ -72,7 +75,7 @@ class Keeper:
             for group in groups:
                 s.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
             loop.add_reader(s.fileno(), self._told, s, kind)
-        self._ask(LINK, NFT)
+        self._ask(LINK, NFT, ROUTE)
         self.task = loop.create_task(self._run())
 
     async def end(self) -> None:
@@ -92,7 +95,7 @@ class Keeper:
         self._ask(PROGRAM)
         if time.monotonic() >= self.next_slow:
             self.next_slow = time.monotonic() + SLOWLY
-            self._ask(LINK, NFT, SLOW)
+            self._ask(LINK, NFT, ROUTE, SLOW)
 
     def _ask(self, *kinds: str) -> None:
         self.kinds |= {*kinds}
@@ -124,7 +127,7 @@ class Keeper:
                 await asyncio.wait_for(self.ending.wait(), pause)
 
     def look(self, kinds: set[str]) -> None:
-        """Put back what is missing."""
+        """Put back what is missing, and let follow what has to."""
         if LINK in kinds:
             kinds = kinds | {PROGRAM}
             self._try("interfaces", self._join_late)
@@ -134,6 +137,9 @@ class Keeper:
         if LINK in kinds:
             self._try("tc", self._look_in_front)
             self._try("links", self.also)
+        for kind in kinds:
+            for what, work in self.host.followers.get(kind, ()):
+                self._try(what, work)
 
     def _join_late(self) -> None:
         for index in self.host.late():
