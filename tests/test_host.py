@@ -160,6 +160,16 @@ def test_back_ends_keep_the_vip_to_themselves(idle: Cluster) -> None:
     assert not re.findall(MAC, out.upper())
 
 
+@pytest.mark.parametrize("value", ["0", "2"])
+def test_a_front_end_without_the_vip_answers_nobody(idle: Cluster, value: str) -> None:
+    """Another one has it."""
+    idle.fe_host.sysctl("net.ipv4.conf.all.rp_filter", value)
+    idle.fe_conf = "announce = off"
+    idle.start()
+    out = idle.client.run("arping", "-c", "2", "-I", "eth0", idle.VIP, check=False).stdout
+    assert not re.findall(MAC, out.upper())
+
+
 @contextmanager
 def arp_sent_by(host: Host) -> Iterator[list[tuple[int, str, str]]]:
     """What a host puts on the wire meanwhile: (operation, sender, target) of each ARP packet."""

@@ -40,7 +40,7 @@ class _Ebpf:
 
     def __init__(self, config: Config, host: Host, prefix: str):
         self.tap_fd, self.tap_index, tap = open_tap(host, prefix)
-        accept_any_source(host, tap, self.tap_index, config.vaddr)
+        accept_any_source(host, tap, self.tap_index)
 
     def _attach(self, config: Config, host: Host, priority: int, tap: str, ingress: str) -> None:
         self._attach_tap(host, priority, tap)
@@ -134,7 +134,7 @@ class EbpfFrontend(_Ebpf):
         host.sysctl("net/ipv4/conf/lo/forwarding", "1")
         self.queues, self.fast_index, name = open_queues(
             host, "tcphafp", min(os.cpu_count() or 1, MAX_QUEUES))
-        accept_any_source(host, name, self.fast_index, config.vaddr)
+        accept_any_source(host, name, self.fast_index)
         # kernel: tcp_select_initial_window()
         space = max(int(host.read_sysctl("net/ipv4/tcp_rmem").split()[2]),
                     int(host.read_sysctl("net/core/rmem_max") or 0))

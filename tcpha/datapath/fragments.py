@@ -33,7 +33,7 @@ class Fragments:
         except BaseException:
             os.close(self.fd)
             raise
-        accept_any_source(host, name, self.index, config.vaddr)
+        accept_any_source(host, name, self.index)
         room = min(host.mtu(i) for i in host.ethernet(config.interface))
         self.whole = Defragmented(self.queue, self.fd, host.mac(self.index),
                                   room - (OUTER_IP if config.forward == "tunnel" else 0))

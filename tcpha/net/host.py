@@ -36,6 +36,7 @@ ETH_P_ALL = 0x0003
 ETH_P_ARP = 0x0806
 ARPHRD_ETHER = 1
 IFF_UP, IFF_RUNNING = 1, 64
+RT_SCOPE_HOST = 254
 TCP_ESTABLISHED, TCP_SYN_RECV, TCP_FIN_WAIT1, TCP_FIN_WAIT2 = 1, 3, 4, 5
 TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_CLOSING = 8, 9, 11
 MAPPED = "::ffff:"
@@ -345,10 +346,9 @@ class Host:
         return str(socket.if_indextoname(index))
 
     def holder(self, address: str) -> int | None:
-        """Index of the interface that holds an address, other than our TAP devices."""
+        """Index of the interface that holds an address."""
         for entry in self.ipr.get_addr(family=socket.AF_INET):
-            if entry.get_attr("IFA_LOCAL") == address and not str(
-                    entry.get_attr("IFA_LABEL") or "").startswith(TAP_PREFIXES):
+            if entry.get_attr("IFA_LOCAL") == address:
                 return int(entry["index"])
         return None
 
@@ -390,11 +390,11 @@ class Host:
         self.will_undo(what="address", address=address, interface=self.interface(index))
         self.ipr.addr("add", index=index, address=address, prefixlen=32)
 
-    def ensure_address(self, address: str, index: int) -> None:
-        """On a device of ours, which takes it along when it goes."""
-        if not any(entry.get_attr("IFA_LOCAL") == address
-                   for entry in self.ipr.get_addr(family=socket.AF_INET, index=index)):
-            self.ipr.addr("add", index=index, address=address, prefixlen=32)
+    def ensure_loopback(self, index: int) -> None:
+        """Give a device of ours an address. It takes that along when it goes."""
+        if not any(self.ipr.get_addr(family=socket.AF_INET, index=index)):
+            self.ipr.addr("add", index=index, address="127.0.0.1", prefixlen=32,
+                          scope=RT_SCOPE_HOST)
 
     def _undo_address(self, change: dict[str, Any]) -> None:
         try:

@@ -67,11 +67,12 @@ def open_queues(host: Host, prefix: str, count: int) -> tuple[list[int], int, st
         raise
 
 
-def accept_any_source(host: Host, name: str, index: int, address: str) -> None:
+def accept_any_source(host: Host, name: str, index: int) -> None:
     """Let forged packets pass reverse-path filtering, whatever conf.all says, now or later.
 
     The effective value is the higher of 'all' and the device's; 2 (loose) passes only on a device
-    that has an address.
+    that has an address. This one is on the host already, and nobody hears of it: the kernel would
+    answer ARP for another one, at any interface.
     """
     path = f"net/ipv4/conf/{name}/rp_filter"
 
@@ -82,7 +83,7 @@ def accept_any_source(host: Host, name: str, index: int, address: str) -> None:
         value = wanted()
         (Path("/proc/sys") / path).write_text(value)
         if value == "2":
-            host.ensure_address(address, index)
+            host.ensure_loopback(index)
     set_up()
     # nothing to be missed once the device is gone, and its sysctls with it
     host.keep(("tap", name), Kept(f"sysctl {path.replace('/', '.')}", POLLED,
