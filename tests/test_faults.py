@@ -522,6 +522,21 @@ def test_back_end_unreachable(pair: Cluster) -> None:
     settle(pair)  # offers that it got when the cable was back were void
 
 
+@pytest.mark.modes("direct", "nfqueue-direct")
+def test_back_end_unreachable_without_detection(mode: dict[str, Any]) -> None:
+    """The kernel finds that nothing is acknowledged, long before it would give up by itself."""
+    c = Cluster(2, **mode, rules=PAIR, fe_conf="dtcinterval = 0")
+    try:
+        sh("ip", "-n", c.bed.switch, "link", "set", c.be_hosts[0].port, "down")
+        wait_for(lambda: servers(c)[0]["state"] == "down", "the kernel's word", 90)
+        assert c.fe and f"back end {c.be_hosts[0].address}: host dead (" in c.fe.log.read_text()
+        assert "process dead" not in c.fe.log.read_text()
+        sh("ip", "-n", c.bed.switch, "link", "set", c.be_hosts[0].port, "up")
+        wait_for(lambda: servers(c)[0]["state"] == "up", "be1 in use again")
+    finally:
+        c.close()
+
+
 def test_silence_is_detected_without_traffic(pair: Cluster) -> None:
     freeze(pair.be[0].process.pid)
     try:

@@ -34,7 +34,8 @@ cdef struct adopted:
     uint64_t since_ns
     uint32_t link          # where it came from
     uint32_t link_gen
-    uint32_t peer          # index of the front end
+    uint32_t peer          # index of the front end that is told of its end first,
+    bint shared            # and others know it, too
     bint adopting          # its socket may not exist yet
     bint recheck           # a report came meanwhile: look again afterwards
     bint over              # closed, but the front end could not be told
@@ -61,6 +62,7 @@ cdef struct backend_state:
     uint32_t lazy          # reports wait for the timer
     uint64_t stale_ns
     uint64_t claimed       # the newest id of our own making
+    uint32_t holder        # index + 1 of the front end that has the VIP: who asked last; or 0
     uint32_t max
     uint32_t mask
     pthread_mutex_t lock   # the table

@@ -15,7 +15,7 @@ from libc.string cimport memcmp, memcpy, memset
 
 from tcpha._fast.core cimport (
     EV_NETLINK, EV_RING, EV_TAP, LINK_UP, MAX_LINKS, SCRATCH, Core, core, half_closed, link,
-    link_put, say_flow, say_more, say_number, watch, worker)
+    link_put, notice, say_flow, say_more, say_number, watch, worker)
 from tcpha._fast.datapath cimport (
     DP_ALIVE, DP_CLOSING, DP_MORE, DP_TIME_WAIT, BeDatapath)
 from tcpha._fast.defs cimport (
@@ -23,8 +23,9 @@ from tcpha._fast.defs cimport (
     tcpha_event, tcpha_flow)
 from tcpha._fast.diag cimport inet_diag_msg
 from tcpha._fast.message cimport (
-    END_GONE, END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED_SIZE, MSG_DOUBT, MSG_HANDOFF, MSG_HEADER,
-    MSG_KEYED, MSG_KEYS, MSG_MISSED, MSG_OWNED, MSG_PONG, MSG_REFUSED_SIZE, MSG_SERVER, MSG_TOLD,
+    END_GONE, END_TIME_WAIT, MSG_ADOPTED, MSG_ASK, MSG_CLOSED_SIZE, MSG_DOUBT, MSG_HANDOFF,
+    MSG_HEADER, MSG_KEYED, MSG_KEYS, MSG_MISSED, MSG_OWNED, MSG_PONG, MSG_REFUSED_SIZE, MSG_SERVER,
+    MSG_TOLD,
     REFUSE_BACKLOG, REFUSE_FULL, REFUSE_LISTENER, REFUSE_LOST, REFUSE_STALE, REFUSE_UNSUPPORTED,
     fast_id, fast_isn, message, message_closed, message_flow, message_refused, message_return,
     message_short, refusal_text)
@@ -107,7 +108,7 @@ cdef adopted *_insert_any(backend_state *b, const tcpha_flow *flow) noexcept nog
         return NULL
     b.free_list = a.next
     a.flow = flow[0]
-    a.over = a.adopting = a.recheck = a.fast = a.found = a.is_open = False
+    a.over = a.adopting = a.recheck = a.fast = a.found = a.is_open = a.shared = False
     head = _bucket(b, flow)
     a.next = head[0]
     head[0] = a
@@ -140,18 +141,24 @@ cdef inline bint _unborn(adopted *a, int owner) noexcept nogil:
 
 cdef bint _tell_closed(backend_state *b, worker *w, adopted *a, uint32_t how) noexcept nogil:
     """CLOSED to the front end: on the link that the handoff came by, so that it cannot overtake
-    ADOPTED, or on another one if that is gone. False: there is none."""
+    ADOPTED, or on another one if that is gone. False: there is none. Others that know the
+    connection, too, may be told twice, or ask when they are back."""
     cdef uint8_t buf[MSG_CLOSED_SIZE]
     cdef uint32_t i, n = message_closed(buf, a.id, &a.flow, how)
     cdef link *l = &b.c.links[a.link]
-    if l.gen == a.link_gen and link_put(b.c, w, l, buf, n, NULL, 0) == 0:
-        return True
+    cdef bint told = l.gen == a.link_gen and link_put(b.c, w, l, buf, n, NULL, 0) == 0
     for i in range(MAX_LINKS):
+        if told and not a.shared:
+            break
         l = &b.c.links[i]
-        if load32(&l.state) == LINK_UP and l.peer == a.peer and \
-                link_put(b.c, w, l, buf, n, NULL, 0) == 0:
-            return True
-    return False
+        if load32(&l.state) != LINK_UP:
+            continue
+        if l.peer != a.peer:
+            if a.shared:
+                link_put(b.c, w, l, buf, n, NULL, 0)
+        elif not told:
+            told = link_put(b.c, w, l, buf, n, NULL, 0) == 0
+    return told
 
 
 cdef inline finished *_was_over(backend_state *b, uint64_t id) noexcept nogil:
@@ -244,8 +251,11 @@ cdef void _claim(backend_state *b, worker *w, link *l, message *m) noexcept nogi
         # asked again: but it knew this one, under the id that its handoff had
         _set_origin(b, p, l, m.id)
         p.found = False
-    elif p == NULL or (p.id != m.id and not p.found):
+    elif p != NULL and p.id == m.id:
+        p.shared |= p.peer != l.peer
+    elif p == NULL or not p.found:
         a.flow = m.snap.flow
+        a.shared = False
         _set_origin(b, &a, l, m.id)
         _tell_closed(b, w, &a, END_TIME_WAIT if owner == DP_TIME_WAIT else END_GONE)
     pthread_mutex_unlock(&b.lock)
@@ -292,6 +302,7 @@ cdef void _adopted(backend_state *b, worker *w, message *m) noexcept nogil:
     if a != NULL and a.id == m.id:
         a.adopting = False
         again = a.recheck
+        _share(b, w, a)
     pthread_mutex_unlock(&b.lock)
     if again:
         _check(b, w, &m.snap.flow)
@@ -309,6 +320,10 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
     if m.type == MSG_OWNED:
         _on_ring(b, w)
         _claim(b, w, l, m)
+        return 0
+    if m.type == MSG_ASK:
+        store32(&l.asked, <uint32_t>m.id)
+        notice(c)
         return 0
     if m.type == MSG_DOUBT:
         if b.dp.gate != NULL:
@@ -399,8 +414,10 @@ cdef bint _is_known(backend_state *b, worker *w, link *l, message *m) noexcept n
     pthread_mutex_lock(&b.lock)
     a = _find(b, &m.snap.flow)
     was = _was_over(b, m.id)
-    known = a != NULL and a.id == m.id and a.peer == l.peer and not a.fast
+    known = a != NULL and a.id == m.id and not a.fast
     if known and not half_closed(l.fd):
+        a.shared |= a.peer != l.peer  # another one has asked for it meanwhile
+        a.peer = l.peer
         a.link = <uint32_t>(l - b.c.links)
         a.link_gen = l.gen
         if a.adopting:     # whoever does that answers here
@@ -435,24 +452,57 @@ cdef bint _is_there(backend_state *b, uint32_t peer) noexcept nogil:
     return False
 
 
-cdef void _tell_flows(backend_state *b, worker *w, uint32_t peer, link *l) noexcept nogil:
-    """What a front end has handed over that is gone now belongs to the one that asks."""
+cdef bint _tell_flow(backend_state *b, worker *w, adopted *a, link *l) noexcept nogil:
+    """Make a connection the one of a link's front end, which knows nothing of it. False: it cannot
+    be told. b.lock is held."""
     cdef uint8_t buf[MSG_CLOSED_SIZE]
+    cdef uint32_t rcv_nxt = 0
+    if not b.dp.position(b.dp.self, w.index, &a.flow, &rcv_nxt) or link_put(
+            b.c, w, l, buf, message_flow(buf, a.id, &a.flow, rcv_nxt), NULL, 0) != 0:
+        return False
+    a.shared |= a.peer != l.peer
+    a.peer = l.peer
+    a.link = <uint32_t>(l - b.c.links)
+    a.link_gen = l.gen
+    return True
+
+
+cdef void _tell_flows(backend_state *b, worker *w, link *l, uint32_t number) noexcept nogil:
+    """The front end that asks has the virtual address now. So all connections are its own, whoever
+    has handed them over: whether that one is dead, nobody can know in time. It may go on with them,
+    and hears of their ends, too. Where it is gone, those that are over are not kept for it: when it
+    is back, it asks about each that it knows."""
+    cdef uint8_t buf[MSG_HEADER]
     cdef adopted *a
-    cdef uint32_t i, rcv_nxt = 0
+    cdef adopted *following
+    cdef uint32_t i
+    store32(&b.holder, l.peer + 1)
+    _on_ring(b, w)
     for i in range(b.mask + 1):
         pthread_mutex_lock(&b.lock)
         a = b.buckets[i]
         while a != NULL:
-            if (a.peer == peer or not _is_there(b, a.peer)) and not a.over and not a.adopting and \
-                    b.dp.position(b.dp.self, w.index, &a.flow, &rcv_nxt):
-                a.peer = peer
-                a.link = <uint32_t>(l - b.c.links)
-                a.link_gen = l.gen
-                link_put(b.c, w, l, buf, message_flow(buf, a.id, &a.flow, rcv_nxt), NULL, 0)
-            a = a.next
+            following = a.next
+            if a.over and not _is_there(b, a.peer):
+                _remove(b, a)
+            elif not a.over and not a.adopting:
+                _tell_flow(b, w, a, l)
+            a = following
         pthread_mutex_unlock(&b.lock)
-    link_put(b.c, w, l, buf, message_short(buf, MSG_TOLD, 0), NULL, 0)
+    link_put(b.c, w, l, buf, message_short(buf, MSG_TOLD, number), NULL, 0)
+
+
+cdef void _share(backend_state *b, worker *w, adopted *a) noexcept nogil:
+    """What a front end had in its hands when another one took the virtual address: that one has
+    asked already. b.lock is held."""
+    cdef uint32_t i, holder = load32(&b.holder)
+    cdef link *l
+    if holder == 0 or a.peer == holder - 1:
+        return
+    for i in range(MAX_LINKS):
+        l = &b.c.links[i]
+        if load32(&l.state) == LINK_UP and l.peer == holder - 1 and _tell_flow(b, w, a, l):
+            return
 
 
 # The packet path
@@ -489,6 +539,7 @@ cdef void _take_event(backend_state *b, worker *w, const tcpha_event *e) noexcep
                 a.since_ns = e.at_ns
                 a.link = a.link_gen = 0  # any: no link has generation 0
                 a.peer = e.frontend
+                _share(b, w, a)
                 add64(&b.n.adopted, 1)
                 add64(&b.n.fast, 1)
                 say_flow(b.c, 2, &e.flow, b"adopted")
@@ -842,11 +893,28 @@ cdef class BackEnd(Core):
                     a.peer = peer
                 pthread_mutex_unlock(&self.b.lock)
 
-    def tell_flows(self, uint32_t peer, uint32_t link_index):
-        """Tell a front end that knows nothing what it has here; what ends later is told behind."""
+    def asked(self):
+        """[(link, its generation, its peer, number), ...] of front ends that have asked what there
+        is since the last call."""
+        cdef link *l
+        cdef uint32_t i, number
+        out = []
+        for i in range(MAX_LINKS):
+            l = &self.c.links[i]
+            number = xchg32(&l.asked, 0) if load32(&l.state) == LINK_UP else 0
+            if number:
+                out.append((i, l.gen, l.peer, number))
+        return out
+
+    def tell_flows(self, uint32_t link_index, uint32_t gen, uint32_t number):
+        """Answer a front end's question; what ends later is told behind. Not if the link is another
+        one by now: then it asks again."""
         cdef worker *w = self.outsider()
+        cdef link *l = &self.c.links[link_index]
+        if l.gen != gen:
+            return
         with nogil:
-            _tell_flows(self.b, w, peer, &self.c.links[link_index])
+            _tell_flows(self.b, w, l, number)
             self.flush_outsider()
 
     def leave_fast_path(self):

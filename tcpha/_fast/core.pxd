@@ -38,7 +38,9 @@ cdef struct link:
     uint32_t gen
     uint32_t peer          # FE: index of the back end; BE: index of the front end
     uint32_t readers
-    bint gone              # when it is down: the peer had closed it
+    bint gone              # when it is down: the peer had closed it,
+    int error              # or what the kernel says (errno)
+    uint32_t asked         # BE: number of the ASK that waits for its answer
     pthread_mutex_t lock
     uint8_t *out
     uint32_t out_len

@@ -156,6 +156,7 @@ cdef void _flush(core *c, worker *w, link *l) noexcept nogil:
         l.out_sent = l.out_len = 0
     pthread_mutex_unlock(&l.lock)
     if broken:
+        l.error = error
         link_break(c, w, l, error == EPIPE or error == ECONNRESET)
 
 
@@ -261,7 +262,8 @@ cdef void _read_link(core *c, worker *w, link *l) noexcept nogil:
             if errno == EINTR:
                 continue
             if errno != EAGAIN:
-                link_break(c, w, l, errno == ECONNRESET)
+                l.error = errno
+                link_break(c, w, l, l.error == ECONNRESET)
             return
         if got == 0:
             link_break(c, w, l, True)
@@ -508,7 +510,8 @@ cdef class Core:
         l.fd = sock.detach()
         set32(&l.gen, l.gen + 1)
         l.peer = peer
-        l.readers = 0
+        l.readers = l.asked = 0
+        l.error = 0
         l.buf_len = l.out_len = l.out_sent = l.sealed_len = l.sealed_sent = 0
         l.last_rx_ns = l.since_ns = now_ns()
         clock_told(&l.clock, clock, HELLO_NS, l.since_ns)
@@ -558,6 +561,10 @@ cdef class Core:
         with nogil:
             link_break(self.c, w, &self.c.links[index], False)
             self.flush_outsider()
+
+    def link_error(self, uint32_t index):
+        """The errno with which the kernel broke a link; 0: somebody closed it."""
+        return self.c.links[index].error
 
     def reap_link(self, uint32_t index):
         """Close a broken link's descriptor and free its place. Call quiesce() before."""

@@ -385,8 +385,9 @@ cdef int _forget(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t i
     return ledger_forget(&(<fe_ebpf *>self).book, worker, flow, id, linger, entry)
 
 
-cdef int _restore(void *self, const tcpha_flow *flow, const tcpha_entry *entry) noexcept nogil:
-    return ledger_restore(&(<fe_ebpf *>self).book, flow, entry)
+cdef int _restore(void *self, uint32_t worker, const tcpha_flow *flow, const tcpha_entry *entry,
+                  uint64_t asked, tcpha_entry *old) noexcept nogil:
+    return ledger_restore(&(<fe_ebpf *>self).book, worker, flow, entry, asked, old)
 
 
 cdef void _drop_strangers(void *self, bint drop) noexcept nogil:

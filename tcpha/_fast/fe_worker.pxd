@@ -67,7 +67,9 @@ cdef struct backend:
     uint32_t dead          # by detection
     uint32_t app_down      # nothing listens there
     uint32_t missed        # what it said of ended connections may be lost
-    uint32_t told          # it has said what it has, to a run of ours that knew nothing
+    uint32_t asked         # how often it was asked what it has,
+    uint64_t asked_ns      # when last,
+    uint32_t told          # and whether it has said that
     uint64_t server_said   # the newest SERVER
     uint64_t keyed         # number of the newest cookie key that it has
     char name[48]          # its address, for messages
@@ -93,7 +95,7 @@ cdef struct fe_counters:
     uint64_t answered_431
     uint64_t answered_503
     uint64_t fast          # of those handed over: by the packet path
-    uint64_t restored      # handed over by an earlier run, and found at their back ends
+    uint64_t restored      # of an earlier run or another front end, and found at their back ends
     uint64_t no_descriptors  # attempts to accept without a free file descriptor
     uint64_t table_full    # connections that found no place in the flow table
     uint64_t access_lost   # lines of the access log that could not be written

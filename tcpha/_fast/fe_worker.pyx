@@ -26,11 +26,13 @@ from tcpha._fast.match cimport (
     HS_SUCCESS, choice, hs_clone_scratch, hs_free_scratch, hs_scratch_t, match_target, ruleset,
     ruleset_free, ruleset_new)
 from tcpha._fast.message cimport (
-    END_TIME_WAIT, MSG_ADOPTED, MSG_CLOSED, MSG_FLOW, MSG_HANDOFF_FIXED, MSG_KEYED, MSG_KEYS_SIZE,
-    MSG_MISSED, MSG_OWNED_SIZE, MSG_PONG, MSG_REFUSED, MSG_RETURN, MSG_SERVER, MSG_TOLD,
+    END_TIME_WAIT, MSG_ADOPTED, MSG_ASK, MSG_CLOSED, MSG_FLOW, MSG_HANDOFF_FIXED, MSG_HEADER,
+    MSG_KEYED, MSG_KEYS_SIZE, MSG_MISSED, MSG_OWNED_SIZE, MSG_PONG, MSG_REFUSED, MSG_RETURN,
+    MSG_SERVER, MSG_TOLD,
     REFUSE_BACKLOG, REFUSE_FULL, REFUSE_LINK, REFUSE_LOST, REFUSE_STALE, REFUSE_TIMEOUT,
     REFUSE_UNSUPPORTED,
-    fast_id, message, message_doubt, message_handoff, message_keys, message_owned, refusal_text)
+    fast_id, message, message_doubt, message_handoff, message_keys, message_owned, message_short,
+    refusal_text)
 from tcpha._fast.meter cimport (
     histogram_add, histogram_read, slow_close, slow_note, slow_open, slow_read)
 from tcpha._fast.packet cimport address_bytes, flow_text
@@ -940,9 +942,10 @@ cdef void _on_return(frontend *f, worker *w, uint32_t b, message *m) noexcept no
     _refused(f, entry.backend, &m.snap.flow, m.reason)
 
 
-cdef void _restore(frontend *f, uint32_t b, const message *m) noexcept nogil:
-    """A back end has a connection that an earlier run of ours handed over."""
-    cdef tcpha_entry entry
+cdef void _restore(frontend *f, worker *w, uint32_t b, const message *m) noexcept nogil:
+    """A back end has a connection that an earlier run of ours handed over, or another front end."""
+    cdef tcpha_entry entry, old
+    cdef int rc
     memset(&entry, 0, sizeof(entry))
     entry.id = entry.live = m.id
     entry.start_ns = entry.last_ns = now_ns()
@@ -952,7 +955,11 @@ cdef void _restore(frontend *f, uint32_t b, const message *m) noexcept nogil:
     entry.end_seq = m.reason
     # other links bring it too: whoever has read TOLD there must find it in the count
     pthread_mutex_lock(&f.restore_lock)
-    if f.dp.restore(f.dp.self, &m.snap.flow, &entry) == 0:
+    rc = f.dp.restore(f.dp.self, w.index, &m.snap.flow, &entry, load64(&f.backends[b].asked_ns),
+                      &old)
+    if rc == 1:
+        _count_closed(f, old.backend)
+    if rc >= 0:
         add32(&f.loads[b].live, 1)
         add64(&f.n.restored, 1)
         say_more(f.c, 2, &m.snap.flow, b"%s has it", f.backends[b].name, 0)
@@ -1013,11 +1020,12 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
         _on_return(f, w, l.peer, m)
         return 0
     if m.type == MSG_FLOW:
-        _restore(f, l.peer, m)
+        _restore(f, w, l.peer, m)
         return 0
     if m.type == MSG_TOLD:
-        store32(&f.backends[l.peer].told, 1)
-        notice(c)
+        if m.id == load32(&f.backends[l.peer].asked):  # or it is the answer to an earlier question
+            store32(&f.backends[l.peer].told, 1)
+            notice(c)
         return 0
     if m.type != MSG_ADOPTED and m.type != MSG_REFUSED:
         return -1
@@ -1287,6 +1295,25 @@ cdef class FrontEnd(Core):
         """How many back ends could take a request of the packet path now."""
         cdef uint32_t i
         return sum([_takes_fast(self.f, i) for i in range(TCPHA_LOCAL_NODE)])
+
+    def ask_all(self, uint32_t b):
+        """Have a back end tell which connections it has; told (see backend_stats) is false until it
+        has, or as long as it cannot be asked."""
+        cdef backend *be = &self.f.backends[b]
+        cdef worker *w = self.outsider()
+        cdef uint8_t buf[MSG_HEADER]
+        cdef uint32_t n
+        cdef int i
+        store32(&be.told, 0)
+        store64(&be.asked_ns, now_ns())
+        store32(&be.asked, be.asked + 1)
+        for i in range(LINKS_MAX):
+            n = be.link[i]
+            if n < MAX_LINKS and link_put(self.c, w, &self.c.links[n], buf,
+                                          message_short(buf, MSG_ASK, be.asked), NULL, 0) == 0:
+                break
+        with nogil:
+            self.flush_outsider()
 
     def ask(self, list rows):
         """Have back ends say whether they have flows: see FeEbpf.doubtful()."""

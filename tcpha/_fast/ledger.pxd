@@ -56,7 +56,9 @@ cdef int ledger_open(ledger *l, uint32_t capacity) except -1
 cdef void ledger_close(ledger *l) noexcept
 cdef int ledger_divert(ledger *l, uint32_t worker, const tcpha_flow *flow, tcpha_entry *entry,
                        tcpha_entry *old) noexcept nogil
-cdef int ledger_restore(ledger *l, const tcpha_flow *flow, const tcpha_entry *entry) noexcept nogil
+cdef int ledger_restore(ledger *l, uint32_t worker, const tcpha_flow *flow,
+                        const tcpha_entry *entry, uint64_t asked,
+                        tcpha_entry *old) noexcept nogil
 cdef void ledger_remove(ledger *l, const tcpha_flow *flow) noexcept nogil
 cdef int ledger_forget(ledger *l, uint32_t worker, const tcpha_flow *flow, uint64_t id, bint linger,
                        tcpha_entry *entry) noexcept nogil

@@ -4,7 +4,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from tcpha._fast.defs cimport (
-    TCPHA_F_FAST, TCPHA_F_FIN, TCPHA_F_RST, TCPHA_PENDING, tcpha_entry, tcpha_flow)
+    TCPHA_F_FAST, TCPHA_F_FIN, TCPHA_F_RST, TCPHA_FORWARD, TCPHA_PENDING, tcpha_entry, tcpha_flow)
 from tcpha._fast.sys cimport (
     now_ns, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock)
 
@@ -53,13 +53,26 @@ cdef int ledger_divert(ledger *l, uint32_t worker, const tcpha_flow *flow, tcpha
             return -1 if rc < 0 else replaced
 
 
-cdef int ledger_restore(ledger *l, const tcpha_flow *flow, const tcpha_entry *entry) noexcept nogil:
-    """Enter a flow that an earlier run handed over. 0; -1: there is no room, or a newer one."""
-    cdef int rc
+cdef int ledger_restore(ledger *l, uint32_t worker, const tcpha_flow *flow,
+                        const tcpha_entry *entry, uint64_t asked,
+                        tcpha_entry *old) noexcept nogil:
+    """Enter a flow that an earlier run or another front end handed over. 0; 1 if an older one, of
+    back end old.backend, is over by this: it began before back ends were asked what there is, and
+    the client has used its port again at the other front end. -1: there is no room, or a newer
+    one."""
+    cdef int rc, replaced = 0
     pthread_mutex_lock(_stripe(l, flow))
     rc = l.store.put(l.store.self, flow, entry, PUT_NEW)
+    if rc < 0 and l.store.find(l.store.self, flow, old) == 0 and old.state == TCPHA_FORWARD and \
+            old.live != entry.id and old.start_ns < asked:
+        replaced = old.live != 0
+        if replaced:
+            rc = l.store.end(l.store.self, worker, flow, old.live, False)
+        else:
+            rc = l.store.drop(l.store.self, worker, flow, old)
+        rc = l.store.put(l.store.self, flow, entry, PUT_NEW) if rc == 1 else -1
     pthread_mutex_unlock(_stripe(l, flow))
-    return rc
+    return -1 if rc < 0 else replaced
 
 
 cdef void ledger_remove(ledger *l, const tcpha_flow *flow) noexcept nogil:

@@ -6,7 +6,7 @@ from tcpha._fast.snapshot cimport snapshot
 
 cdef enum:
     MSG_MAGIC = 0x5443          # "TC"
-    MSG_VERSION = 5
+    MSG_VERSION = 6
     MSG_HEADER = 16
     MSG_HANDOFF_FIXED = MSG_HEADER + 8 + 36 + 7 * 4 + 2 + 2 + 2
     MSG_CLOSED_SIZE = MSG_HEADER + 36 + 4
@@ -29,8 +29,9 @@ cdef enum message_type:
     MSG_KEYS = 10      # FE: id: see key_id(); body: a cookie key
     MSG_KEYED = 11     # BE: id: the one of KEYS; from now on it knows cookies made with it. 0: none
     MSG_RETURN = 12    # BE: a request of the packet path, not taken: as CLOSED; body: flow, reason
-    MSG_FLOW = 13      # BE, to an FE that knows nothing: as CLOSED; body: flow, rcv_nxt
-    MSG_TOLD = 14      # BE: that was all it has
+    MSG_ASK = 17       # FE: tell what there is; id: a number of its own, which grows
+    MSG_FLOW = 13      # BE, to an FE that may not know it: as CLOSED; body: flow, rcv_nxt
+    MSG_TOLD = 14      # BE: that was all it has; id: the one of ASK
     MSG_DOUBT = 16     # FE: as OWNED, if nothing shows that the request arrived
     MSG_MISSED = 15    # BE: a control connection broke, and what it said there may be lost
     MSG_SERVER = 9     # BE: id: 2 * a growing number, + 1 if the application listens

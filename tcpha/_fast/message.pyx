@@ -8,7 +8,7 @@ then the request bytes. CLOSED body: flow, ending (32). OWNED, DOUBT body: flow.
 reason (32). RETURN body: flow, reason (32). FLOW body: flow, rcv_nxt (32). KEYS body: 16 bytes of
 key; its id is the key's number (56 bits; the lowest one says which of two it replaces), then the
 window scale that goes with its cookies (8).
-PONG body: sent_ns (64). ADOPTED, PING, SERVER, KEYED, TOLD and MISSED have none.
+PONG body: sent_ns (64). ADOPTED, PING, SERVER, KEYED, ASK, TOLD and MISSED have none.
 HELLO body: JSON.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -118,7 +118,7 @@ cdef uint32_t message_handoff(uint8_t *to, uint64_t id, const snapshot *s) noexc
 
 
 cdef uint32_t message_short(uint8_t *to, uint8_t kind, uint64_t id) noexcept nogil:
-    """ADOPTED, PING, SERVER, KEYED, TOLD or MISSED."""
+    """ADOPTED, PING, SERVER, KEYED, ASK, TOLD or MISSED."""
     _header(to, kind, MSG_HEADER, id)
     return MSG_HEADER
 
@@ -260,7 +260,8 @@ cdef int message_decode(const uint8_t *buf, uint32_t length, message *m) noexcep
         if m.type != MSG_OWNED and m.type != MSG_DOUBT:
             m.reason = _get32(&c)
     elif m.type != MSG_ADOPTED and m.type != MSG_PING and m.type != MSG_SERVER and \
-            m.type != MSG_KEYED and m.type != MSG_TOLD and m.type != MSG_MISSED:
+            m.type != MSG_KEYED and m.type != MSG_ASK and m.type != MSG_TOLD and \
+            m.type != MSG_MISSED:
         return -1
     if c.bad or ((m.data == NULL or m.type == MSG_KEYS) and c.left):
         return -1

@@ -616,11 +616,12 @@ cdef int _forget(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t i
     return rc
 
 
-cdef int _restore(void *self, const tcpha_flow *flow, const tcpha_entry *entry) noexcept nogil:
+cdef int _restore(void *self, uint32_t worker, const tcpha_flow *flow, const tcpha_entry *entry,
+                  uint64_t asked, tcpha_entry *old) noexcept nogil:
     cdef fe_nfqueue *d = <fe_nfqueue *>self
     cdef int rc
     pthread_rwlock_wrlock(&d.lock)
-    rc = ledger_restore(&d.book, flow, entry)
+    rc = ledger_restore(&d.book, worker, flow, entry, asked, old)
     pthread_rwlock_unlock(&d.lock)
     return rc
 

@@ -23,6 +23,7 @@ from tcpha.control.hello import (
     accept_each,
     answer,
     check,
+    give_up_after,
     new_instance,
 )
 from tcpha.datapath import allow_adoption, open_backend
@@ -31,6 +32,8 @@ from tcpha.service import TICK, Service
 
 log = logging.getLogger("tcpha")
 LEAVE = 2.0  # seconds for front ends to hear that we go; one that is stalled is not waited for
+SILENT = 4.0  # seconds without a sign of life after which a front end is suspected to be gone
+UNHEARD = 5.0  # seconds for which its kernel may acknowledge nothing
 
 
 class BackEndService(Service):
@@ -42,6 +45,8 @@ class BackEndService(Service):
         self.instance = new_instance()
         self.frontends: list[tuple[str, str]] = []  # (instance, address) by peer index
         self.said = 0
+        self.silent: set[int] = set()  # links, when we looked last
+        self.searched = False  # for what an earlier run adopted
         self.registration = Registration(config, self.secret, self.instance)
         self.registering: asyncio.Task[None] | None = None
         self.leaving: asyncio.Task[None] | None = None
@@ -96,6 +101,16 @@ class BackEndService(Service):
 
     def every_second(self) -> None:
         self._look_at_application()
+        self._look_at_frontends()
+
+    def _look_at_frontends(self) -> None:
+        """One that is gone, or hangs, must not pass for alive. It answers our PING each second. Two
+        looks have to find it silent: if it was we who stood still, there is something to read by
+        the second one."""
+        silent = {i for i, _, up, age in self.core.links() if up and age > SILENT}
+        for index in silent & self.silent:
+            self.core.break_link(index)
+        self.silent = silent
 
     def every_tick(self) -> None:
         if not self.application.usable:  # its clients are being turned away
@@ -140,6 +155,7 @@ class BackEndService(Service):
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            give_up_after(sock, UNHEARD)
             async with asyncio.timeout(PATIENCE):
                 hello, channel = await answer(sock, mine, self.secret, self._judge)
         except (TimeoutError, OSError, HelloError) as error:
@@ -159,23 +175,25 @@ class BackEndService(Service):
             self.frontends.append(peer)
             log.info("front end %s: connected", address)
         self.datapath.allow(address, True)
-        link = self.core.add_link(sock, index, hello.clock, channel)
+        self.core.add_link(sock, index, hello.clock, channel)
         self.core.check_all()
-        if hello.asks:
-            await self._tell(index, link)
 
-    async def _tell(self, index: int, link: int) -> None:
-        """A front end knows nothing of earlier connections; we may not either, but the kernel."""
-        try:
-            sockets = await asyncio.to_thread(self.host.connections,
-                                              {self.config.vaddr, self.application.address})
-        except HostError as error:
-            log.warning("%s; what an earlier run adopted is not found", error)
-            sockets = []
-        self.core.claim(sockets, index)
-        self.core.tell_flows(index, link)
+    async def _tell(self, index: int, gen: int, peer: int, number: int) -> None:
+        """A front end asks for earlier connections. The first time we may not know all of them
+        either, but the kernel does."""
+        if not self.searched:
+            try:
+                sockets = await asyncio.to_thread(self.host.connections,
+                                                  {self.config.vaddr, self.application.address})
+                self.core.claim(sockets, peer)
+                self.searched = True
+            except HostError as error:
+                log.warning("%s; what an earlier run adopted is not found", error)
+        self.core.tell_flows(index, gen, number)
 
     def on_notice(self) -> None:
+        for question in self.core.asked():
+            self.spawn(self._tell(*question))
         for _, peer in self.reap_links():
             if not any(up and p == peer for _, p, up, _ in self.core.links()):
                 log.warning("front end %s: control connections lost", self.frontends[peer][1])

@@ -33,6 +33,7 @@ NO_SECRET = "one side has a shared secret and the other has none; set 'secret' o
 WRONG_SECRET = "the shared secrets differ; install the same file on both"
 PATIENCE = 3.0  # seconds for the whole exchange
 KEEPALIVE = 5, 2, 3  # seconds of silence, between probes, and how many of those
+TCP_USER_TIMEOUT = 18
 
 
 class HelloError(Exception):
@@ -49,7 +50,6 @@ class Hello:
     version: int = VERSION
     instance: str = ""
     clock: int = 0
-    asks: bool = False  # of a front end: it wants to be told which connections are whose
     fastpath: bool = False  # of a back end: it adopts by cookie
     server: int = 0  # of a back end: as in message SERVER
     mtu: int = 0  # of a back end: where packets for it arrive
@@ -224,6 +224,13 @@ def keep_alive(sock: socket.socket) -> None:
     for option, value in zip((socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT),
                              KEEPALIVE, strict=True):
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def give_up_after(sock: socket.socket, seconds: float) -> None:
+    """Let the kernel break a connection on which what we said was not acknowledged for so long. A
+    host that has vanished says no goodbye, and the retransmissions alone go on for a quarter of an
+    hour."""
+    sock.setsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT, int(seconds * 1000))
 
 
 async def until_closed(sock: socket.socket) -> None:

@@ -15,7 +15,15 @@ from typing import Any
 from tcpha.admin.server import Refused
 from tcpha.config import ANY, Config, Rule, Server
 from tcpha.config.keys import BE_PORT
-from tcpha.control.hello import PATIENCE, Hello, HelloError, call, check, new_instance
+from tcpha.control.hello import (
+    PATIENCE,
+    Hello,
+    HelloError,
+    call,
+    check,
+    give_up_after,
+    new_instance,
+)
 from tcpha.datapath import Path, headers
 from tcpha.frontend.cookiekeys import CookieKeys
 from tcpha.frontend.drained import Drained
@@ -30,6 +38,7 @@ BACKOFF_MOST = 1.0
 FIRST_LOOK = 1.0  # seconds that clients wait in the backlog at the start for silent hosts
 REBUILD = 20.0  # seconds after which a back end that does not say what it has is not waited for
 REJOIN = 5.0  # seconds that back ends have to register anew
+UNHEARD = 20.0  # seconds without an acknowledgement by a back end's kernel, detection or not
 MISSED = 2  # detection intervals without a sign of life
 NOBODY_LISTENS = "nothing listens on its redirectport that can take connections"
 HOST, PROCESS, UNUSABLE = "host dead", "process dead", "unusable"
@@ -84,8 +93,15 @@ class Registry:
         self.keys = CookieKeys(core) if datapath.fastpath else None
         self.left: dict[str, tuple[int, int]] = dict(datapath.left)
         self.started = False
-        self.rebuilding = bool(datapath.fresh)
+        # Another front end may have the virtual address, and hand over what we know nothing of.
+        self.shared = config.announce == "off"
+        self.holding = not self.shared
+        self.rebuilding = bool(datapath.fresh) or self.shared
         self.rebuild_since = 0.0
+        self.restored = 0  # connections, when it began
+        self.whose = "an earlier run"
+        if self.rebuilding:
+            core.drop_strangers(True)
         self.registers = False  # back ends may register
         self.interval = config.dtcinterval
 
@@ -240,14 +256,14 @@ class Registry:
             if self.config.raddr != ANY:
                 sock.bind((self.config.raddr, 0))
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            give_up_after(sock, UNHEARD)
             async with asyncio.timeout(PATIENCE):
                 entry.timeout = HOST
                 await asyncio.get_running_loop().sock_connect(sock, address)
                 entry.timeout = PROCESS
                 mine = Hello(
                     "fe", self.config.vaddr, self.config.port, self.config.forward,
-                    instance=self.instance, asks=self.datapath.fresh
-                    and not self.core.backend_stats(entry.index)["told"])
+                    instance=self.instance)
                 hello, channel = await call(sock, mine, self.secret)
             check(hello, "be", self.config.vaddr)
             self._set_path(entry, sock.getsockname()[0], hello.mtu)
@@ -255,11 +271,15 @@ class Registry:
                 # before there is a link: requests of the packet path would go to who has no key
                 self.core.backend_server(entry.index, hello.server)
                 self.core.backend_forgets_keys(entry.index)
+            before = self.core.backend_stats(entry.index)
             index = self.core.add_link(sock, entry.index, hello.clock, channel)
             self.core.backend_add_link(entry.index, index)
             if entry.missed or entry.instance not in ("", hello.instance):
                 entry.missed = False
                 self.core.send_owned(entry.index, index)
+            if not before["links"] and self.holding and (
+                    self.shared or (self.datapath.fresh and not before["told"])):
+                self.core.ask_all(entry.index)  # by now it knows the ids of what is ours
             entry.instance = hello.instance
             entry.fastpath = hello.fastpath
             if self.keys and entry.fastpath:
@@ -311,31 +331,68 @@ class Registry:
                     self._take_route(entry, route, entry.path.source)
         self.offer_mtu()
 
+    def hold(self, here: bool) -> None:
+        """Whether the virtual address, which somebody else moves, is on this host."""
+        if self.holding != here:
+            self.holding = here
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        """What another front end hands over, or has, back ends know. Until they have said it,
+        packets of connections that we do not know wait, by being dropped. They do so before the
+        virtual address comes: there would be no time for it then."""
+        self.rebuilding = True
+        self.rebuild_since = asyncio.get_running_loop().time()
+        self.restored = self.core.counters()["restored"]
+        self.whose = "another front end"
+        self.core.drop_strangers(True)
+        if self.holding:
+            for entry in self._all():
+                self.core.ask_all(entry.index)
+
+    def _cut_off(self) -> bool:
+        """Whether we reach no back end. Another front end may, and take the virtual address,
+        without us losing ours."""
+        return self.shared and not any(self.core.backend_stats(e.index)["links"]
+                                       for e in self.entries.values())
+
     def look_rebuilt(self) -> None:
         """Once all back ends have said what they have of an earlier run of ours, which had no time
-        to leave us its table, what they do not have is nobody's."""
-        age = asyncio.get_running_loop().time() - self.rebuild_since
+        to leave us its table, or of another front end, what they do not have is nobody's."""
+        now = asyncio.get_running_loop().time()
+        if not self.rebuilding or not self.started:
+            return
+        if not self.holding or self._cut_off():
+            self.rebuild_since = now
+            return
+        age = now - self.rebuild_since
         told = all(self.core.backend_stats(e.index)["told"] for e in self.entries.values())
-        done = age > REBUILD or (told and (age > REJOIN or not self.registers))
-        if not self.rebuilding or not self.started or not done:
+        if age <= REBUILD and not (told and (age > REJOIN or not self.registers)):
             return
         self.rebuilding = False
         self.core.drop_strangers(False)
-        found = self.core.counters()["restored"]
+        found = self.core.counters()["restored"] - self.restored
         if found:
-            log.info("%d connections of an earlier run go on", found)
+            log.info("%d connections of %s go on", found, self.whose)
 
     def on_notice(self, reap: Callable[[], list[tuple[int, int]]]) -> None:
         """Links broke, or a back end did not answer an offer in time."""
         for entry in self.entries.values():
             if self.core.backend_stats(entry.index)["dead"]:
                 self._give_up(entry, "did not answer a handoff in time")
+        errors = {peer: self.core.link_error(i) for i, peer, up, _ in self.core.links() if not up}
         broken = {peer for _, peer in reap()}
         for entry in self.entries.values():
             entry.missed |= entry.index in broken
+            if errors.get(entry.index) in SILENT:
+                entry.cause, entry.detail = HOST, os.strerror(errors[entry.index])
             self._judge(entry)
+            if entry.index in broken and self.rebuilding and self.holding:
+                self.core.ask_all(entry.index)  # the question, or the answer, may be lost
             if self.core.backend_stats(entry.index)["links"] < self.config.connperbe:
                 entry.wake.set()
+        if broken and not self.rebuilding and self._cut_off():
+            self._rebuild()
         for entry in self._all():
             if self.core.backend_missed(entry.index):
                 self._list_owned(entry)

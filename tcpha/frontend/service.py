@@ -251,6 +251,8 @@ class FrontEndService(Service):
 
     def look_at_links(self) -> None:
         self.loop.call_soon_threadsafe(self.registry.reroute, self.registry.routes())
+        if self.config.announce == "off":
+            self.loop.call_soon_threadsafe(self.registry.hold, self.host.takes(self.config.vaddr))
         super().look_at_links()
 
     def trouble_counts(self) -> dict[str, int]:
@@ -380,7 +382,8 @@ class FrontEndService(Service):
             "dbglevel": self.core.dbglevel, "dtcinterval": self.dtcinterval,
             "startservers": config.startservers, "minspareservers": config.minspareservers,
             "maxspareservers": config.maxspareservers, "maxclients": config.maxclients,
-            "unloading": self.unloading, "host": self.keeper.report(),
+            "unloading": self.unloading, "awaiting": self.registry.rebuilding,
+            "host": self.keeper.report(),
             "workers": self.workers.stats(),
             "in_hand": self.core.in_hand(),
             "live": self.registry.live() + self.local.live(), "localnode": self.local.status(),

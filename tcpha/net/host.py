@@ -36,6 +36,7 @@ ETH_P_ALL = 0x0003
 ETH_P_ARP = 0x0806
 ARPHRD_ETHER = 1
 IFF_UP, IFF_RUNNING = 1, 64
+RTN_LOCAL = 2
 RT_SCOPE_HOST = 254
 TCP_ESTABLISHED, TCP_SYN_RECV, TCP_FIN_WAIT1, TCP_FIN_WAIT2 = 1, 3, 4, 5
 TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_CLOSING = 8, 9, 11
@@ -351,6 +352,16 @@ class Host:
             if entry.get_attr("IFA_LOCAL") == address:
                 return int(entry["index"])
         return None
+
+    def takes(self, address: str) -> bool:
+        """Whether our stack takes packets for an address, which somebody else may have added, or a
+        local route for it (AnyIP)."""
+        if self.holder(address) is not None:
+            return True
+        try:
+            return bool(self.ipr.route("get", dst=address)[0]["type"] == RTN_LOCAL)
+        except (NetlinkError, IndexError):
+            return False
 
     def address_beside(self, index: int, address: str) -> str | None:
         """Another address of an interface."""
