@@ -39,9 +39,9 @@ class BuildWithBpf(build_ext):
         arch = {"x86_64": "x86", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
         out = BPF if self.inplace else Path(self.build_lib) / BPF
         out.mkdir(parents=True, exist_ok=True)
+        newest = max(p.stat().st_mtime for p in BPF.glob("*.[ch]"))  # one includes another
         for source in sorted(BPF.glob("*.bpf.c")):
             target = out / (source.stem + ".o")
-            newest = max(p.stat().st_mtime for p in (source, *BPF.glob("*.h")))
             if target.exists() and target.stat().st_mtime > newest:
                 continue
             self.spawn([os.environ.get("CLANG", "clang"), "-O2", "-g", "-Wall", "-Wextra",
