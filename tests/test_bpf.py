@@ -81,9 +81,9 @@ def error(kind: int = 3, code: int = 4, quote: int = 28, source: str = VIP, spor
 
 
 def ip_header(version: int, ihl: int, length: int, fragment: int, protocol: int, source: str,
-              destination: str) -> bytes:
-    head = struct.pack("!BBHHHBBH4s4s", version << 4 | ihl, 0, length, 7, fragment, 64, protocol, 0,
-                       socket.inet_aton(source), socket.inet_aton(destination))
+              destination: str, tos: int = 0, number: int = 7) -> bytes:
+    head = struct.pack("!BBHHHBBH4s4s", version << 4 | ihl, tos, length, number, fragment, 64,
+                       protocol, 0, socket.inet_aton(source), socket.inet_aton(destination))
     total = sum(struct.unpack("!10H", head))
     total = (total & 0xFFFF) + (total >> 16)
     return head[:10] + struct.pack("!H", ~(total + (total >> 16)) & 0xFFFF) + head[12:]
@@ -353,8 +353,7 @@ def test_front_end_tunnel(fe: Bpf, daemons: Cluster) -> None:
         head = ip_header(4, 5, 20 + len(inner), fragment, IPIP, FE, BE)
         # all but the identification, and the checksum that goes with it
         assert outer[:4] + outer[6:10] + outer[12:] == head[:4] + head[6:10] + head[12:]
-        total = sum(struct.unpack("!10H", outer))
-        assert (total & 0xFFFF) + (total >> 16) == 0xFFFF
+        assert is_summed(outer)
     fe.put("backends", number(9), bytes(64))
     fe.drop("flows", flow())
 
@@ -457,6 +456,52 @@ def test_back_end_guard(be: Bpf, what: str) -> None:
     assert verdict == want
     if want == STACK:
         assert out == packet.frame()
+
+
+def is_summed(data: bytes) -> bool:
+    """Whether the Internet checksum in it is right (RFC 1071)."""
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total = (total & 0xFFFF) + (total >> 16)
+    return (total & 0xFFFF) + (total >> 16) == 0xFFFF
+
+
+# description: mode and MTU of the way to a back end, packet, and the MTU that the client is told
+TOO_BIG: dict[str, tuple[int, int, Packet, int]] = {
+    "just fits": (DIRECT, 700, Packet(data=b"x" * 660), 0),
+    "a byte more": (DIRECT, 700, Packet(data=b"x" * 661), 700),
+    "just fits a tunnel": (TUNNEL, 700, Packet(data=b"x" * 640), 0),
+    "a byte more for a tunnel": (TUNNEL, 700, Packet(data=b"x" * 641), 680),
+    "TCP options": (TUNNEL, 700, Packet(data=b"x" * 641, tcp_options=b"\1" * 12), 680),
+    "IP options": (TUNNEL, 700, Packet(data=b"x" * 641, options=bytes(8)), 680),
+    "without DF": (TUNNEL, 700, Packet(data=b"x" * 641, fragment=0), 0),
+    "a way that nobody knows": (TUNNEL, 0, Packet(data=b"x" * 1600), 0)}
+
+
+@pytest.mark.parametrize("what", TOO_BIG)
+def test_front_end_tells_what_is_too_big(fe: Bpf, what: str) -> None:
+    mode, mtu, packet, told = TOO_BIG[what]
+    ifindex = struct.unpack("=I", fe.get("backends", number(0))[:4])[0]
+    fe.put("backends", number(9), struct.pack("=IIII", ifindex, mode, 0, mtu) + mapped(BE) * 2
+           + mapped(FE))
+    fe.put("flows", flow(), entry(FORWARD, backend=9))
+    try:
+        verdict, out = fe.run("fe_ingress", packet)
+        sent = state_of(fe.get("flows", flow()))["packets"]
+    finally:
+        fe.put("backends", number(9), bytes(64))
+        fe.drop("flows", flow())
+    assert verdict == REDIRECT
+    assert sent == (not told)
+    if not told:
+        assert out[-len(packet.ip()):] == packet.ip()
+        return
+    ip, icmp = out[14:34], out[34:]
+    assert ip == ip_header(4, 5, len(ip + icmp), FULL, socket.IPPROTO_ICMP, VIP, CLIENT, tos=0xC0,
+                           number=0)
+    assert struct.unpack("!BB2xHH", icmp[:8]) == (3, 4, 0, told)
+    assert is_summed(icmp)
+    assert packet.ip().startswith(icmp[8:])
+    assert len(icmp[8:]) >= 20 + len(packet.options) + 8
 
 
 def test_back_end_lets_pass_what_has_a_socket(be: Bpf, daemons: Cluster) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tcpha.lab.bed import Cluster, Daemon, listening, wait_for
+from tcpha.lab.bed import Cluster, Daemon, Host, listening, wait_for
 
 REQUEST = b"GET /1k HTTP/1.1\r\nHost: lab\r\nConnection: close\r\n\r\n"
 
@@ -285,22 +285,29 @@ def test_listener_on_another_address(mode: dict[str, Any]) -> None:
         c.close()
 
 
+def behind_a_router(c: Cluster, be: Host, mtu: int = 1500) -> Host:
+    """Move a back end, which has not been started, to a network of its own. Returns the router."""
+    router = c.bed.host("router", "192.168.1.1", mtu)
+    router.ip("addr", "add", "10.9.0.1/24", "dev", "eth0")
+    for name in ("conf.all.send_redirects", "conf.eth0.send_redirects"):
+        router.sysctl(f"net.ipv4.{name}", "0")
+    router.sysctl("net.ipv4.ip_forward", "1")
+    be.ip("addr", "flush", "dev", "eth0")
+    be.address = "10.9.0.33"
+    be.ip("addr", "add", "10.9.0.33/24", "dev", "eth0")
+    be.ip("route", "add", "default", "via", "10.9.0.1")
+    c.fe_host.ip("route", "add", "10.9.0.0/24", "via", "192.168.1.1")
+    return router
+
+
 @pytest.mark.parametrize("mtu", [1500, 9000])
 def test_back_end_behind_a_router(mode: dict[str, Any], mtu: int) -> None:
     """tunnel: back ends anywhere, also where packets may be no larger than the client's own.
     direct: refused with the remedy."""
     c = Cluster(1, **mode, rules=[(0, ".*")], start=False, mtu=mtu)
     try:
-        router = c.bed.host("router", "192.168.1.1", mtu)
-        router.ip("addr", "add", "10.9.0.1/24", "dev", "eth0")
-        for name in ("ip_forward=1", "conf.all.send_redirects=0", "conf.eth0.send_redirects=0"):
-            router.sysctl(f"net.ipv4.{name.split('=')[0]}", name[-1])
         be = c.be_hosts[0]
-        be.ip("addr", "flush", "dev", "eth0")
-        be.address = "10.9.0.33"
-        be.ip("addr", "add", "10.9.0.33/24", "dev", "eth0")
-        be.ip("route", "add", "default", "via", "10.9.0.1")
-        c.fe_host.ip("route", "add", "10.9.0.0/24", "via", "192.168.1.1")
+        behind_a_router(c, be, mtu)
         c.nginx[0].file("big", size=8 << 20)
         if mode["forward"] == "direct":
             c.be = [Daemon(be, "be", c.be_text(be))]

@@ -19,6 +19,7 @@
 #include "own.h"
 #include "tcpha.h"
 
+#define IP_DF 0x4000
 #define IP_MF 0x2000
 #define IP_OFFSET 0x1fff
 

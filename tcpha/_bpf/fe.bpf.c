@@ -160,6 +160,109 @@ static __always_inline int to_backend(struct __sk_buff *skb, const struct tcpha_
 	return ret;
 }
 
+/* include/linux/skbuff.h of the kernel */
+#define CHECKSUM_UNNECESSARY 1
+#define CHECKSUM_COMPLETE 2
+#define CHECKSUM_PARTIAL 3
+
+static __always_inline __u16 fold(__u64 sum)
+{
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return (sum & 0xffff) + (sum >> 16);
+}
+
+struct icmp_too_big { /* RFC 1191 section 4; linux/icmp.h needs more of libc than there is for BPF */
+	__u8 type;
+	__u8 code;
+	__u16 checksum;
+	__be16 unused;
+	__be16 mtu;
+};
+
+/*
+ * Tell the client that its packet is too big: ICMP destination unreachable, fragmentation needed (RFC 1191),
+ * quoting the headers. The kernel, too, sends as many of these as are asked for. What user space has written
+ * does not come from the client's device: that is dropped, and the client repeats it.
+ *
+ * A packet whose TCP checksum a device is to complete cannot be cut before that. It will be completed in the
+ * quotation: the sum of what it is made from is known then, whatever that is (see lco_csum() of the kernel).
+ * The quoted IP header, which is right, adds nothing.
+ */
+__noinline int tell_too_big(struct __sk_buff *skb, __u32 room)
+{
+	struct {
+		__u16 align;
+		struct ethhdr eth;
+		struct iphdr ip;
+		struct icmp_too_big icmp;
+	} out = {};
+	const __u32 before_check = __builtin_offsetof(struct tcphdr, check);
+	struct headers h;
+	__u32 sum = 0, quoted, i;
+	__s64 whole, partial;
+
+	if (skb->ifindex == conf.tap || skb->ifindex == conf.fast_tap || parse_tcp(skb, 0, &h) < 0)
+		return TC_ACT_SHOT;
+	out.icmp.type = 3;
+	out.icmp.code = 4;
+	out.icmp.mtu = bpf_htons(room);
+	partial = bpf_csum_diff(0, 0, (void *)&out.icmp, sizeof(out.icmp), (__u16)~h.tcp->check);
+	whole = bpf_csum_diff(0, 0, (void *)&out.icmp, sizeof(out.icmp), 0);
+	if (partial < 0 || whole < 0)
+		return TC_ACT_SHOT;
+	whole = bpf_csum_diff(0, 0, (void *)h.tcp, before_check, whole);
+	if (whole < 0)
+		return TC_ACT_SHOT;
+	__builtin_memcpy(out.eth.h_dest, h.eth->h_source, ETH_ALEN);
+	__builtin_memcpy(out.eth.h_source, h.eth->h_dest, ETH_ALEN);
+	out.eth.h_proto = h.eth->h_proto;
+	out.ip.version = 4;
+	out.ip.ihl = 5;
+	out.ip.tos = 0xc0; /* internetwork control (RFC 1812 section 4.3.2.5) */
+	out.ip.frag_off = bpf_htons(IP_DF);
+	out.ip.ttl = 64;
+	out.ip.protocol = IPPROTO_ICMP;
+	out.ip.saddr = h.ip->daddr;
+	out.ip.daddr = h.ip->saddr;
+	quoted = h.ip->ihl * 4 + before_check;
+	out.icmp.checksum = ~fold(whole);
+	if (bpf_skb_change_tail(skb, ETH_HLEN + quoted, 0) < 0) {
+		quoted += sizeof(struct tcphdr) - before_check;
+		out.icmp.checksum = ~fold(partial);
+		if (bpf_skb_change_tail(skb, ETH_HLEN + quoted, 0) < 0)
+			return TC_ACT_SHOT;
+	}
+	out.ip.tot_len = bpf_htons(sizeof(out.ip) + sizeof(out.icmp) + quoted);
+#pragma unroll
+	for (i = 0; i < 10; i++)
+		sum += ((__u16 *)&out.ip)[i];
+	out.ip.check = ~fold(sum);
+	if (bpf_skb_adjust_room(skb, sizeof(out.ip) + sizeof(out.icmp), BPF_ADJ_ROOM_MAC,
+				BPF_F_ADJ_ROOM_NO_CSUM_RESET) < 0 ||
+	    bpf_skb_store_bytes(skb, 0, &out.eth, sizeof(out.eth) + sizeof(out.ip) + sizeof(out.icmp), 0) < 0)
+		return TC_ACT_SHOT;
+	COUNT(too_big, 1);
+	return bpf_redirect(skb->ifindex, 0);
+}
+
+/*
+ * Whether a client's packet, or each segment of it, gets through to a back end. One without DF does: routers
+ * cut what is around it.
+ */
+static __always_inline bool fits(struct __sk_buff *skb, __u32 room)
+{
+	struct headers h;
+
+	if (!skb->gso_size && skb->len - ETH_HLEN <= room)
+		return true;
+	if (parse_tcp(skb, 0, &h) < 0)
+		return true;
+	return !(h.ip->frag_off & bpf_htons(IP_DF)) ||
+	       (skb->gso_size && h.ip->ihl * 4 + h.tcp->doff * 4 + skb->gso_size <= room);
+}
+
 static __always_inline int forward(struct __sk_buff *skb, const struct tcpha_flow *flow,
 				   struct tcpha_entry *e)
 {
@@ -167,6 +270,7 @@ static __always_inline int forward(struct __sk_buff *skb, const struct tcpha_flo
 	__u32 index = *(volatile __u32 *)&e->backend;
 	__u32 segments = skb->gso_segs ?: 1;
 	__u32 bytes = skb->len - ETH_HLEN;
+	__u32 room;
 	int ret;
 
 	if (*(volatile __u32 *)&e->tag != tcpha_tag(flow))
@@ -176,6 +280,9 @@ static __always_inline int forward(struct __sk_buff *skb, const struct tcpha_flo
 		COUNT(unreachable, 1);
 		return TC_ACT_SHOT;
 	}
+	room = be->mtu - (be->mode == TCPHA_TUNNEL ? sizeof(struct iphdr) : 0);
+	if (be->mtu && !fits(skb, room))
+		return tell_too_big(skb, room);
 	__sync_fetch_and_add(&e->packets, segments);
 	__sync_fetch_and_add(&e->bytes, bytes);
 	ret = to_backend(skb, be);
@@ -256,19 +363,6 @@ static __always_inline int to_worker(struct __sk_buff *skb, __u8 kind)
 	if (bpf_skb_store_bytes(skb, 0, mac, sizeof(mac), 0) < 0)
 		return TC_ACT_SHOT;
 	return bpf_redirect(conf.fast_tap, 0);
-}
-
-/* include/linux/skbuff.h of the kernel */
-#define CHECKSUM_UNNECESSARY 1
-#define CHECKSUM_COMPLETE 2
-#define CHECKSUM_PARTIAL 3
-
-static __always_inline __u16 fold(__u64 sum)
-{
-	sum = (sum & 0xffffffff) + (sum >> 32);
-	sum = (sum & 0xffffffff) + (sum >> 32);
-	sum = (sum & 0xffff) + (sum >> 16);
-	return (sum & 0xffff) + (sum >> 16);
 }
 
 /* The sum of a pseudo-header: RFC 9293 section 3.1. */
@@ -365,7 +459,7 @@ static __always_inline int answer_syn(struct __sk_buff *skb, const struct header
 	out.ip.version = 4;
 	out.ip.ihl = 5;
 	out.ip.tot_len = bpf_htons(sizeof(struct iphdr) + tcp_len);
-	out.ip.frag_off = bpf_htons(0x4000); /* DF */
+	out.ip.frag_off = bpf_htons(IP_DF);
 	out.ip.ttl = 64;
 	out.ip.protocol = IPPROTO_TCP;
 #pragma unroll

@@ -109,7 +109,7 @@ struct tcpha_backend {
 	__u32 ifindex;
 	__u32 mode;
 	__u32 down; /* takes nothing at the moment: a request that it has not answered goes elsewhere */
-	__u32 pad;
+	__u32 mtu;  /* of the way there; 0: not known */
 	__u8 nexthop[16];
 	__u8 addr[16];
 	__u8 src[16]; /* tunnel: outer source address */
@@ -205,6 +205,7 @@ struct tcpha_counters {
 	__u64 yielded;	/* back end: older sockets on the tuple that were ended for that */
 	__u64 again;	/* back end: rounds of segments that waited for their socket */
 	__u64 icmp;	/* front end: ICMP errors sent on to the back end that they concern */
+	__u64 too_big;	/* front end: no room on the way to the back end, and the client was told */
 };
 
 /* A route, as the key of a longest-prefix match: the address and its length are the v4-mapped ones. */

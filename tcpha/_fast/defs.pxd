@@ -96,6 +96,7 @@ cdef extern from "tcpha.h" nogil:
         uint32_t ifindex
         uint32_t mode
         uint32_t down
+        uint32_t mtu
         uint8_t nexthop[16]
         uint8_t addr[16]
         uint8_t src[16]
@@ -155,6 +156,7 @@ cdef extern from "tcpha.h" nogil:
         uint64_t yielded
         uint64_t again
         uint64_t icmp
+        uint64_t too_big
 
     struct tcpha_keys:
         uint64_t key[2][2]

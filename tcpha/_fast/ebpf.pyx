@@ -539,7 +539,8 @@ cdef dict _counters(Object obj):
         raise MemoryError
     total = dict.fromkeys(("forwarded", "forwarded_bytes", "held", "live_syn", "unreachable",
                            "guarded", "foreign", "decapsulated", "cookies", "requests", "cached",
-                           "forged", "adopted", "yielded", "again", "icmp"), 0)
+                           "forged", "adopted", "yielded", "again", "icmp",
+                           "too_big"), 0)
     if bpf_map_lookup_elem(obj.map_fd("counters"), &zero, c) == 0:
         for i in range(cpus):
             total["forwarded"] += c[i].forwarded
@@ -557,6 +558,7 @@ cdef dict _counters(Object obj):
             total["adopted"] += c[i].adopted
             total["yielded"] += c[i].yielded
             total["again"] += c[i].again
+            total["too_big"] += c[i].too_big
             total["icmp"] += c[i].icmp
     free(c)
     return total
@@ -754,8 +756,9 @@ cdef class FeEbpf(FeDatapath):
             free(self.d)
 
     def set_backend(self, uint32_t index, path):
-        """Say how to reach a back end: None, or (ifindex, tunnel, next hop, address, source)."""
-        cdef tcpha_backend b
+        """Say how to reach a back end: None, or (ifindex, tunnel, next hop, address, source,
+        MTU)."""
+        cdef tcpha_backend b, old
         memset(&b, 0, sizeof(b))
         if path is not None:
             b.ifindex = path[0]
@@ -763,6 +766,10 @@ cdef class FeEbpf(FeDatapath):
             address_bytes(path[2], b.nexthop)
             address_bytes(path[3], b.addr)
             address_bytes(path[4], b.src)
+            b.mtu = path[5]
+            if bpf_map_lookup_elem(self.obj.map_fd("backends"), &index, &old) == 0 and \
+                    memcmp(old.addr, b.addr, sizeof(b.addr)) == 0:
+                b.down = old.down
         bpf_map_update_elem(self.obj.map_fd("backends"), &index, &b, BPF_ANY)
 
     def set_down(self, uint32_t index, bint down):

@@ -8,7 +8,7 @@ from tcpha._fast.defs cimport TCPHA_MARK_FRAGMENT
 from tcpha._fast.nfqueue cimport SKB_CSUM_NOT_READY, V_DROP, Queue, packet, queue
 from tcpha._fast.packet cimport ETH_SIZE, VNET_SIZE, tap_send
 from tcpha._fast.rewrite cimport ask_offload, pseudo_sum, sum_bytes, tcp_parse, tcp_view
-from tcpha._fast.sys cimport add64, load64, rwlock_init
+from tcpha._fast.sys cimport add64, load32, load64, rwlock_init, store32
 
 MARK = TCPHA_MARK_FRAGMENT
 
@@ -25,7 +25,7 @@ cdef struct way_in:
 cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
     cdef way_in *d = <way_in *>self
     cdef uint8_t head[VNET_SIZE + ETH_SIZE]
-    cdef uint32_t headers, size, total
+    cdef uint32_t headers, size, total, room = load32(&d.room)
     cdef tcp_view v
     if tcp_parse(p.data, p.len, &v) < 0:
         return V_DROP
@@ -38,10 +38,10 @@ cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
     memset(head, 0, VNET_SIZE)
     memcpy(head + VNET_SIZE, d.ether, ETH_SIZE)
     headers = <uint32_t>(v.data - v.ip)
-    if v.len <= d.room:
+    if v.len <= room:
         ask_offload(head, &v, 0)
     else:
-        ask_offload(head, &v, max(d.room - headers, <uint32_t>LEAST_MSS))
+        ask_offload(head, &v, max(room - headers, <uint32_t>LEAST_MSS))
     if tap_send(d.tap, head, sizeof(head), v.ip, v.len) == 0:
         add64(&d.defragmented, 1)
     return V_DROP
@@ -69,6 +69,10 @@ cdef class Defragmented:
 
     def __dealloc__(self):
         free(self.d)
+
+    def fit(self, uint32_t room):
+        """The way has become another one."""
+        store32(&self.d.room, room)
 
     @property
     def count(self):

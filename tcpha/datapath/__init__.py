@@ -39,7 +39,7 @@ class Path:
     nexthop: str
     address: str
     source: str
-    mtu: int  # the least of both ends'
+    mtu: int  # the least of both ends', and of what is known to be between them
 
 
 def headers(config: Config) -> int:
@@ -60,6 +60,8 @@ class Frontend(Protocol):
     left: dict[str, tuple[int, int]]
 
     def set_backend(self, index: int, path: Path | None) -> None: ...
+    def fit(self, mtu: int) -> None:
+        """The least MTU of the ways to back ends, for packets that are put together here."""
     def set_down(self, index: int, down: bool) -> None:
         """Packet path: requests that this back end has not answered may go to another one."""
     def open_local(self, address: str, port: int) -> Backend:

@@ -121,6 +121,10 @@ class EbpfFrontend(_Ebpf):
         fragments.start()
         return fragments
 
+    def fit(self, mtu: int) -> None:
+        if self.fragments:
+            self.fragments.fit(mtu)
+
     def counters(self) -> dict[str, int]:
         return super().counters() | (self.fragments.counters() if self.fragments else {})
 
@@ -157,7 +161,7 @@ class EbpfFrontend(_Ebpf):
 
     def set_backend(self, index: int, path: Path | None) -> None:
         self.table.set_backend(index, path and (path.ifindex, path.tunnel, path.nexthop,
-                                                path.address, path.source))
+                                                path.address, path.source, path.mtu))
 
     def open_local(self, address: str, port: int) -> EbpfLocal:
         if not kernel_has_function(ADOPT_KFUNC):

@@ -34,13 +34,17 @@ class Fragments:
             os.close(self.fd)
             raise
         accept_any_source(host, name, self.index)
+        self.outer = OUTER_IP if config.forward == "tunnel" else 0
         room = min(host.mtu(i) for i in host.ethernet(config.interface))
-        self.whole = Defragmented(self.queue, self.fd, host.mac(self.index),
-                                  room - (OUTER_IP if config.forward == "tunnel" else 0))
+        self.whole = Defragmented(self.queue, self.fd, host.mac(self.index), room - self.outer)
         self.rule = Rule("input", mark=MARK, destination=config.vaddr, queue=(self.queue.num, 1))
 
     def start(self) -> None:
         self.queue.start()
+
+    def fit(self, mtu: int) -> None:
+        """What leaves for the back ends is to be no larger than this."""
+        self.whole.fit(mtu - self.outer)
 
     def counters(self) -> dict[str, int]:
         return {"defragmented": self.whole.count}

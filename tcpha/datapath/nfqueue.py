@@ -156,6 +156,10 @@ class NfqueueFrontend(_Nfqueue):
         if self.fragments:
             self.fragments.start()
 
+    def fit(self, mtu: int) -> None:
+        if self.fragments:
+            self.fragments.fit(mtu)
+
     def counters(self) -> dict[str, Any]:
         return super().counters() | (self.fragments.counters() if self.fragments else {})
 

@@ -10,6 +10,7 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from tcpha.admin.server import Refused
@@ -29,6 +30,7 @@ from tcpha.frontend.cookiekeys import CookieKeys
 from tcpha.frontend.drained import Drained
 from tcpha.frontend.localnode import INDEX as LOCAL_NODE
 from tcpha.frontend.localnode import NAME
+from tcpha.net import pathmtu
 from tcpha.net.host import Host, HostError, Route
 
 log = logging.getLogger("tcpha")
@@ -65,6 +67,7 @@ class BackEndEntry:
         self.fastpath = False
         self.path: Path | None = None  # as the datapath knows it
         self.mtu = 0  # that it has told us; 0: none
+        self.ends = 0  # the least MTU of both ends' interfaces
 
 
 class Registry:
@@ -291,8 +294,10 @@ class Registry:
 
     def offer_mtu(self) -> None:
         """A client's packets must fit the way to each back end that may get them."""
-        self.core.offer_mtu(min([e.path.mtu for e in self.entries.values() if e.path], default=0),
-                            headers(self.config))
+        mtu = min([e.path.mtu for e in self.entries.values() if e.path], default=0)
+        self.core.offer_mtu(mtu, headers(self.config))
+        if mtu:
+            self.datapath.fit(mtu)
 
     def _set_path(self, entry: BackEndEntry, source: str, mtu: int) -> None:
         """Tell the datapath how to reach a back end. source: our end of the control connection,
@@ -308,11 +313,30 @@ class Registry:
             raise HostError(f"is behind a router ({route.nexthop}), and forward is direct; "
                             "write 'forward = tunnel'")
         ours = self.host.mtu(route.ifindex)
-        path = Path(route.ifindex, tunnel, route.nexthop, address, source,
-                    min(ours, entry.mtu or ours))
+        entry.ends = min(ours, entry.mtu or ours)
+        self._take_path(entry, Path(route.ifindex, tunnel, route.nexthop, address, source,
+                                    entry.ends))
+
+    def _take_path(self, entry: BackEndEntry, path: Path) -> None:
+        if path.tunnel:
+            known = pathmtu.known(path.address, path.source)
+            if known is None:
+                known = entry.path.mtu if entry.path else entry.ends
+            path = replace(path, mtu=min(entry.ends, known))
+        if entry.path and path.mtu != entry.path.mtu:
+            log.info("back end %s: packets of %d bytes get there", path.address, path.mtu)
         if path != entry.path:
             entry.path = path
             self.datapath.set_backend(entry.index, path)
+
+    def look_at_mtus(self, addresses: set[str] | None = None) -> None:
+        """Take over what the kernel knows of the ways to back ends, to all if none are named:
+        routers have said something new, or it is forgotten by now."""
+        for entry in self._all():
+            if entry.path and entry.path.tunnel and (
+                    addresses is None or entry.server.address in addresses):
+                self._take_path(entry, entry.path)
+        self.offer_mtu()
 
     def routes(self) -> dict[str, Route]:
         """The present ones to back ends. To be called in another thread; see reroute()."""
@@ -580,6 +604,7 @@ class Registry:
             rows.append({"server": entry.server.address, "port": entry.server.port, "state": state,
                          "reason": reason if down else "", "connperbe": stats["links"],
                          "packet_path": stats["fast"],
+                         "mtu": entry.path.mtu if entry.path else 0,
                          "registered": entry.server.address in self.registered,
                          "live": stats["live"], "handed": stats["handed"],
                          "refused": stats["refused"], "closed": stats["closed"]})

@@ -26,6 +26,7 @@ from tcpha.frontend.registration import Registrar
 from tcpha.frontend.registry import Registry
 from tcpha.net.announcer import Announcer
 from tcpha.net.host import HostError
+from tcpha.net.pathmtu import PathMtu
 from tcpha.service import TICK, Service, number
 
 log = logging.getLogger("tcpha")
@@ -71,6 +72,7 @@ class FrontEndService(Service):
         self.emptying = False  # the accept queue, before we unload
         self.began = time.monotonic()
         self.table: TableFile | None = None
+        self.path_mtu: PathMtu | None = None
 
     def _allow_descriptors(self, count: int) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -193,6 +195,8 @@ class FrontEndService(Service):
     async def begin(self) -> None:
         self.table = TableFile(self.run_dir.path / "tcpha_fe_conn", self._table)
         self.local.begin(self.forward_log)
+        if self.config.forward == "tunnel":
+            self.path_mtu = PathMtu(self.registry.look_at_mtus)
         await self.registry.begin()
         self.core.accept()
         if self.registrations:
@@ -205,6 +209,8 @@ class FrontEndService(Service):
         if self.registrations:
             self.registrations.close()
         self.core.stop_accepting()
+        if self.path_mtu:
+            self.path_mtu.close()
 
     def close(self) -> None:
         self.local.close(self.end_log)
@@ -263,6 +269,7 @@ class FrontEndService(Service):
         self.local.look()
         self.registry.change_keys()
         self.registry.detect(self.dtcinterval)
+        self.registry.look_at_mtus()
         self.datapath.refresh()
         if self.datapath.fastpath and not self.asking:
             self.asking = True

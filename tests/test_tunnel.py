@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What may happen to tunnelled packets on their way: routers between front end and back ends."""
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tcpha.lab.bed import Cluster, Host, wait_for
+from test_serve import read_all, upload_many
+from test_serve import behind_a_router as move_behind_a_router
+
+pytestmark = pytest.mark.modes("tunnel", "fast-tunnel", "nfqueue-tunnel", "ebpf-nfqueue")
+NARROW = 1400
+OUTER, HEADERS = 20, 52  # bytes of the outer header; of IP and TCP, with timestamps
+LONG = b"X-Filler: " + b"f" * 3000 + b"\r\n"
+
+
+def narrow(router: Host, mtu: int = NARROW) -> None:
+    """The router's way to the back end takes no more; neither end is told before it sends more."""
+    router.ip("route", "replace", "10.9.0.33/32", "dev", "eth0", "mtu", "lock", str(mtu))
+
+
+def mss(c: Cluster) -> int:
+    """Bytes of payload that a client's segments have."""
+    with c.client.connect(c.VIP) as s:
+        return s.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
+
+
+def apart(c: Cluster, router: Host) -> None:
+    """The front end reaches the router by an interface of its own."""
+    c.fe_host.plug("eth1", f"{c.fe_host.port}x")
+    c.fe_host.link_up("eth1")
+    c.fe_host.ip("addr", "add", "10.8.0.1/24", "dev", "eth1")
+    router.ip("addr", "add", "10.8.0.2/24", "dev", "eth0")
+    c.fe_host.ip("route", "replace", "10.9.0.0/24", "via", "10.8.0.2")
+
+
+@pytest.fixture
+def routed(mode: dict[str, Any]) -> Iterator[tuple[Cluster, Host]]:
+    """A cluster whose back end is behind a router."""
+    c = Cluster(1, **mode, rules=[(0, ".*")], start=False)
+    try:
+        router = move_behind_a_router(c, c.be_hosts[0])
+        apart(c, router)
+        c.start()
+        c.nginx[0].file("1k", size=1024)
+        yield c, router
+    finally:
+        c.close()
+
+
+def test_a_narrow_link_to_a_back_end(routed: tuple[Cluster, Host]) -> None:
+    """Uploads and heads that are in their way while nobody knows of the link, and those after them,
+    whose clients are offered what gets through."""
+    c, router = routed
+    narrow(router)
+    upload_many(c, 1, 4 << 20, "-H", "Expect:")
+    assert mss(c) == NARROW - OUTER - HEADERS
+    got = c.bed.dir / "1k"
+    c.get("/1k", "-H", LONG.decode().strip(), "-o", str(got))
+    assert got.read_bytes() == (c.nginx[0].root / "1k").read_bytes()
+    upload_many(c, 8, 1 << 20, "-H", "Expect:")
+
+
+def widen(c: Cluster, router: Host) -> None:
+    """Undo narrow(). The kernels forget, as when the time for that is over."""
+    router.ip("route", "del", "10.9.0.33/32")
+    for host in (c.fe_host, c.client):
+        host.ip("route", "flush", "cache")
+
+
+@pytest.mark.parametrize("where", ("router", "own interface"))
+def test_a_link_that_becomes_narrow(routed: tuple[Cluster, Host], where: str) -> None:
+    """Connections that live are told; the front end forgets when its kernel does."""
+    c, router = routed
+    data = os.urandom(2 << 20)
+    wide = mss(c)
+    assert wide == 1500 - OUTER - HEADERS
+    with c.client.connect(c.VIP) as s:
+        s.sendall(b"GET /1k HTTP/1.1\r\nHost: lab\r\n" + LONG + b"\r\n")
+        got = b""
+        while len(got.partition(b"\r\n\r\n")[2]) < 1024:
+            got += s.recv(65536)
+        if where == "router":
+            narrow(router)
+        else:
+            c.fe_host.ip("link", "set", "eth1", "mtu", str(NARROW))
+        s.sendall(b"PUT /up/late HTTP/1.1\r\nHost: lab\r\nConnection: close\r\n"
+                  b"Content-Length: %d\r\n\r\n" % len(data) + data)
+        assert read_all(s).split()[1] in (b"201", b"204")
+    assert (c.nginx[0].root / "up/late").read_bytes() == data
+    assert mss(c) == wide - 100
+    if c.datapath[0] == "ebpf":
+        assert f"mtu {NARROW - OUTER}" in c.client.ip("route", "get", c.VIP)
+        assert c.fe and c.fe.ctl("status")["packets"]["too_big"] > 0
+    if where == "router":
+        widen(c, router)
+    else:
+        c.fe_host.ip("link", "set", "eth1", "mtu", "1500")
+        c.client.ip("route", "flush", "cache")
+    wait_for(lambda: mss(c) == wide, "clients to be offered what they were before")
+
+
+def test_a_front_end_that_comes_later(routed: tuple[Cluster, Host]) -> None:
+    """Its kernel still knows."""
+    c, router = routed
+    assert c.fe
+    narrow(router)
+    upload_many(c, 1, 1 << 20, "-H", "Expect:")
+    c.fe.stop()
+    c.fe.start()
+    c.connected()
+    assert mss(c) == NARROW - OUTER - HEADERS
