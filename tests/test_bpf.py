@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from hooks import programs
+from test_rewrite import ECN
 
 from tcpha.lab.bed import Cluster, Host
 
@@ -49,10 +50,12 @@ class Packet:
     options: bytes = b""      # of IP
     ihl: int | None = None
     version: int = 4
+    tos: int = 0
     doff: int | None = None
     cut: int | None = None    # bytes that are there, if not all
     tunnel: tuple[str, str] | None = None  # addresses of an outer header
     outer_fragment: int = 0
+    outer_tos: int = 0
     body: bytes | None = None  # instead of the TCP segment
 
     def ip(self) -> bytes:
@@ -63,12 +66,14 @@ class Packet:
             tcp = self.body
         ihl = 5 + len(self.options) // 4 if self.ihl is None else self.ihl
         return ip_header(self.version, ihl, len(self.options) + 20 + len(tcp), self.fragment,
-                         self.protocol, self.source, self.destination) + self.options + tcp
+                         self.protocol, self.source, self.destination, self.tos) \
+            + self.options + tcp
 
     def frame(self) -> bytes:
         ip = self.ip()
         if self.tunnel:
-            ip = ip_header(4, 5, 20 + len(ip), self.outer_fragment, IPIP, *self.tunnel) + ip
+            ip = ip_header(4, 5, 20 + len(ip), self.outer_fragment, IPIP, *self.tunnel,
+                           self.outer_tos) + ip
         return (bytes(12) + struct.pack("!H", self.ethertype) + ip)[:self.cut]
 
 
@@ -526,6 +531,18 @@ def test_back_end_unwraps_errors(be: Bpf) -> None:
     for other in (error(8, 0), error(source=CLIENT), Packet(protocol=17)):
         other = replace(other, tunnel=(FE, BE))
         assert be.run("be_ingress", other) == (STACK, other.frame())
+
+
+@pytest.mark.parametrize("inner", range(4))
+@pytest.mark.parametrize("outer", range(4))
+def test_back_end_combines_ecn(be: Bpf, inner: int, outer: int) -> None:
+    packet = replace(error(), tos=0xA8 | inner)
+    verdict, out = be.run("be_ingress", replace(packet, tunnel=(FE, BE), outer_tos=0xA8 | outer))
+    want = ECN[inner, outer]
+    if want is None:
+        assert verdict == DROP
+    else:
+        assert (verdict, out[14:]) == (STACK, replace(packet, tos=0xA8 | want).ip())
 
 
 def test_back_end_tap(be: Bpf) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tcpha.lab.bed import Cluster, Host, wait_for
-from test_serve import read_all, upload_many
 from test_serve import behind_a_router as move_behind_a_router
+from test_serve import read_all, upload_many
 
 pytestmark = pytest.mark.modes("tunnel", "fast-tunnel", "nfqueue-tunnel", "ebpf-nfqueue")
 NARROW = 1400
@@ -103,6 +103,44 @@ def test_a_link_that_becomes_narrow(routed: tuple[Cluster, Host], where: str) ->
         c.fe_host.ip("link", "set", "eth1", "mtu", "1500")
         c.client.ip("route", "flush", "cache")
     wait_for(lambda: mss(c) == wide, "clients to be offered what they were before")
+
+
+def mark(router: Host, which: str) -> None:
+    """Such tunnelled packets have met congestion on the router (RFC 3168)."""
+    router.nft(f"""table ip lab {{
+        counter marked {{ }}
+        chain through {{ type filter hook forward priority 0;
+            ip protocol 4 {which} counter name marked ip ecn set ce
+        }}
+    }}""")
+
+
+def delivered_ce(host: Host) -> int:
+    """Segments of a host of which their receiver said that they had met congestion."""
+    return int(host.run("nstat", "-asz", "TcpExtTCPDeliveredCE").stdout.split()[-2])
+
+
+def test_congestion_on_the_way(routed: tuple[Cluster, Host]) -> None:
+    """A mark on the outer header gets to the server's kernel, and so to the client (RFC 6040)."""
+    c, router = routed
+    c.client.sysctl("net.ipv4.tcp_ecn", "1")
+    upload_many(c, 1, 1 << 20, "-H", "Expect:")
+    assert delivered_ce(c.client) == 0
+    mark(router, "ip ecn ect0")
+    upload_many(c, 1, 4 << 20, "-H", "Expect:")
+    assert router.nft_counter("marked") > 0
+    assert delivered_ce(c.client) > 0
+
+
+def test_congestion_that_a_packet_cannot_tell(routed: tuple[Cluster, Host]) -> None:
+    """Its client takes a loss for that, and so it is lost; the client sends it again."""
+    c, router = routed
+    mark(router, "numgen inc mod 1000000 == 0")
+    got = c.bed.dir / "1k"
+    c.get("/1k", "-H", f"X-Filler: {'f' * 1000}", "-o", str(got))
+    assert got.read_bytes() == (c.nginx[0].root / "1k").read_bytes()
+    assert router.nft_counter("marked") == 1
+    wait_for(lambda: c.be[0].ctl("status")["packets"]["not_ect"] == 1, "the count")
 
 
 def test_a_front_end_that_comes_later(routed: tuple[Cluster, Host]) -> None:

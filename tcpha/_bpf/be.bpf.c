@@ -353,12 +353,42 @@ static __always_inline bool is_ours(const __u8 from[16])
 	return false;
 }
 
+/* ECN (RFC 3168) */
+#define ECN_MASK 3
+#define NOT_ECT 0
+#define ECT_1 1
+#define ECT_0 2
+#define CE 3
+
+/*
+ * Take the outer header off. What routers have written into its ECN field goes into the inner one, as RFC
+ * 6040 section 4.2 has it; -1 for a packet that would have been dropped instead of marked.
+ */
 static __always_inline int decapsulate(struct __sk_buff *skb)
 {
+	__be16 inner, combined;
+	__u8 tos, ecn;
+
+	if (bpf_skb_load_bytes(skb, ETH_HLEN + __builtin_offsetof(struct iphdr, tos), &tos, sizeof(tos)) <
+		    0 ||
+	    bpf_skb_load_bytes(skb, ETH_HLEN + sizeof(struct iphdr), &inner, sizeof(inner)) < 0)
+		return -1;
+	tos &= ECN_MASK;
+	ecn = bpf_ntohs(inner) & ECN_MASK;
+	if (tos == CE && ecn == NOT_ECT) {
+		COUNT(not_ect, 1);
+		return -1;
+	}
 	if (bpf_skb_adjust_room(skb, -(int)sizeof(struct iphdr), BPF_ADJ_ROOM_MAC,
 				BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_DECAP_L3_IPV4 |
 					BPF_F_ADJ_ROOM_NO_CSUM_RESET) < 0)
 		return -1;
+	if (tos == CE || (tos == ECT_1 && ecn == ECT_0)) {
+		combined = (inner & ~bpf_htons(ECN_MASK)) | bpf_htons(tos);
+		bpf_l3_csum_replace(skb, ETH_HLEN + __builtin_offsetof(struct iphdr, check), inner, combined,
+				    sizeof(inner));
+		bpf_skb_store_bytes(skb, ETH_HLEN, &combined, sizeof(combined), 0);
+	}
 	COUNT(decapsulated, 1);
 	return 0;
 }

@@ -206,6 +206,7 @@ struct tcpha_counters {
 	__u64 again;	/* back end: rounds of segments that waited for their socket */
 	__u64 icmp;	/* front end: ICMP errors sent on to the back end that they concern */
 	__u64 too_big;	/* front end: no room on the way to the back end, and the client was told */
+	__u64 not_ect;	/* back end: met congestion in the tunnel, and cannot tell: dropped */
 };
 
 /* A route, as the key of a longest-prefix match: the address and its length are the v4-mapped ones. */

@@ -157,6 +157,7 @@ cdef extern from "tcpha.h" nogil:
         uint64_t again
         uint64_t icmp
         uint64_t too_big
+        uint64_t not_ect
 
     struct tcpha_keys:
         uint64_t key[2][2]

@@ -540,7 +540,7 @@ cdef dict _counters(Object obj):
     total = dict.fromkeys(("forwarded", "forwarded_bytes", "held", "live_syn", "unreachable",
                            "guarded", "foreign", "decapsulated", "cookies", "requests", "cached",
                            "forged", "adopted", "yielded", "again", "icmp",
-                           "too_big"), 0)
+                           "too_big", "not_ect"), 0)
     if bpf_map_lookup_elem(obj.map_fd("counters"), &zero, c) == 0:
         for i in range(cpus):
             total["forwarded"] += c[i].forwarded
@@ -559,6 +559,7 @@ cdef dict _counters(Object obj):
             total["yielded"] += c[i].yielded
             total["again"] += c[i].again
             total["too_big"] += c[i].too_big
+            total["not_ect"] += c[i].not_ect
             total["icmp"] += c[i].icmp
     free(c)
     return total

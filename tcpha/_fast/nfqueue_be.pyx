@@ -27,8 +27,8 @@ from tcpha._fast.packet cimport (
     ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_CWR, TCP_ECE, TCP_FIN, TCP_PSH, TCP_RST, TCP_SIZE,
     TCP_SYN, VNET_SIZE, address_bytes, forge, ip_checksum, segment, segment_from)
 from tcpha._fast.rewrite cimport (
-    SUM_FULL, SUM_LEAVE, SUM_UPDATE, checksum_full, get32, icmp_parse, icmp_translate, icmp_view,
-    tcp_parse, tcp_parse_head, tcp_view, translate, translation)
+    SUM_FULL, SUM_LEAVE, SUM_UPDATE, checksum_full, combine_ecn, get32, icmp_parse,
+    icmp_translate, icmp_view, tcp_parse, tcp_parse_head, tcp_view, translate, translation)
 from tcpha._fast.snapshot cimport (
     SNAP_ECN, SNAP_FIN, SNAP_SACK, SNAP_TIMESTAMP, SNAP_USEC_TS, SNAP_WSCALE, snapshot)
 from tcpha._fast.sys cimport (
@@ -169,6 +169,17 @@ cdef bint _is_frontend(be_nfqueue *d, uint32_t addr) noexcept nogil:
     return False
 
 
+cdef bint _unwrap(be_nfqueue *d, uint8_t *outer, uint32_t outer_src) noexcept nogil:
+    """Whether what is behind an outer header may go on by itself."""
+    if not _is_frontend(d, outer_src):
+        return False
+    if not combine_ecn(outer + IP_SIZE, outer[1]):
+        add64(<uint64_t *>&d.n.not_ect, 1)
+        return False
+    add64(<uint64_t *>&d.n.decapsulated, 1)
+    return True
+
+
 cdef int _inward(be_nfqueue *d, packet *p) noexcept nogil:
     """From the network: tunnelled by a front end, or to the VIP."""
     cdef uint8_t *inner = p.data
@@ -186,7 +197,7 @@ cdef int _inward(be_nfqueue *d, packet *p) noexcept nogil:
         length -= IP_SIZE
         tunnelled = True
     if icmp_parse(inner, length, &error) == 0 and memcmp(inner + 16, d.vaddr + 12, 4) == 0:
-        if tunnelled and not _is_frontend(d, outer_src):
+        if tunnelled and not _unwrap(d, p.data, outer_src):
             return V_DROP
         if not _icmp_inward(d, &error):
             return V_DROP if tunnelled else V_ACCEPT
@@ -198,9 +209,8 @@ cdef int _inward(be_nfqueue *d, packet *p) noexcept nogil:
     if tcp_parse(inner, length, &v) < 0 or memcmp(v.ip + 16, d.vaddr + 12, 4) != 0:
         return V_ACCEPT    # none of ours
     if tunnelled:
-        if not _is_frontend(d, outer_src):
+        if not _unwrap(d, p.data, outer_src):
             return V_DROP
-        add64(<uint64_t *>&d.n.decapsulated, 1)
         if v.tcp - v.ip > IP_SIZE:
             # The kernel has noted where the outer packet's payload begins. So the inner header must
             # have the same size: its options, which nobody reads here, go.
@@ -991,5 +1001,6 @@ cdef class BeNfqueue(BeDatapath):
         cdef tcpha_counters n
         read_counters(&n, &self.d.n, sizeof(n))
         return {"guarded": n.guarded, "foreign": n.foreign, "decapsulated": n.decapsulated,
+                "not_ect": n.not_ect,
                 "killed": load64(&self.d.killed), "unknown": load64(&self.d.unknown),
                 "flows": load32(&self.d.flows.head.used)}

@@ -51,6 +51,7 @@ cdef struct icmp_view:
 cdef int icmp_parse(uint8_t *p, uint32_t length, icmp_view *v) noexcept nogil
 cdef void icmp_translate(icmp_view *v, const translation *outward,
                          const translation *inward) noexcept nogil
+cdef bint combine_ecn(uint8_t *ip, uint8_t outer_tos) noexcept nogil
 cdef int tcp_parse(uint8_t *p, uint32_t length, tcp_view *v) noexcept nogil
 cdef int tcp_parse_head(uint8_t *p, uint32_t have, uint32_t length, tcp_view *v) noexcept nogil
 cdef void translate(tcp_view *v, const translation *t, int mode) noexcept nogil

@@ -17,6 +17,11 @@ cdef enum:
     OPT_SACK_OK = 4
     OPT_SACK = 5
     OPT_TIMESTAMP = 8
+    ECN_MASK = 3           # RFC 3168
+    NOT_ECT = 0
+    ECT_1 = 1
+    ECT_0 = 2
+    CE = 3
 
 
 cdef int tcp_parse(uint8_t *p, uint32_t length, tcp_view *v) noexcept nogil:
@@ -260,6 +265,21 @@ cdef void icmp_translate(icmp_view *v, const translation *outward,
     memcpy(v.icmp + 2, &sum_, 2)
 
 
+cdef bint combine_ecn(uint8_t *ip, uint8_t outer_tos) noexcept nogil:
+    """What routers have written into the ECN field around a packet goes into its own (RFC 6040
+    section 4.2). False: it would have been dropped instead of marked."""
+    cdef uint8_t outer = outer_tos & ECN_MASK, inner = ip[1] & ECN_MASK
+    cdef uint16_t old, new
+    if outer == CE and inner == NOT_ECT:
+        return False
+    if outer == CE or (outer == ECT_1 and inner == ECT_0):
+        memcpy(&old, ip, 2)
+        ip[1] = (ip[1] & ~<uint8_t>ECN_MASK) | outer
+        memcpy(&new, ip, 2)
+        _apply(ip + 10, <uint64_t><uint16_t>~old + new)
+    return True
+
+
 def parse_packet(bytes packet, have=None):
     """What tcp_parse() finds, or tcp_parse_head() in 'have' bytes, as a dict, or None; for
     tests."""
@@ -313,6 +333,12 @@ def translate_error(bytes packet, dict outward, dict inward):
         return None
     icmp_translate(&v, &out, &back)
     return bytes(copy)
+
+
+def combined_ecn(bytes packet, uint8_t outer_tos):
+    """combine_ecn() on a copy, or None: it is to be dropped; for tests."""
+    cdef bytearray copy = bytearray(packet)
+    return bytes(copy) if combine_ecn(copy, outer_tos) else None
 
 
 def translate_many(bytes packet, uint32_t times):
