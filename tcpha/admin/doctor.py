@@ -281,8 +281,8 @@ def _firewall(config: Config) -> Iterator[Row]:
     if chains:
         yield ("firewall", WARNING, f"clients of {config.vaddr}:{config.port} do not pass through "
                f"{', '.join(chains)}: the packet path answers before that",
-               "keep out whom these rules are to keep out by a filter of tc (a priority below "
-               "199), or on the router; or write 'fastpath = off'")
+               "keep out whom these rules are to keep out by XDP (xdp-filter, say), or on the "
+               "router; or write 'fastpath = off'")
     else:
         yield "firewall", GOOD, "no rules that the packet path would leave out", ""
 
