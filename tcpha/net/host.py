@@ -615,7 +615,8 @@ class Host:
             gone = self.interface(index) != key[1]
         except OSError:
             gone = True
-            self.tcx.gone(index)
+            with self.lock:
+                self.tcx.gone(index)
         if gone:
             self.forget(*key)
             return False
