@@ -348,7 +348,8 @@ def test_front_end_tunnel(fe: Bpf, daemons: Cluster) -> None:
     ifindex = struct.unpack("=I", own[:4])[0]
     fe.put("backends", number(9), struct.pack("=IIII", ifindex, TUNNEL, 0, 0) + mapped(BE) * 2
            + mapped(FE))
-    for fragment in (FULL, 0):
+    names = []
+    for fragment in (FULL, 0, 0):
         fe.put("flows", flow(), entry(FORWARD, backend=9))
         packet = Packet(ACK | PSH, data=b"x" * 100, fragment=fragment)
         verdict, out = fe.run("fe_ingress", packet)
@@ -359,6 +360,8 @@ def test_front_end_tunnel(fe: Bpf, daemons: Cluster) -> None:
         # all but the identification, and the checksum that goes with it
         assert outer[:4] + outer[6:10] + outer[12:] == head[:4] + head[6:10] + head[12:]
         assert is_summed(outer)
+        names.append(outer[4:6])
+    assert names[1] != names[2]  # routers may cut these
     fe.put("backends", number(9), bytes(64))
     fe.drop("flows", flow())
 

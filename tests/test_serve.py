@@ -285,7 +285,7 @@ def test_listener_on_another_address(mode: dict[str, Any]) -> None:
         c.close()
 
 
-def behind_a_router(c: Cluster, be: Host, mtu: int = 1500) -> Host:
+def move_behind_a_router(c: Cluster, be: Host, mtu: int = 1500) -> Host:
     """Move a back end, which has not been started, to a network of its own. Returns the router."""
     router = c.bed.host("router", "192.168.1.1", mtu)
     router.ip("addr", "add", "10.9.0.1/24", "dev", "eth0")
@@ -307,7 +307,7 @@ def test_back_end_behind_a_router(mode: dict[str, Any], mtu: int) -> None:
     c = Cluster(1, **mode, rules=[(0, ".*")], start=False, mtu=mtu)
     try:
         be = c.be_hosts[0]
-        behind_a_router(c, be, mtu)
+        move_behind_a_router(c, be, mtu)
         c.nginx[0].file("big", size=8 << 20)
         if mode["forward"] == "direct":
             c.be = [Daemon(be, "be", c.be_text(be))]

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from tcpha.lab.bed import Cluster, Host, wait_for
-from test_serve import behind_a_router as move_behind_a_router
-from test_serve import read_all, upload_many
+from test_serve import move_behind_a_router, read_all, upload_many
 
 pytestmark = pytest.mark.modes("tunnel", "fast-tunnel", "nfqueue-tunnel", "ebpf-nfqueue")
 NARROW = 1400
@@ -20,8 +19,11 @@ LONG = b"X-Filler: " + b"f" * 3000 + b"\r\n"
 
 
 def narrow(router: Host, mtu: int = NARROW) -> None:
-    """The router's way to the back end takes no more; neither end is told before it sends more."""
-    router.ip("route", "replace", "10.9.0.33/32", "dev", "eth0", "mtu", "lock", str(mtu))
+    """The router's way to the back end takes no more; neither end is told before it sends more. For
+    what is tunnelled: the front end's kernel would learn it from the control connections."""
+    router.ip("rule", "add", "ipproto", "4", "lookup", "100")
+    router.ip("route", "add", "10.9.0.33/32", "dev", "eth0", "mtu", "lock", str(mtu),
+              "table", "100")
 
 
 def mss(c: Cluster) -> int:
@@ -68,7 +70,7 @@ def test_a_narrow_link_to_a_back_end(routed: tuple[Cluster, Host]) -> None:
 
 def widen(c: Cluster, router: Host) -> None:
     """Undo narrow(). The kernels forget, as when the time for that is over."""
-    router.ip("route", "del", "10.9.0.33/32")
+    router.ip("rule", "del", "ipproto", "4")
     for host in (c.fe_host, c.client):
         host.ip("route", "flush", "cache")
 
@@ -103,6 +105,25 @@ def test_a_link_that_becomes_narrow(routed: tuple[Cluster, Host], where: str) ->
         c.fe_host.ip("link", "set", "eth1", "mtu", "1500")
         c.client.ip("route", "flush", "cache")
     wait_for(lambda: mss(c) == wide, "clients to be offered what they were before")
+
+
+def test_outer_fragments(routed: tuple[Cluster, Host]) -> None:
+    """A client without path MTU discovery lets routers cut, so that what they cut is the tunnelled
+    packet: it arrives, whole."""
+    c, router = routed
+    c.client.sysctl("net.ipv4.ip_no_pmtu_disc", "1")
+    c.be_hosts[0].nft("""table ip lab {
+        counter cut { }
+        counter alike { }
+        chain in { type filter hook prerouting priority -450;
+            ip protocol 4 ip frag-off & 0x1fff != 0 counter name cut ip id 0 counter name alike
+        }
+    }""")
+    narrow(router)
+    upload_many(c, 4, 1 << 20, "-H", "Expect:")
+    assert c.be_hosts[0].nft_counter("cut") > 100
+    assert c.be_hosts[0].nft_counter("alike") <= 1
+    assert c.be[0].ctl("status")["packets"]["defragmented"] > 100
 
 
 def mark(router: Host, which: str) -> None:

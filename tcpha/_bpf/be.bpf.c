@@ -393,6 +393,19 @@ static __always_inline int decapsulate(struct __sk_buff *skb)
 	return 0;
 }
 
+/*
+ * The first fragment of an outer packet that a router has cut. Our stack puts the fragments together, and the
+ * mark, which the whole keeps, sends that to user space, from where what was in it comes back.
+ */
+static __always_inline void mark_fragment(struct __sk_buff *skb, const __u8 from[16])
+{
+	struct headers h;
+
+	if (parse_tcp(skb, sizeof(struct iphdr), &h) == 0 && h.ip->daddr == unmap_v4(conf.vaddr) &&
+	    is_ours(from))
+		skb->mark = TCPHA_MARK_FRAGMENT;
+}
+
 SEC("tc")
 int be_ingress(struct __sk_buff *skb)
 {
@@ -401,6 +414,7 @@ int be_ingress(struct __sk_buff *skb)
 	struct iphdr *ip;
 	struct tcpha_flow flow;
 	__u32 offset = 0;
+	__be16 fragment;
 
 	if (!is_for_us(skb))
 		return TC_ACT_UNSPEC;
@@ -409,9 +423,13 @@ int be_ingress(struct __sk_buff *skb)
 	ip = (void *)(long)skb->data + ETH_HLEN;
 	if ((void *)(ip + 1) > (void *)(long)skb->data_end)
 		return TC_ACT_UNSPEC;
-	if (ip->protocol == IPPROTO_IPIP && ip->ihl == 5 && ip->daddr == unmap_v4(conf.raddr) &&
-	    !(ip->frag_off & bpf_htons(IP_MF | IP_OFFSET))) {
+	if (ip->protocol == IPPROTO_IPIP && ip->ihl == 5 && ip->daddr == unmap_v4(conf.raddr)) {
 		map_v4(from, ip->saddr);
+		fragment = ip->frag_off & bpf_htons(IP_MF | IP_OFFSET);
+		if (fragment == bpf_htons(IP_MF))
+			mark_fragment(skb, from);
+		if (fragment)
+			return TC_ACT_UNSPEC;
 		offset = sizeof(*ip);
 	}
 	if (parse_tcp(skb, offset, &h) < 0) {

@@ -80,6 +80,8 @@ struct {
 	__type(value, __u64);
 } strangers SEC(".maps");
 
+#define GSO_SEGMENTS 64 /* of a packet, about, where nobody has counted them */
+
 /* Room for an entry in the making; the stack has too little. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -87,6 +89,9 @@ struct {
 	__type(key, __u32);
 	__type(value, struct tcpha_entry);
 } scratch SEC(".maps");
+
+/* Identifies outer packets that routers may cut: of those, no two may be alike for a while (RFC 6864). */
+static __u32 outer_id;
 
 static __always_inline int encapsulate(struct __sk_buff *skb, const struct tcpha_backend *be)
 {
@@ -104,6 +109,9 @@ static __always_inline int encapsulate(struct __sk_buff *skb, const struct tcpha
 	if (length + sizeof(outer) <= 0xffff) /* else 0, as the kernel has it (BIG TCP) */
 		outer.tot_len = bpf_htons(length + sizeof(outer));
 	outer.frag_off = inner->frag_off; /* keeps DF: path MTU discovery stays honest (RFC 2003) */
+	if (!(inner->frag_off & bpf_htons(IP_DF)))
+		outer.id = bpf_htons(
+			__sync_fetch_and_add(&outer_id, skb->gso_size ? skb->gso_segs ?: GSO_SEGMENTS : 1));
 	outer.ttl = 64;
 	outer.protocol = IPPROTO_IPIP;
 	outer.saddr = unmap_v4(be->src);

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Packets that came in fragments and are whole again: back to where packets come in."""
+"""Packets that came in fragments and are whole again: back to where packets come in. What was cut
+in a tunnel, between front end and back end, leaves that here."""
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from tcpha._fast.defs cimport TCPHA_MARK_FRAGMENT
 from tcpha._fast.nfqueue cimport SKB_CSUM_NOT_READY, V_DROP, Queue, packet, queue
-from tcpha._fast.packet cimport ETH_SIZE, VNET_SIZE, tap_send
-from tcpha._fast.rewrite cimport ask_offload, pseudo_sum, sum_bytes, tcp_parse, tcp_view
+from tcpha._fast.packet cimport ETH_SIZE, IP_SIZE, VNET_SIZE, tap_send
+from tcpha._fast.rewrite cimport (
+    ask_offload, combine_ecn, pseudo_sum, sum_bytes, tcp_parse, tcp_view)
 from tcpha._fast.sys cimport add64, load32, load64, rwlock_init, store32
 
 MARK = TCPHA_MARK_FRAGMENT
@@ -26,8 +28,13 @@ cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
     cdef way_in *d = <way_in *>self
     cdef uint8_t head[VNET_SIZE + ETH_SIZE]
     cdef uint32_t headers, size, total, room = load32(&d.room)
+    cdef uint8_t *ip = p.data
     cdef tcp_view v
-    if tcp_parse(p.data, p.len, &v) < 0:
+    if p.len >= 2 * IP_SIZE and ip[0] == 0x45 and ip[9] == 4:  # IPIP
+        ip += IP_SIZE
+        if not combine_ecn(ip, p.data[1]):
+            return V_DROP
+    if tcp_parse(ip, p.len - <uint32_t>(ip - p.data), &v) < 0:
         return V_DROP
     size = v.len - <uint32_t>(v.tcp - v.ip)
     if not p.skb_info & SKB_CSUM_NOT_READY:

@@ -14,7 +14,7 @@ from libc.string cimport memcmp, memcpy, memmove, memset
 
 from tcpha._fast.datapath cimport (
     DP_ALIVE, DP_CLOSING, DP_MORE, DP_TIME_WAIT, BeDatapath)
-from tcpha._fast.defs cimport tcpha_counters, tcpha_flow
+from tcpha._fast.defs cimport TCPHA_MARK_FRAGMENT, tcpha_counters, tcpha_flow
 from tcpha._fast.diag cimport (
     TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_NEW_SYN_RECV, TCP_SYN_RECV, TCP_TIME_WAIT, SockDiag,
     diag_answer, diag_destroy, diag_query, diag_refusal)
@@ -27,7 +27,7 @@ from tcpha._fast.packet cimport (
     ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_CWR, TCP_ECE, TCP_FIN, TCP_PSH, TCP_RST, TCP_SIZE,
     TCP_SYN, VNET_SIZE, address_bytes, forge, ip_checksum, segment, segment_from)
 from tcpha._fast.rewrite cimport (
-    SUM_FULL, SUM_LEAVE, SUM_UPDATE, checksum_full, combine_ecn, get32, icmp_parse,
+    SUM_FULL, SUM_LEAVE, SUM_UPDATE, checksum_full, combine_ecn, get16, get32, icmp_parse,
     icmp_translate, icmp_view, tcp_parse, tcp_parse_head, tcp_view, translate, translation)
 from tcpha._fast.snapshot cimport (
     SNAP_ECN, SNAP_FIN, SNAP_SACK, SNAP_TIMESTAMP, SNAP_USEC_TS, SNAP_WSCALE, snapshot)
@@ -180,6 +180,17 @@ cdef bint _unwrap(be_nfqueue *d, uint8_t *outer, uint32_t outer_src) noexcept no
     return True
 
 
+cdef int _on_fragment(be_nfqueue *d, packet *p, uint32_t outer_src) noexcept nogil:
+    """Of an outer packet that a router has cut. Our stack puts it together; see be.bpf.c."""
+    cdef tcp_view v
+    if get16(p.data + 6) & 0x3fff == 0x2000 and \
+            tcp_parse(p.data + IP_SIZE, p.len - IP_SIZE, &v) == 0 and \
+            memcmp(v.ip + 16, d.vaddr + 12, 4) == 0 and _is_frontend(d, outer_src):
+        p.mark = TCPHA_MARK_FRAGMENT
+        return V_NUMBERS
+    return V_ACCEPT
+
+
 cdef int _inward(be_nfqueue *d, packet *p) noexcept nogil:
     """From the network: tunnelled by a front end, or to the VIP."""
     cdef uint8_t *inner = p.data
@@ -193,6 +204,8 @@ cdef int _inward(be_nfqueue *d, packet *p) noexcept nogil:
         memcpy(&outer_src, inner + 12, 4)
         if inner[0] != 0x45 or length < 2 * IP_SIZE:
             return V_ACCEPT  # no front end of ours sends options there
+        if get16(inner + 6) & 0x3fff:
+            return _on_fragment(d, p, outer_src)
         inner += IP_SIZE
         length -= IP_SIZE
         tunnelled = True

@@ -113,6 +113,7 @@ cdef struct fe_nfqueue:
     recent *seen
     waiting_ack waiting[MAX_QUEUES][ACKS]
     uint64_t thinned
+    uint64_t outer_id      # of the latest outer packet that routers may cut
     uint16_t first_queue
     int packet_fd
     bint tunnel
@@ -243,6 +244,9 @@ cdef bint _send_tunnel(fe_nfqueue *d, const path *way, tcp_view *v, uint32_t skb
         word = htons(<uint16_t>(IP_SIZE + headers + n))
         memcpy(outer + 2, &word, 2)
         memcpy(outer + 6, inner + 6, 2)  # keeps DF: path MTU discovery stays honest
+        if not inner[6] & 0x40:  # routers may cut it: no two may be alike for a while (RFC 6864)
+            word = htons(<uint16_t>add64(&d.outer_id, 1))
+            memcpy(outer + 4, &word, 2)
         outer[8] = 64
         outer[9] = 4
         memcpy(outer + 12, &way.src, 4)

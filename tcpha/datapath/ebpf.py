@@ -19,7 +19,7 @@ from tcpha.datapath import (
     headers,
     program_file,
 )
-from tcpha.datapath.fragments import Fragments, open_fragments
+from tcpha.datapath.fragments import REFUSED, Fragments, open_fragments
 from tcpha.datapath.untracked import leave_untracked
 from tcpha.net import rules
 from tcpha.net.host import ROUTE, Host, HostError
@@ -37,6 +37,7 @@ class _Ebpf:
     name = "ebpf"
     chosen = ""
     fastpath = False
+    fragments: Fragments | None = None
 
     def __init__(self, config: Config, host: Host, prefix: str):
         self.tap_fd, self.tap_index, tap = open_tap(host, prefix)
@@ -56,10 +57,32 @@ class _Ebpf:
 
     table: Any
 
+    def _open_fragments(self, config: Config, host: Host, role: str, program: str,
+                        priority: int) -> None:
+        fragments = open_fragments(config, host, role)
+        if fragments is None:
+            return
+        self.fragment_rules = f"tcphafr_{host.handle:04x}_{os.getpid()}"
+        try:
+            rules.keep(host, self.fragment_rules, [fragments.rule])
+            host.attach(fragments.index, self.table.obj.program_fd(program), priority)
+        except HostError as error:
+            log.warning("%s: %s", REFUSED[role], error)
+            fragments.close()
+            return
+        except BaseException:
+            fragments.close()
+            raise
+        fragments.start()
+        self.fragments = fragments
+
     def counters(self) -> dict[str, int]:
-        return dict(self.table.counters())
+        return dict(self.table.counters()) | (self.fragments.counters() if self.fragments else {})
 
     def close(self) -> None:
+        if self.fragments:
+            rules.remove(self.fragment_rules)
+            self.fragments.close()
         os.close(self.tap_fd)
 
 
@@ -69,7 +92,6 @@ class EbpfFrontend(_Ebpf):
         self.config, self.host = config, host
         self.fastpath = fastpath
         self.queues: list[int] = []
-        self.fragments: Fragments | None = None
         try:
             self._begin()
         except BaseException:
@@ -94,39 +116,16 @@ class EbpfFrontend(_Ebpf):
                         "ends are asked for its connections")
         if self.fastpath:
             host.attach(self.fast_index, self.table.obj.program_fd("fe_fast"), FE_PRIORITY)
-        self.rules = f"tcphafr_{host.handle:04x}_{os.getpid()}"
-        self.fragments = self._open_fragments()
+        self._open_fragments(config, host, "fe", "fe_ingress", FE_PRIORITY)
+        host.forget_rules()
         self._attach(config, host, FE_PRIORITY, "fe_tap", "fe_ingress")
         if self.fastpath:
             host.follow(ROUTE, "MSS of routes",
                         Routes(host, MAX_ROUTES, self.table.set_route).look)
 
-    def _open_fragments(self) -> Fragments | None:
-        config, host = self.config, self.host
-        fragments = open_fragments(config, host)
-        if fragments is None:
-            return None
-        try:
-            rules.keep(host, self.rules, [fragments.rule])
-            host.attach(fragments.index, self.table.obj.program_fd("fe_ingress"), FE_PRIORITY)
-        except HostError as error:
-            log.warning("segments in IP fragments are refused: %s", error)
-            fragments.close()
-            return None
-        except BaseException:
-            fragments.close()
-            raise
-        finally:
-            host.forget_rules()
-        fragments.start()
-        return fragments
-
     def fit(self, mtu: int) -> None:
         if self.fragments:
             self.fragments.fit(mtu)
-
-    def counters(self) -> dict[str, int]:
-        return super().counters() | (self.fragments.counters() if self.fragments else {})
 
     def _open_fast(self) -> tuple[list[int], int, int, int, int] | None:
         """The packet path's TAP device, and what its SYN-ACKs offer: what our kernel would."""
@@ -152,9 +151,6 @@ class EbpfFrontend(_Ebpf):
         self.table.set_down(index, down)
 
     def close(self) -> None:
-        if self.fragments:
-            rules.remove(self.rules)
-            self.fragments.close()
         super().close()
         for fd in self.queues:
             os.close(fd)
@@ -202,10 +198,11 @@ class EbpfBackend(_Adopter):
         listen = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
         try:
             leave_untracked(host, self.rules, config.vaddr)
-            host.forget_rules()
             self.table = BeEbpf(program_file("be"), (self.tap_fd, self.tap_index), config.vaddr,
                                 config.raddr, listen, config.redirectport, host.handle,
                                 fast=fastpath, left=host.maps.get(BE_PRIORITY, {}))
+            self._open_fragments(config, host, "be", "be_ingress", BE_PRIORITY)
+            host.forget_rules()
             self._attach(config, host, BE_PRIORITY, "be_tap", "be_ingress")
         except BaseException:
             self.close()

@@ -25,7 +25,7 @@ from tcpha._fast.nfqueue_fe import FeNfqueue
 from tcpha.application import devices_of
 from tcpha.config import ANY, Config
 from tcpha.datapath import DEVICE_PRIORITY, LOCAL_CONNECTIONS, DatapathError, Path, program_file
-from tcpha.datapath.fragments import open_fragments
+from tcpha.datapath.fragments import Fragments, open_fragments
 from tcpha.datapath.pinned import Pinned
 from tcpha.net import rules
 from tcpha.net.host import Host, HostError
@@ -92,6 +92,7 @@ class _Nfqueue:
     chosen = ""
     fastpath = False
     table: Any
+    fragments: Fragments | None = None
 
     def __init__(self, config: Config, host: Host, role: str, heads: bool = False):
         self.host = host
@@ -112,6 +113,8 @@ class _Nfqueue:
         self.host.forget_rules()
         for queue in self.queues:
             queue.start()
+        if self.fragments:
+            self.fragments.start()
 
     def _errors(self, vaddr: str) -> Rule:
         """For ICMP errors about what was sent in the name of the VIP; they are few."""
@@ -129,13 +132,16 @@ class _Nfqueue:
             for key, value in queue.counters().items():
                 total[key] = total.get(key, 0) + value
         return {**total, "by_queue": [q.counters()["packets"] for q in self.queues],
-                **_kernel_counters([q.num for q in self.queues]), **self.table.counters()}
+                **_kernel_counters([q.num for q in self.queues]), **self.table.counters(),
+                **(self.fragments.counters() if self.fragments else {})}
 
     def close(self) -> None:
         rules.remove(self.rules)
         for queue in self.queues:
             queue.close()
         self.table.close()
+        if self.fragments:
+            self.fragments.close()
 
 
 class NfqueueFrontend(_Nfqueue):
@@ -149,24 +155,14 @@ class NfqueueFrontend(_Nfqueue):
         self.fresh = True
         vip = {"hook": "prerouting", "destination": config.vaddr, "dport": config.port,
                "queue": self._span}
-        self.fragments = open_fragments(config, host)
+        self.fragments = open_fragments(config, host, "fe")
         self._begin([Rule(**vip, flags=rules.SYN, bypass=True), Rule(**vip),
                      self._errors(config.vaddr),
                      *([self.fragments.rule] if self.fragments else [])])
-        if self.fragments:
-            self.fragments.start()
 
     def fit(self, mtu: int) -> None:
         if self.fragments:
             self.fragments.fit(mtu)
-
-    def counters(self) -> dict[str, Any]:
-        return super().counters() | (self.fragments.counters() if self.fragments else {})
-
-    def close(self) -> None:
-        super().close()
-        if self.fragments:
-            self.fragments.close()
 
     def open_local(self, address: str, port: int) -> NfqueueLocal:
         local = NfqueueLocal(self.config, self.host, address, port)
@@ -317,10 +313,11 @@ class NfqueueBackend(_Adopter):
         listen = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
         super().__init__(config, host, "be", listen, config.redirectport, config.maxclients,
                          host.journal.with_suffix(".flows"))
+        self.fragments = open_fragments(config, host, "be")
         self._serve(listen, [
             Rule("prerouting", queue=self._span, protocol=rules.IPIP, destination=config.raddr),
             Rule("prerouting", queue=self._span, destination=config.vaddr),
-            self._errors(config.vaddr)])
+            self._errors(config.vaddr), *([self.fragments.rule] if self.fragments else [])])
 
 
 class NfqueueLocal(_Adopter):
