@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import socket
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from netfilterqueue import NetfilterQueue
 
-from tcpha.lab.bed import Cluster, Host, wait_for
+from tcpha.lab.bed import Cluster, Host, freeze, wait_for
 from test_serve import move_behind_a_router, read_all, upload_many
 
 pytestmark = pytest.mark.modes("tunnel", "fast-tunnel", "nfqueue-tunnel", "ebpf-nfqueue")
@@ -174,3 +179,62 @@ def test_a_front_end_that_comes_later(routed: tuple[Cluster, Host]) -> None:
     c.fe.start()
     c.connected()
     assert mss(c) == NARROW - OUTER - HEADERS
+
+
+@contextmanager
+def kept_from_its_stack(host: Host) -> Iterator[list[Any]]:
+    """What clients send passes the host's datapath, and waits for accept() before the sockets."""
+    queue = host.inside(NetfilterQueue)
+    kept: list[Any] = []
+    queue.bind(7, kept.append)
+    rule = ("INPUT", "-p", "tcp", "--dport", "80", "-j", "NFQUEUE", "--queue-num", "7")
+    host.run("iptables", "-A", *rule)
+    ended = threading.Event()
+
+    def run() -> None:
+        poll = select.poll()
+        poll.register(queue.get_fd(), select.POLLIN)
+        while not ended.is_set():
+            if poll.poll(50):
+                queue.run(block=False)
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield kept
+    finally:
+        host.run("iptables", "-D", *rule)
+        ended.set()
+        thread.join()
+        queue.unbind()
+
+
+@pytest.mark.modes("tunnel", "nfqueue-tunnel", "ebpf-nfqueue")
+def test_bytes_that_the_front_end_acknowledged_late(routed: tuple[Cluster, Host]) -> None:
+    """They were on their way to its socket when that was frozen, and nobody else has them. They go
+    on in segments that fit, whatever was offered when the client connected."""
+    c, router = routed
+    assert c.fe
+    fe, be, data = c.fe, c.be[0].process.pid, os.urandom(5000)
+    fe.ctl("set", "dbglevel", "3")
+    with c.client.connect(c.VIP) as s:
+        name = "{}:{}".format(*s.getsockname())
+        narrow(router)
+        upload_many(c, 1, 1 << 20, "-H", "Expect:")
+        before = fe.ctl("status")["counters"]["late_bytes"]
+        with kept_from_its_stack(c.fe_host) as kept:
+            s.sendall(b"PUT /up/late HTTP/1.1\r\nHost: lab\r\nConnection: close\r\n"
+                      b"Content-Length: %d\r\n\r\n" % len(data))
+            s.sendall(data)
+            wait_for(lambda: sum(p.get_payload_len() for p in kept) > len(data) + 5 * HEADERS,
+                     "all of it")
+            freeze(be)
+            kept[0].accept()
+            wait_for(lambda: f"{name}: offered to" in fe.log.read_text(), "the handoff")
+            for packet in kept[1:]:
+                packet.accept()
+            wait_for(lambda: int(c.fe_host.run("ss", "-Htn", "dst", name).stdout.split()[1])
+                     > len(data), "the socket to have it")
+            os.kill(be, signal.SIGCONT)
+            assert read_all(s).split()[1] in (b"201", b"204")
+    assert fe.ctl("status")["counters"]["late_bytes"] == before + len(data)
+    assert (c.nginx[0].root / "up/late").read_bytes() == data

@@ -39,7 +39,7 @@ from tcpha._fast.ledger cimport (
 from tcpha._fast.message cimport (
     REFUSE_BACKLOG, REFUSE_ERROR, REFUSE_LISTENER, REFUSE_UNSUPPORTED)
 from tcpha._fast.packet cimport (
-    ETH_SIZE, FRAME_HEAD, TCP_ACK, TCP_FIN, TCP_PSH, TCP_RST, VNET_SIZE, address_bytes,
+    ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_FIN, TCP_PSH, TCP_RST, VNET_SIZE, address_bytes,
     address_text, forge, segment, segment_from, tap_send)
 from tcpha._fast.repair cimport saved_syn_mss
 from tcpha._fast.rewrite cimport acks_beyond, get16, is_sound, tcp_parse_head, tcp_view
@@ -64,9 +64,11 @@ cdef enum:
     CHUNK = 60000          # payload of a forged segment; one skb, so that overhead is small
     ADMIT = 64             # requests that one look for room is for
     NEAR = 1 << 24         # a socket with numbers so little ahead is no other connection's
-    HEADERS = 10 + 14 + 60 + 20  # of a frame, to the ports and flags of its segment
+    HEAD_MOST = 10 + 14 + 60 + 20  # of a frame, to the ports and flags of its segment
     CHECKED = 3            # virtio-net: the checksum is not made yet, or was verified
     MSS_MIN = 536          # the kernel adopts nothing below (RFC 9293 section 3.7.1)
+    HEADERS = 40           # of IP and TCP, as an MSS deducts them
+    TIMESTAMPS = 12        # bytes of a forged segment's options
     WINDOW = 64240         # of a SYN-ACK: 44 segments of 1460 bytes, as Linux offers
     RING = 1 << 22         # bytes in the events' ring buffer
     RING_HEAD = 8          # before each record: length and flags (struct bpf_ringbuf_hdr)
@@ -126,6 +128,7 @@ cdef struct fe_ebpf:
     int tap
     tcpha_state *state
     int flows              # map
+    int backends           # map
     bint tunnel
     tcpha_op *ops
     pthread_mutex_t lock   # the TAP's read side and the holders
@@ -292,10 +295,20 @@ cdef void _release(fe_ebpf *d, holder *h) noexcept nogil:
         p = following
 
 
-cdef void _send_late(fe_ebpf *d, const snapshot *now, const uint8_t *extra, uint32_t extra_len,
-                     bint extra_fin) noexcept nogil:
+cdef uint32_t _most(fe_ebpf *d, uint32_t backend, const snapshot *now) noexcept nogil:
+    """Bytes of payload that a forged segment may have, beside timestamps: what the client's MSS
+    allows, and the way to the back end has room for now."""
+    cdef uint32_t mss = now.mss if now.mss > 100 else MSS_MIN
+    cdef tcpha_backend b
+    if bpf_map_lookup_elem(d.backends, &backend, &b) == 0 and b.mtu > MSS_MIN:
+        mss = min(mss, b.mtu - HEADERS - <uint32_t>(IP_SIZE if b.mode == TCPHA_TUNNEL else 0))
+    return mss - TIMESTAMPS
+
+
+cdef void _send_late(fe_ebpf *d, uint32_t most, const snapshot *now, const uint8_t *extra,
+                     uint32_t extra_len, bint extra_fin) noexcept nogil:
     cdef uint8_t head[FRAME_HEAD]
-    cdef uint32_t at = 0, chunk, length, most = now.mss - 12 if now.mss > 100 else MSS_MIN - 12
+    cdef uint32_t at = 0, chunk, length
     cdef segment s
     segment_from(&s, now)
     s.ip_id = TCPHA_IPID_PLAIN
@@ -344,7 +357,7 @@ cdef int _forward(void *self, uint32_t worker, tcpha_entry *entry, const snapsho
     pthread_mutex_lock(&d.lock)
     if _operate(d.tap, d.ops, worker, &now.flow, TCPHA_OP_HAND_OVER) == 0 and \
             op.result == TCPHA_R_OK:
-        _send_late(d, now, extra, extra_len, extra_fin)
+        _send_late(d, _most(d, entry.backend, now), now, extra, extra_len, extra_fin)
         rc = _stop_holding(d, worker, &now.flow, h, TCPHA_OP_LET_FLOW)
         h.active = rc < 0
     pthread_mutex_unlock(&d.lock)
@@ -469,7 +482,7 @@ cdef void _passed(fe_ebpf *d, uint32_t queue, uint32_t worker, uint8_t *frame,
                   uint32_t length) noexcept nogil:
     """A packet is on its way. Later ones of its flow may be, too, if it was the last one here."""
     memset(frame, 0, VNET_SIZE)
-    _write_fast(d, queue, worker, frame, min(length, <uint32_t>HEADERS), TCPHA_FAST_PASSED)
+    _write_fast(d, queue, worker, frame, min(length, <uint32_t>HEAD_MOST), TCPHA_FAST_PASSED)
 
 
 cdef void _fast_later(void *self, uint32_t queue, uint32_t worker, uint8_t *frame,
@@ -668,6 +681,7 @@ cdef class FeEbpf(FeDatapath):
         self.d.tap = self.event_fd = tap[0]
         self.d.tunnel = tunnel
         self.d.flows = self.obj.map_fd("flows")
+        self.d.backends = self.obj.map_fd("backends")
         self.d.ops = <tcpha_op *>self.obj.map_memory("ops", TCPHA_MAX_OPS * sizeof(tcpha_op))
         self.table.self = self.d
         self.table.divert = _divert
