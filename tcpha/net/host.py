@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from pathlib import Path
+from subprocess import SubprocessError
 from typing import Any
 
 from pyroute2 import DiagSocket, IPRoute
@@ -116,6 +117,16 @@ def _one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _changes(journal: Path) -> list[dict[str, Any]]:
+    """What a daemon has changed, oldest first. Raises ValueError."""
+    return list(json.loads(journal.read_text())) if journal.exists() else []
+
+
+def _programs(changes: list[dict[str, Any]]) -> set[int]:
+    """Ids of programs at tcx."""
+    return {change["program"] for change in changes if change.get("program")}
+
+
 def _identity(change: dict[str, Any]) -> tuple[Any, ...]:
     return change["what"], *(change[key] for key in IDENTITY[change["what"]])
 
@@ -135,7 +146,7 @@ class Host:
         # names (none: all), program and priority of what is attached to the network's interfaces
         self.everywhere: tuple[list[str], int, int] | None = None
         # distinguishes the programs of instances with other run directories
-        self.handle = zlib.crc32(str(journal).encode()) % 0xFFFE + 1
+        self.handle = zlib.crc32(str(journal.resolve()).encode()) % 0xFFFE + 1
         self.tcx = Tcx(self.handle)
 
     @cached_property
@@ -147,19 +158,25 @@ class Host:
     def recover(self) -> None:
         """Learn what a killed predecessor left. It stays in force until there is something in its
         place, so that its connections go on: see settle()."""
-        self.tcx.recover()
         try:
-            left = json.loads(self.journal.read_text())
-        except FileNotFoundError:
-            return
+            left = _changes(self.journal)
         except ValueError:
             log.warning("%s is damaged; what a killed daemon left behind stays", self.journal)
             left = []
+        self.tcx.recover(_programs(left))
         if left:
             log.info("taking over from an earlier run that was killed")
         self.undo = list(left)
         self.inherited = list(left)
         self._claim_maps()
+
+    def _know_others(self) -> None:
+        """Other daemons of TCPHA may have come after us; nobody without CAP_SYS_ADMIN could tell
+        by their programs."""
+        for path in self.journal.parent.glob(f"*{self.journal.suffix}"):
+            if path != self.journal:
+                with contextlib.suppress(OSError, ValueError):
+                    self.tcx.others |= _programs(_changes(path))
 
     def _claim_maps(self) -> None:
         """Of the programs that are still attached, by priority: {name: (descriptor, size of a key,
@@ -245,7 +262,7 @@ class Host:
         self.kept.pop(_identity(change), None)
         try:
             getattr(self, "_undo_" + change["what"])(change)
-        except (OSError, NetlinkError, KeyError, IndexError) as error:
+        except (OSError, NetlinkError, KeyError, IndexError, SubprocessError) as error:
             log.warning("cannot undo %s: %s", change, error)
 
     def _write(self) -> None:
@@ -267,8 +284,10 @@ class Host:
     def restore(self) -> None:
         """Put everything back, latest change first."""
         self.withdraw()
-        self.restore_to(0)
-        self.tcx.end()
+        try:
+            self.restore_to(0)
+        finally:
+            self.tcx.end()
         self.journal.unlink(missing_ok=True)
 
     @_one_at_a_time
@@ -630,6 +649,7 @@ class Host:
     def _attach(self, index: int, program_fd: int, priority: int) -> None:
         """At tcx, or by a filter of tc where the kernel has none."""
         place = {"interface": self.interface(index), "priority": priority, "handle": self.handle}
+        self._know_others()
         if number := self.tcx.attach(index, program_fd, priority):
             self.will_undo(what="filter", **place, qdisc=False, program=number)
         else:
@@ -663,6 +683,7 @@ class Host:
     def in_front(self) -> dict[str, list[str]]:
         """By interface, what sees packets before our programs do, and may keep them to itself."""
         found = {}
+        self._know_others()
         for key in list(self.kept):
             if key[0] != "filter" or key[1].startswith(TAP_PREFIXES):
                 continue

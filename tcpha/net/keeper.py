@@ -135,6 +135,7 @@ class Keeper:
             if kept.kind in kinds:
                 self._try(kept.what, partial(self._look_at, kept))
         if LINK in kinds:
+            self._try("interfaces", self._join_late)  # one of the same name as one that is gone
             self._try("tc", self._look_in_front)
             self._try("links", self.also)
         for kind in kinds:

@@ -6,7 +6,6 @@ those with CAP_SYS_ADMIN can find out; so it is asked once, at start.
 """
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -38,18 +37,25 @@ class Tcx:
         self.descriptors: dict[int, int] = {}
         self.priorities: dict[int, int] = {}
 
-    def recover(self) -> None:
-        """Learn what there is. A predecessor's programs are ours from now on."""
+    def recover(self, left: set[int]) -> None:
+        """Learn what there is. A predecessor's programs are ours from now on, and so are those that
+        it left word of, with whatever instance."""
+        hidden = False
         for index, _ in socket.if_nameindex():
             for number in tcx_programs(index):
-                with contextlib.suppress(OSError):  # it is gone, or we may not ask
-                    self._recognise(index, number)
+                try:
+                    self._recognise(index, number, left)
+                except OSError as error:  # it is gone, or we may not ask
+                    hidden |= error.errno == errno.EPERM
+        if hidden:
+            log.warning("without CAP_SYS_ADMIN nobody can see whose programs at tcx are: if a "
+                        "killed run left some there, they stay")
 
-    def _recognise(self, index: int, number: int) -> None:
+    def _recognise(self, index: int, number: int, left: set[int]) -> None:
         fd = self.descriptors.get(number) or open_program(number)
         self.descriptors[number] = fd
         whose = instance_of(fd)
-        if whose == self.instance:
+        if whose is not None and (whose == self.instance or number in left):
             self.ours[index, program_name(fd)] = number
         elif whose is not None:
             self.others.add(number)
