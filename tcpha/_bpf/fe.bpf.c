@@ -358,7 +358,8 @@ static __always_inline int follow_entry(struct __sk_buff *skb, const struct tcph
 		return forward(skb, flow, e);
 	if (e->state == TCPHA_HOLD)
 		return hold(skb, flow, e);
-	return TC_ACT_SHOT;
+	/* it was given back a moment ago */
+	return !(e->flags & TCPHA_F_FAST) && e->held & TCPHA_OURS ? to_stack(skb) : TC_ACT_SHOT;
 }
 
 /* The packet path */
@@ -535,7 +536,9 @@ static __always_inline bool may_be_early(const struct tcpha_flow *flow)
 	return true;
 }
 
-#define DECIDED 1000 /* no TC_ACT_*: there is a fresh entry by which the packet may go on */
+/* no TC_ACT_* */
+#define DECIDED 1000  /* there is a fresh entry by which the packet may go on */
+#define ACCEPTED 1001 /* it makes a socket of our own */
 
 #define GOING_ROUNDS 4096 /* far longer than another CPU needs from TCPHA_GONE to what becomes of it */
 
@@ -730,7 +733,7 @@ accept:
 			       ? TC_ACT_SHOT
 			       : bpf_redirect(conf.fast_tap, BPF_F_INGRESS);
 	bpf_map_delete_elem(&shaken, &flow);
-	return cookie_accept(skb, &t, &c, conf.wscale, c.rtt_ms) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+	return cookie_accept(skb, &t, &c, conf.wscale, c.rtt_ms) ? TC_ACT_SHOT : ACCEPTED;
 }
 
 /*
@@ -878,6 +881,8 @@ int fe_ingress(struct __sk_buff *skb)
 		verdict = PACKET_PATH ? without_flow(skb, &h, e) : TC_ACT_UNSPEC;
 		if (verdict == TC_ACT_UNSPEC && parse_tcp(skb, 0, &h) == 0 && drop_stranger(skb, &h))
 			return TC_ACT_SHOT;
+		if (verdict == ACCEPTED)
+			return TC_ACT_UNSPEC;
 		if (verdict != DECIDED)
 			return verdict;
 		e = bpf_map_lookup_elem(&flows, &flow);
@@ -1065,9 +1070,9 @@ static __always_inline bool take_offer(struct tcpha_offer *o, struct tcpha_entry
 	if (e->state != TCPHA_PENDING)
 		return o->result;
 	o->old = __sync_lock_test_and_set(&e->slot, 0);
-	e->id = e->live = o->id;
 	e->backend = o->backend;
 	e->rule = o->rule;
+	e->id = e->live = o->id;
 	e->target_len = o->target_len;
 	__builtin_memcpy(e->target, o->target, sizeof(e->target));
 	e->flags &= ~TCPHA_F_NEW_SYN; /* a SYN that came meanwhile was not the one of this request */
@@ -1075,7 +1080,9 @@ static __always_inline bool take_offer(struct tcpha_offer *o, struct tcpha_entry
 		__sync_fetch_and_add(&e->behind, 1);
 	/* unless it is being dropped, or replaced, as its client was silent for long, or gone */
 	o->result = __sync_val_compare_and_swap(&e->state, TCPHA_PENDING, TCPHA_FORWARD) == TCPHA_PENDING;
-	return o->result;
+	if (!o->result && __sync_val_compare_and_swap(&e->live, o->id, 0) != o->id)
+		o->result = 3;
+	return o->result == 1;
 }
 
 /* A segment that could not become a socket on the device that it came from. */

@@ -254,7 +254,8 @@ struct tcpha_offer {
 	__u32 backend;
 	__u32 rule;
 	__u32 target_len;
-	__u32 result; /* out: 1: the flow is the back end's; 2: so it was before; 0: neither */
+	__u32 result; /* out: 1: the flow is the back end's; 2: so it was before; 0: neither; 3: neither,
+			 and whoever has replaced it counts that it is over */
 	__u32 old;    /* out: back end of an older flow, whose end is known by this; + 1 */
 	__u32 alone;  /* nothing follows the request before it is answered: there is no order to keep */
 	char target[TCPHA_TARGET_MAX];
