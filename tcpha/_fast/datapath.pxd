@@ -43,8 +43,7 @@ cdef struct fe_datapath:
     # state. 0: not known. linger: what the client still sends belongs to a TIME_WAIT socket there.
     int (*forget)(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id, bint linger,
                   tcpha_entry *entry) noexcept nogil
-    # Enter a flow that an earlier run or another front end handed over. 0; 1: one that began before
-    # 'asked', of back end old.backend, is over by this; -1: there is no room, or a newer one.
+    # Enter a flow that an earlier run or another front end handed over: see ledger_restore().
     int (*restore)(void *self, uint32_t worker, const tcpha_flow *flow, const tcpha_entry *entry,
                    uint64_t asked, tcpha_entry *old) noexcept nogil
     # Whether packets of unknown connections are dropped: they may be of flows not restored yet, and

@@ -68,8 +68,8 @@ cdef struct backend:
     uint32_t app_down      # nothing listens there
     uint32_t missed        # what it said of ended connections may be lost
     uint32_t asked         # how often it was asked what it has,
-    uint64_t asked_ns      # when last,
-    uint32_t told          # and whether it has said that
+    uint64_t asked_ns      # what began before is older than what it tells
+    uint32_t told          # number of the last question that it has answered
     uint64_t server_said   # the newest SERVER
     uint64_t keyed         # number of the newest cookie key that it has
     char name[48]          # its address, for messages

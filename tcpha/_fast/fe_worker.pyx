@@ -22,6 +22,7 @@ from tcpha._fast.defs cimport (
     TCPHA_MAX_RULES, TCPHA_TARGET_MAX, tcpha_cache, tcpha_entry, tcpha_flow, tcpha_load,
     tcpha_offer, tcpha_siphash, tcpha_verdict)
 from tcpha._fast.http cimport HTTP_BAD, HTTP_DONE, HTTP_MORE, http_begun, http_head, http_parse
+from tcpha._fast.ledger cimport RESTORED, RESTORED_OVER
 from tcpha._fast.match cimport (
     HS_SUCCESS, choice, hs_clone_scratch, hs_free_scratch, hs_scratch_t, match_target, ruleset,
     ruleset_free, ruleset_new)
@@ -843,8 +844,9 @@ cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint
     f.dp.fast_pass(f.dp.self, queue, w.index, frame, length, TCPHA_FAST_SEND)
     if o.old:
         _count_closed(f, o.old - 1)
-    if o.result != 1:
-        add32(&f.loads[o.backend].live, -1)  # a copy of a segment, or its flow is over
+    if o.result != 1:          # a copy of a segment, or its flow is over
+        if o.result != 3:
+            add32(&f.loads[o.backend].live, -1)
         return
     add64(&f.n.accepted, 1)
     add64(&f.n.fast, 1)
@@ -957,9 +959,9 @@ cdef void _restore(frontend *f, worker *w, uint32_t b, const message *m) noexcep
     pthread_mutex_lock(&f.restore_lock)
     rc = f.dp.restore(f.dp.self, w.index, &m.snap.flow, &entry, load64(&f.backends[b].asked_ns),
                       &old)
-    if rc == 1:
+    if rc & RESTORED_OVER:
         _count_closed(f, old.backend)
-    if rc >= 0:
+    if rc & RESTORED:
         add32(&f.loads[b].live, 1)
         add64(&f.n.restored, 1)
         say_more(f.c, 2, &m.snap.flow, b"%s has it", f.backends[b].name, 0)
@@ -1023,9 +1025,8 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
         _restore(f, w, l.peer, m)
         return 0
     if m.type == MSG_TOLD:
-        if m.id == load32(&f.backends[l.peer].asked):  # or it is the answer to an earlier question
-            store32(&f.backends[l.peer].told, 1)
-            notice(c)
+        store32(&f.backends[l.peer].told, <uint32_t>m.id)
+        notice(c)
         return 0
     if m.type != MSG_ADOPTED and m.type != MSG_REFUSED:
         return -1
@@ -1296,7 +1297,7 @@ cdef class FrontEnd(Core):
         cdef uint32_t i
         return sum([_takes_fast(self.f, i) for i in range(TCPHA_LOCAL_NODE)])
 
-    def ask_all(self, uint32_t b):
+    def ask_all(self, uint32_t b, double age):
         """Have a back end tell which connections it has; told (see backend_stats) is false until it
         has, or as long as it cannot be asked."""
         cdef backend *be = &self.f.backends[b]
@@ -1304,8 +1305,7 @@ cdef class FrontEnd(Core):
         cdef uint8_t buf[MSG_HEADER]
         cdef uint32_t n
         cdef int i
-        store32(&be.told, 0)
-        store64(&be.asked_ns, now_ns())
+        store64(&be.asked_ns, now_ns() - min(<uint64_t>(age * 1e9), now_ns()))
         store32(&be.asked, be.asked + 1)
         for i in range(LINKS_MAX):
             n = be.link[i]
@@ -1538,7 +1538,7 @@ cdef class FrontEnd(Core):
     def backend_stats(self, uint32_t b):
         cdef backend *be = &self.f.backends[b]
         cdef tcpha_load *load = &self.f.loads[b]
-        return {"links": load32(&be.links), "told": bool(load32(&be.told)),
+        return {"links": load32(&be.links), "told": be.asked != 0 and load32(&be.told) == be.asked,
                 "fast": bool(self.f.dp.nfast and _takes_fast(self.f, b)),
                 "app_down": bool(load32(&be.app_down)), "full": bool(_full(self.f, b, now_ns())),
                 "draining": bool(load32(&be.draining)), "dead": bool(load32(&be.dead)),

@@ -38,6 +38,10 @@ cdef struct lingering:
     uint32_t next          # an index + 1, 0: none
 
 
+cdef enum:  # what ledger_restore() did
+    RESTORED = 1
+    RESTORED_OVER = 2
+
 cdef struct ledger:
     flow_store store
     pthread_mutex_t lock

@@ -56,23 +56,28 @@ cdef int ledger_divert(ledger *l, uint32_t worker, const tcpha_flow *flow, tcpha
 cdef int ledger_restore(ledger *l, uint32_t worker, const tcpha_flow *flow,
                         const tcpha_entry *entry, uint64_t asked,
                         tcpha_entry *old) noexcept nogil:
-    """Enter a flow that an earlier run or another front end handed over. 0; 1 if an older one, of
-    back end old.backend, is over by this: it began before back ends were asked what there is, and
-    the client has used its port again at the other front end. -1: there is no room, or a newer
-    one."""
-    cdef int rc, replaced = 0
-    pthread_mutex_lock(_stripe(l, flow))
-    rc = l.store.put(l.store.self, flow, entry, PUT_NEW)
-    if rc < 0 and l.store.find(l.store.self, flow, old) == 0 and old.state == TCPHA_FORWARD and \
-            old.live != entry.id and old.start_ns < asked:
-        replaced = old.live != 0
-        if replaced:
-            rc = l.store.end(l.store.self, worker, flow, old.live, False)
-        else:
-            rc = l.store.drop(l.store.self, worker, flow, old)
-        rc = l.store.put(l.store.self, flow, entry, PUT_NEW) if rc == 1 else -1
-    pthread_mutex_unlock(_stripe(l, flow))
-    return -1 if rc < 0 else replaced
+    """Enter a flow that an earlier run or another front end handed over, if there is room and no
+    newer one. RESTORED: it is there; RESTORED_OVER: an older one, of back end old.backend, is over
+    by this: it began before 'asked', and the client has used its port again at the other front
+    end."""
+    cdef int rc, result = 0
+    cdef bint found
+    while True:
+        pthread_mutex_lock(_stripe(l, flow))
+        rc = l.store.put(l.store.self, flow, entry, PUT_NEW)
+        found = rc < 0 and l.store.find(l.store.self, flow, old) == 0
+        if found and old.state == TCPHA_FORWARD and old.live != entry.id and old.start_ns < asked:
+            if old.live == 0:
+                rc = l.store.drop(l.store.self, worker, flow, old)
+            else:
+                rc = l.store.end(l.store.self, worker, flow, old.live, False)
+                result = RESTORED_OVER if rc == 1 else 0
+            rc = l.store.put(l.store.self, flow, entry, PUT_NEW) if rc == 1 else -1
+        pthread_mutex_unlock(_stripe(l, flow))
+        if rc >= 0:
+            return result | RESTORED
+        if found or not _make_room(l, worker):
+            return result
 
 
 cdef void ledger_remove(ledger *l, const tcpha_flow *flow) noexcept nogil:

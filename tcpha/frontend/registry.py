@@ -39,7 +39,8 @@ BACKOFF_FIRST = 0.05  # seconds before the second attempt to connect; doubles up
 BACKOFF_MOST = 1.0
 FIRST_LOOK = 1.0  # seconds that clients wait in the backlog at the start for silent hosts
 REBUILD = 20.0  # seconds after which a back end that does not say what it has is not waited for
-REJOIN = 5.0  # seconds that back ends have to register anew
+# seconds that back ends have to register anew, and another front end for what it has in its hands
+REJOIN = 5.0
 UNHEARD = 20.0  # seconds without an acknowledgement by a back end's kernel, detection or not
 MISSED = 2  # detection intervals without a sign of life
 NOBODY_LISTENS = "nothing listens on its redirectport that can take connections"
@@ -282,7 +283,7 @@ class Registry:
                 self.core.send_owned(entry.index, index)
             if not before["links"] and self.holding and (
                     self.shared or (self.datapath.fresh and not before["told"])):
-                self.core.ask_all(entry.index)  # by now it knows the ids of what is ours
+                self._ask(entry)  # by now it knows the ids of what is ours
             entry.instance = hello.instance
             entry.fastpath = hello.fastpath
             if self.keys and entry.fastpath:
@@ -372,7 +373,12 @@ class Registry:
         self.core.drop_strangers(True)
         if self.holding:
             for entry in self._all():
-                self.core.ask_all(entry.index)
+                self._ask(entry)
+
+    def _ask(self, entry: BackEndEntry) -> None:
+        """Have a back end tell what it has. What began here since the address came is newer than
+        what it may have had of the same client's port before."""
+        self.core.ask_all(entry.index, asyncio.get_running_loop().time() - self.rebuild_since)
 
     def _cut_off(self) -> bool:
         """Whether we reach no back end. Another front end may, and take the virtual address,
@@ -391,7 +397,8 @@ class Registry:
             return
         age = now - self.rebuild_since
         told = all(self.core.backend_stats(e.index)["told"] for e in self.entries.values())
-        if age <= REBUILD and not (told and (age > REJOIN or not self.registers)):
+        at_least = REJOIN if self.registers or self.shared else 0.0
+        if age <= REBUILD and not (told and age > at_least):
             return
         self.rebuilding = False
         self.core.drop_strangers(False)
@@ -412,7 +419,7 @@ class Registry:
                 entry.cause, entry.detail = HOST, os.strerror(errors[entry.index])
             self._judge(entry)
             if entry.index in broken and self.rebuilding and self.holding:
-                self.core.ask_all(entry.index)  # the question, or the answer, may be lost
+                self._ask(entry)  # the question, or the answer, may be lost
             if self.core.backend_stats(entry.index)["links"] < self.config.connperbe:
                 entry.wake.set()
         if broken and not self.rebuilding and self._cut_off():

@@ -34,6 +34,7 @@ TCP_SAVE_SYN = 27
 IP_FREEBIND = 15
 # What our stack acknowledges before a handoff must fit into the socket that adopts it.
 RECEIVE_BUFFER = 65536
+MOVE = 6.0  # seconds for somebody else to take the virtual address away when we stop
 COLUMNS = ("client", "vaddr", "target", "rule", "server", "state", "age", "idle", "packets",
            "bytes")
 PAGE = Path(__file__).with_name("status.html")
@@ -204,6 +205,8 @@ class FrontEndService(Service):
                                  self.spawn).run())
 
     async def shut(self) -> None:
+        if self.config.announce == "off":
+            await self._let_address_go()
         if self.table:
             self.table.close()
         if self.registrations:
@@ -211,6 +214,17 @@ class FrontEndService(Service):
         self.core.stop_accepting()
         if self.path_mtu:
             self.path_mtu.close()
+
+    async def _let_address_go(self) -> None:
+        """As long as the virtual address is here, and we are not, our stack refuses what clients
+        send. Whoever moves it (keepalived) finds by now that we answer no more."""
+        end = self.loop.time() + MOVE
+        while await asyncio.to_thread(self.host.takes, self.config.vaddr):
+            if self.loop.time() > end:
+                log.warning("%s stays on this host: connections to it are refused from now on",
+                            self.config.vaddr)
+                break
+            await asyncio.sleep(0.1)
 
     def close(self) -> None:
         self.local.close(self.end_log)
