@@ -182,7 +182,8 @@ def test_order_of_what_comes_while_a_request_waits(pair: Cluster) -> None:
                 at += s.send(data[at:at + 1], socket.MSG_DONTWAIT)
             except BlockingIOError:
                 often.join()
-        assert at > 1000 and out_of_order(pair.fe_host) == late
+        assert crowds(pair) >= before + 5 and at > 1000
+        assert out_of_order(pair.fe_host) == late
         for pid in workers:
             os.kill(pid, signal.SIGCONT)
         s.sendall(data[at:])
