@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -298,23 +298,11 @@ def test_what_is_behind_a_packet_is_not_read(cluster: Cluster) -> None:
 
 
 @contextmanager
-def swapped(host: Host, *match: str) -> Iterator[list[Any]]:
-    """Of the host's packets that match, the first two leave it in the other order. Yields what was
-    let go so far."""
+def queued(host: Host, on_packet: Callable[[Any], None], chain: str, *match: str) -> Iterator[None]:
+    """The host's packets that match come to on_packet(), which has the say."""
     queue = host.inside(NetfilterQueue)
-    held: list[Any] = []
-    gone: list[Any] = []
-
-    def on_packet(packet: Any) -> None:
-        held.append(packet)
-        if gone or len(held) == 2:
-            gone.extend(reversed(held))
-            for p in reversed(held):
-                p.accept()
-            held.clear()
     queue.bind(7, on_packet)
-    rule = ("OUTPUT", "-p", "tcp", "--dport", "80", "--tcp-flags", *match, "-j", "NFQUEUE",
-            "--queue-num", "7")
+    rule = (chain, *match, "-j", "NFQUEUE", "--queue-num", "7")
     host.run("iptables", "-t", "mangle", "-A", *rule)
     ended = threading.Event()
 
@@ -327,12 +315,30 @@ def swapped(host: Host, *match: str) -> Iterator[list[Any]]:
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        yield gone
+        yield
     finally:
         host.run("iptables", "-t", "mangle", "-D", *rule)
         ended.set()
         thread.join()
         queue.unbind()
+
+
+@contextmanager
+def swapped(host: Host, *match: str) -> Iterator[list[Any]]:
+    """Of the host's packets that match, the first two leave it in the other order. Yields what was
+    let go so far."""
+    held: list[Any] = []
+    gone: list[Any] = []
+
+    def on_packet(packet: Any) -> None:
+        held.append(packet)
+        if gone or len(held) == 2:
+            gone.extend(reversed(held))
+            for p in reversed(held):
+                p.accept()
+            held.clear()
+    with queued(host, on_packet, "OUTPUT", "-p", "tcp", "--dport", "80", "--tcp-flags", *match):
+        yield gone
 
 
 def retransmitted(host: Host) -> int:

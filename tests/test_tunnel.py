@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from netfilterqueue import NetfilterQueue
+from test_fastpath import queued
 
 from tcpha.lab.bed import Cluster, Host, freeze, wait_for
 from test_serve import move_behind_a_router, read_all, upload_many
@@ -184,28 +182,9 @@ def test_a_front_end_that_comes_later(routed: tuple[Cluster, Host]) -> None:
 @contextmanager
 def kept_from_its_stack(host: Host) -> Iterator[list[Any]]:
     """What clients send passes the host's datapath, and waits for accept() before the sockets."""
-    queue = host.inside(NetfilterQueue)
     kept: list[Any] = []
-    queue.bind(7, kept.append)
-    rule = ("INPUT", "-p", "tcp", "--dport", "80", "-j", "NFQUEUE", "--queue-num", "7")
-    host.run("iptables", "-A", *rule)
-    ended = threading.Event()
-
-    def run() -> None:
-        poll = select.poll()
-        poll.register(queue.get_fd(), select.POLLIN)
-        while not ended.is_set():
-            if poll.poll(50):
-                queue.run(block=False)
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
+    with queued(host, kept.append, "INPUT", "-p", "tcp", "--dport", "80"):
         yield kept
-    finally:
-        host.run("iptables", "-D", *rule)
-        ended.set()
-        thread.join()
-        queue.unbind()
 
 
 @pytest.mark.modes("tunnel", "nfqueue-tunnel", "ebpf-nfqueue")
