@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from test_edges import resets
 
-from tcpha.lab.bed import Cluster, Host, program
+from tcpha.lab.bed import Bed, Cluster, Host, program
 from test_serve import digest, settle, upload_many
 
 pytestmark = pytest.mark.modes("direct", "tunnel", "fast-direct", "nfqueue-direct")
@@ -130,3 +133,19 @@ def test_doctor_names_rules_that_clients_do_not_pass_through(mode: dict[str, Any
                     c.fe_host.run("nft", "delete", *table.split())
     finally:
         c.close()
+
+
+@pytest.mark.modes("direct")
+def test_looking_for_chains_makes_no_table(mode: dict[str, Any], tmp_path: Path) -> None:
+    """With iptables of the older kind; where there is a table for NAT, the kernel tracks all."""
+    legacy = shutil.which("iptables-legacy")
+    assert legacy
+    (tmp_path / "iptables").symlink_to(legacy)
+    bed = Bed()
+    try:
+        host = bed.host("host", "192.168.1.2")
+        host.run(sys.executable, "-c", "from tcpha.net.rules import remove; remove('tcpha_test')",
+                 env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"})
+        assert host.run("cat", "/proc/net/ip_tables_names").stdout == ""
+    finally:
+        bed.close()

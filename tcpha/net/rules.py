@@ -43,6 +43,7 @@ HOOKS = {"prerouting": ("prerouting", -300), "postrouting": ("postrouting", -150
 IPTABLES_CHAIN = {"prerouting": ("raw", "PREROUTING", "-i"), "input": ("filter", "INPUT", "-i"),
                   "postrouting": ("mangle", "POSTROUTING", "-o"), "output": ("raw", "OUTPUT", "-o"),
                   "pin_in": ("nat", "PREROUTING", "-i"), "pin_out": ("nat", "OUTPUT", "-o")}
+IPTABLES_NAMES = Path("/proc/net/ip_tables_names")
 SYN, SYN_ACK = 0x02, 0x12
 META_PRIORITY, META_MARK, META_IIFNAME, META_OIFNAME = 2, 3, 6, 7
 NETWORK, TRANSPORT = 1, 2
@@ -130,12 +131,25 @@ def remove(name: str) -> None:
     """Take everything of that name away, whichever way it was installed."""
     with contextlib.suppress(NetlinkError, OSError):  # a kernel without nf_tables
         _in_thread(partial(_drop_table, name))
-    for hook, (table, chain, _) in IPTABLES_CHAIN.items() if shutil.which("iptables") else ():
+    tables = _iptables_tables()
+    for hook, (table, chain, _) in IPTABLES_CHAIN.items():
         own = _own_chain(name, hook)
-        if _ipt("-t", table, "-S", own, check=False).returncode == 0:
+        if table in tables and _ipt("-t", table, "-S", own, check=False).returncode == 0:
             _ipt("-t", table, "-D", chain, "-j", own, check=False)
             _ipt("-t", table, "-F", own)
             _ipt("-t", table, "-X", own)
+
+
+def _iptables_tables() -> set[str]:
+    """Those that may hold something. A look by legacy iptables at one that is not there would make
+    it, and that of NAT would have the kernel track all connections."""
+    if not shutil.which("iptables"):
+        return set()
+    if "nf_tables" in _ipt("-V", check=False).stdout:
+        return {table for table, _, _ in IPTABLES_CHAIN.values()}
+    with contextlib.suppress(OSError):  # the kernel has none at all
+        return set(IPTABLES_NAMES.read_text().split())
+    return set()
 
 
 def hide_in_arp(host: Host, name: str, address: str, instead: str) -> None:
@@ -197,7 +211,7 @@ def _in_thread(work: Callable[[Any], T], family: int = socket.AF_INET) -> T:
 def others_translate() -> bool:
     """Whether there are rules of others for NAT of destinations."""
     with contextlib.suppress(OSError):
-        if "nat" in Path("/proc/net/ip_tables_names").read_text().split():
+        if "nat" in IPTABLES_NAMES.read_text().split():
             return True
     with contextlib.suppress(NetlinkError, OSError):  # a kernel without nf_tables
         return any(_in_thread(_translates, family) for family in (socket.AF_INET, NFPROTO_INET))
