@@ -36,6 +36,7 @@ cdef struct adopted:
     uint32_t link_gen
     uint32_t peer          # index of the front end that is told of its end first,
     bint shared            # and others know it, too
+    bint untold            # who has the virtual address is to know it, and could not be told yet
     bint adopting          # its socket may not exist yet
     bint recheck           # a report came meanwhile: look again afterwards
     bint over              # closed, but the front end could not be told

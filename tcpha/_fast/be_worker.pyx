@@ -108,7 +108,7 @@ cdef adopted *_insert_any(backend_state *b, const tcpha_flow *flow) noexcept nog
         return NULL
     b.free_list = a.next
     a.flow = flow[0]
-    a.over = a.adopting = a.recheck = a.fast = a.found = a.is_open = a.shared = False
+    a.over = a.adopting = a.recheck = a.fast = a.found = a.is_open = a.shared = a.untold = False
     head = _bucket(b, flow)
     a.next = head[0]
     head[0] = a
@@ -452,6 +452,13 @@ cdef bint _is_there(backend_state *b, uint32_t peer) noexcept nogil:
     return False
 
 
+cdef inline void _again(backend_state *b, const tcpha_flow *flow) noexcept nogil:
+    """Have _look_again() look. b.lock is held."""
+    if b.nagain < AGAIN:       # or _sweep() finds it
+        b.again[b.nagain] = flow[0]
+        b.nagain += 1
+
+
 cdef bint _tell_flow(backend_state *b, worker *w, adopted *a, link *l) noexcept nogil:
     """Make a connection the one of a link's front end, which knows nothing of it. False: it cannot
     be told. b.lock is held."""
@@ -497,12 +504,18 @@ cdef void _share(backend_state *b, worker *w, adopted *a) noexcept nogil:
     asked already. b.lock is held."""
     cdef uint32_t i, holder = load32(&b.holder)
     cdef link *l
+    a.untold = False
     if holder == 0 or a.peer == holder - 1:
         return
     for i in range(MAX_LINKS):
         l = &b.c.links[i]
-        if load32(&l.state) == LINK_UP and l.peer == holder - 1 and _tell_flow(b, w, a, l):
+        if load32(&l.state) != LINK_UP or l.peer != holder - 1:
+            continue
+        a.untold = not _tell_flow(b, w, a, l)
+        if not a.untold:
             return
+    if a.untold:               # its socket may not be there yet
+        _again(b, &a.flow)
 
 
 # The packet path
@@ -612,12 +625,12 @@ cdef void _check(backend_state *b, worker *w, const tcpha_flow *flow) noexcept n
         a.recheck = True  # perhaps the end of an earlier connection on the same 4-tuple
     elif a != NULL and not a.over:
         owner = b.dp.alive(b.dp.self, w.index, &a.flow)  # the report may be of an older one
-        if a.reused and _unborn(a, owner):
-            if b.nagain < AGAIN:  # or _sweep() finds it
-                b.again[b.nagain] = flow[0]
-                b.nagain += 1
+        if (a.reused or a.untold) and _unborn(a, owner):
+            _again(b, flow)
         elif not _living(owner):
             _ended(b, w, a, END_TIME_WAIT if owner == DP_TIME_WAIT else END_GONE)
+        elif a.untold:
+            _share(b, w, a)
     pthread_mutex_unlock(&b.lock)
 
 
