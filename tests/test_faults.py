@@ -168,27 +168,29 @@ def out_of_order(host: Host) -> int:
 def test_order_of_what_comes_while_a_request_waits(pair: Cluster) -> None:
     """Each time that nobody takes it, our stack gets what was kept, and only then what follows."""
     data = os.urandom(1 << 20)
-    with crowded(pair) as (workers, clients):
-        before, late, at = crowds(pair), out_of_order(pair.fe_host), 0
-        s = pair.client.connect(pair.VIP)
-        s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        s.sendall(b"PUT /up/order HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
-                  b"Content-Length: %d\r\n\r\n" % len(data))
-        often = threading.Thread(target=wait_for,
-                                 args=(lambda: crowds(pair) >= before + 5, "refusals"))
-        often.start()
-        while often.is_alive():
-            try:
-                at += s.send(data[at:at + 1], socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                often.join()
-        assert crowds(pair) >= before + 5 and at > 1000
+    with crowded(pair) as (workers, clients), pair.bed.in_order():
+        late, uploads = out_of_order(pair.fe_host), []
+        for n in range(6):
+            s, at, before = pair.client.connect(pair.VIP), 0, crowds(pair)
+            s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            s.sendall(b"PUT /up/order%d HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+                      b"Content-Length: %d\r\n\r\n" % (n, len(data)))
+            patience = s.gettimeout()
+            s.setblocking(False)
+            while crowds(pair) < before + 3:
+                with contextlib.suppress(BlockingIOError):
+                    for _ in range(1000):
+                        at += s.send(data[at:at + 1])
+            s.settimeout(patience)
+            assert at > 1000
+            uploads.append((s, at))
         assert out_of_order(pair.fe_host) == late
         for pid in workers:
             os.kill(pid, signal.SIGCONT)
-        s.sendall(data[at:])
-        assert read_all(s).startswith(b"HTTP/1.1 20")
-        assert (pair.nginx[0].root / "up/order").read_bytes() == data
+        for n, (s, at) in enumerate(uploads):
+            s.sendall(data[at:])
+            assert read_all(s).startswith(b"HTTP/1.1 20")
+            assert (pair.nginx[0].root / f"up/order{n}").read_bytes() == data
         assert [len(body(read_all(s))) for s in clients] == [1024] * ROOM
 
 

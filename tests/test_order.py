@@ -98,7 +98,7 @@ def test_no_packet_overtakes_another(cluster: Cluster) -> None:
     so, too, where a busy server has sent something once more."""
     client, host = cluster.client, cluster.be_hosts[0]
     earlier = counted(client, "TcpOutRsts"), counted(host, "TcpRetransSegs")
-    with arrivals(cluster.fe_host) as sent, arrivals(host) as got:
+    with cluster.bed.in_order(), arrivals(cluster.fe_host) as sent, arrivals(host) as got:
         done = client.run("ab", "-q", "-s", "60", "-n", str(CONNECTIONS), "-c", "50",
                           f"http://{cluster.VIP}/1k").stdout
     assert "Failed requests:        0" in done, done
@@ -114,7 +114,8 @@ def test_no_packet_overtakes_another(cluster: Cluster) -> None:
                    "nfqueue-tunnel")
 def test_no_packet_overtakes_a_request(cluster: Cluster) -> None:
     """What a client sends behind its request comes while that one is being decided, and after."""
-    with arrivals(cluster.fe_host) as sent, arrivals(cluster.be_hosts[0]) as got:
+    with cluster.bed.in_order(), arrivals(cluster.fe_host) as sent, \
+            arrivals(cluster.be_hosts[0]) as got:
         for _ in range(300):
             with cluster.client.connect(cluster.VIP) as s:
                 s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -195,6 +196,22 @@ class Bed:
 
     def host(self, name: str, address: str, mtu: int = 1500) -> Host:
         return Host(self, name, address, mtu)
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        """What comes out of a cable waits for NAPI, as in a NIC's queue. Else each CPU delivers
+        what it has sent itself, and two of them swap packets of one flow: those of a process, and
+        those that an ACK lets go."""
+        def switch(gro: str, tso: str) -> None:
+            for h in self.hosts:
+                for ns, device in (h.ns, "eth0"), (self.switch, h.port):
+                    sh("nsenter", f"--net=/run/netns/{ns}", "ethtool", "-K", device,
+                       "gro", gro, "tso", tso)
+        switch("on", "off")  # what TSO might cut does not wait
+        try:
+            yield
+        finally:
+            switch("off", "on")
 
     def close(self) -> None:
         for host in self.hosts:
