@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 # A fresh machine needs git, make, Python 3.11 or later, and apt as root.
 PYTHON ?= python3
-# tests side by side
-JOBS ?= 2
+# tests side by side; most of what they do is waiting
+JOBS ?= 4
 VENV := .venv
 BIN := $(VENV)/bin
 APT := gcc clang llvm pkg-config libbpf-dev libelf-dev zlib1g-dev libhyperscan-dev libfaketime linux-libc-dev \
