@@ -268,6 +268,7 @@ class Service:
             await server.close()
             await self.shut()
             self.workers.finish()
+            self.core.reclaim()
             self.end_log(self.core.log_lines())
             self.files.close()
             loop.remove_reader(self.core.notice_fd)
@@ -342,6 +343,7 @@ class Service:
         while True:
             await asyncio.sleep(TICK)
             attempt(self.workers.tick)
+            attempt(self.core.reclaim)
             attempt(self.every_tick)
             if loop.time() >= next_second:
                 next_second = loop.time() + PING_EVERY
@@ -373,11 +375,3 @@ class Service:
     def every_second(self) -> None:
         """Periodic work of the roles."""
 
-    def reap_links(self) -> list[tuple[int, int]]:
-        """Close broken links; returns (index, peer) of each."""
-        down = [(i, peer) for i, peer, up, _ in self.core.links() if not up]
-        if down:
-            self.core.quiesce()
-            for index, _ in down:
-                self.core.reap_link(index)
-        return down

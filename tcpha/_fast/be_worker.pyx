@@ -15,7 +15,7 @@ from libc.string cimport memcmp, memcpy, memset
 
 from tcpha._fast.core cimport (
     EV_NETLINK, EV_RING, EV_TAP, LINK_UP, MAX_LINKS, SCRATCH, Core, core, half_closed, link,
-    link_put, notice, say_flow, say_more, say_number, watch, worker)
+    link_is_busy, link_put, notice, rearm, say_flow, say_more, say_number, watch, worker)
 from tcpha._fast.datapath cimport (
     DP_ALIVE, DP_CLOSING, DP_MORE, DP_TIME_WAIT, BeDatapath)
 from tcpha._fast.defs cimport (
@@ -51,6 +51,8 @@ cdef extern from "<linux/sock_diag.h>" nogil:
 
 cdef enum:
     PIECE = 1024           # buckets that are read under one lock
+    TURN = 4096            # reports of ends before it is others' turn
+    RING_TURN = 1 << 16    # more events than the ring has room for
     SWEEP = 64             # buckets that are looked through at one turn of the timer
     MANY_ENDS = 32         # in one turn of the timer
 
@@ -181,14 +183,14 @@ cdef void _ended(backend_state *b, worker *w, adopted *a, uint32_t how) noexcept
         a.over = True  # told when the front end is back
 
 
-cdef void _check_all(backend_state *b, worker *w) noexcept nogil:
-    """Look at each connection: after lost reports, when a front end is back, for want of room."""
+cdef uint32_t _check_piece(backend_state *b, worker *w, uint32_t at, uint32_t end) noexcept nogil:
+    """Look at each connection of some buckets. The first that was not looked at."""
     cdef uint32_t i
     cdef int owner
     cdef bint unborn
     cdef adopted *a
     cdef adopted *following
-    for i in range(b.mask + 1):
+    for i in range(at, min(end, b.mask + 1)):
         pthread_mutex_lock(&b.lock)
         a = b.buckets[i]
         while a != NULL:
@@ -205,6 +207,12 @@ cdef void _check_all(backend_state *b, worker *w) noexcept nogil:
                 _set_open(b, a, owner == DP_ALIVE or unborn)
             a = following
         pthread_mutex_unlock(&b.lock)
+    return min(end, b.mask + 1)
+
+
+cdef void _check_all(backend_state *b, worker *w) noexcept nogil:
+    """Look at each connection: after lost reports, or for want of room."""
+    _check_piece(b, w, 0, b.mask + 1)
 
 
 cdef void _reap(backend_state *b, worker *w, uint64_t asked_ns, bint anyway) noexcept nogil:
@@ -474,20 +482,24 @@ cdef bint _tell_flow(backend_state *b, worker *w, adopted *a, link *l) noexcept 
     return True
 
 
-cdef void _tell_flows(backend_state *b, worker *w, link *l, uint32_t number) noexcept nogil:
+cdef uint32_t _tell_piece(backend_state *b, worker *w, link *l, uint32_t number,
+                          uint32_t at) noexcept nogil:
     """The front end that asks has the virtual address now. So all connections are its own, whoever
     has handed them over: whether that one is dead, nobody can know in time. It may go on with them,
     and hears of their ends, too. Where it is gone, those that are over are not kept for it: when it
-    is back, it asks about each that it knows."""
+    is back, it asks about each that it knows.
+
+    at: the bucket to begin with. Returns where to go on when the link has room for it."""
     cdef uint8_t buf[MSG_HEADER]
     cdef adopted *a
     cdef adopted *following
-    cdef uint32_t i
-    store32(&b.holder, l.peer + 1)
-    _on_ring(b, w)
-    for i in range(b.mask + 1):
+    cdef uint32_t end = min(at + PIECE, b.mask + 1)
+    if at == 0:
+        store32(&b.holder, l.peer + 1)
+        _on_ring(b, w)
+    while at < end and not link_is_busy(l):
         pthread_mutex_lock(&b.lock)
-        a = b.buckets[i]
+        a = b.buckets[at]
         while a != NULL:
             following = a.next
             if a.over and not _is_there(b, a.peer):
@@ -496,7 +508,10 @@ cdef void _tell_flows(backend_state *b, worker *w, link *l, uint32_t number) noe
                 _tell_flow(b, w, a, l)
             a = following
         pthread_mutex_unlock(&b.lock)
-    link_put(b.c, w, l, buf, message_short(buf, MSG_TOLD, number), NULL, 0)
+        at += 1
+    if at > b.mask:
+        link_put(b.c, w, l, buf, message_short(buf, MSG_TOLD, number), NULL, 0)
+    return at
 
 
 cdef void _share(backend_state *b, worker *w, adopted *a) noexcept nogil:
@@ -582,13 +597,18 @@ cdef void _take_event(backend_state *b, worker *w, const tcpha_event *e) noexcep
 
 
 cdef void _on_ring(backend_state *b, worker *w) noexcept nogil:
+    """Take note of all that the packet path had said when this began."""
     cdef tcpha_event e
+    cdef int left = RING_TURN
     if b.dp.gate == NULL:
         return
     pthread_mutex_lock(&b.ring_lock)
-    while b.dp.next_event(b.dp.self, &e):
+    while left and b.dp.next_event(b.dp.self, &e):
         _take_event(b, w, &e)
+        left -= 1
     pthread_mutex_unlock(&b.ring_lock)
+    if left == 0:
+        rearm(b.c, b.dp.event_fd, EV_RING, 0)
 
 
 cdef void _sweep(backend_state *b, worker *w, uint64_t now) noexcept nogil:
@@ -658,7 +678,8 @@ cdef void _on_netlink(backend_state *b, worker *w) noexcept nogil:
     cdef inet_diag_msg *d
     cdef tcpha_flow flow
     cdef bint lost = False, unheard = False
-    while True:
+    cdef int _i
+    for _i in range(TURN):     # the caller, or the timer, brings us back for the rest
         n = recv(b.netlink_fd, w.scratch, SCRATCH, MSG_DONTWAIT)
         if n < 0:
             if errno == ENOBUFS:
@@ -729,12 +750,11 @@ cdef void _pace(backend_state *b, worker *w) noexcept nogil:
 
 cdef void _on_waiting(backend_state *b, worker *w) noexcept nogil:
     """Requests came when there seemed to be no room."""
-    cdef bint more = True
-    while more:
-        _on_ring(b, w)
-        if not b.unloading:
-            _reap(b, w, now_ns(), True)
-        more = b.dp.admit(b.dp.self, w.scratch, b.unloading or _is_full(b))
+    _on_ring(b, w)
+    if not b.unloading:
+        _reap(b, w, now_ns(), True)
+    if b.dp.admit(b.dp.self, w.scratch, b.unloading or _is_full(b)):
+        rearm(b.c, b.dp.tap_fd, EV_TAP, 0)
 
 
 cdef void _on_event(core *c, worker *w, int kind, uint32_t index, uint32_t gen,
@@ -919,16 +939,18 @@ cdef class BackEnd(Core):
                 out.append((i, l.gen, l.peer, number))
         return out
 
-    def tell_flows(self, uint32_t link_index, uint32_t gen, uint32_t number):
-        """Answer a front end's question; what ends later is told behind. Not if the link is another
-        one by now: then it asks again."""
+    def tell_flows(self, uint32_t link_index, uint32_t gen, uint32_t number, uint32_t at=0):
+        """Answer a front end's question; what ends later is told behind. Not if the link is broken,
+        or another one by now: then it asks again. It is a long answer: returns the place in the
+        table at which to go on (the same one: the link has no room yet), or None."""
         cdef worker *w = self.outsider()
         cdef link *l = &self.c.links[link_index]
-        if l.gen != gen:
-            return
+        if l.gen != gen or load32(&l.state) != LINK_UP:
+            return None
         with nogil:
-            _tell_flows(self.b, w, l, number)
+            at = _tell_piece(self.b, w, l, number, at)
             self.flush_outsider()
+        return at if at <= self.b.mask else None
 
     def leave_fast_path(self):
         """Tell front ends to send no more requests that nobody has offered."""
@@ -942,12 +964,14 @@ cdef class BackEnd(Core):
             _tell_live(self.b)
             pthread_mutex_unlock(&self.b.lock)
 
-    def check_all(self):
-        """Tell front ends of connections that ended while they were away."""
+    def check(self, uint32_t at=0):
+        """Tell front ends of connections that ended while they were away. There may be many:
+        returns the place in the table at which to go on, or None."""
         cdef worker *w = self.outsider()
         with nogil:
-            _check_all(self.b, w)
+            at = _check_piece(self.b, w, at, at + PIECE)
             self.flush_outsider()
+        return at if at <= self.b.mask else None
 
     def catch_up(self):
         """Take note of what the packet path has adopted up to now."""

@@ -12,7 +12,10 @@ cdef enum:
     MAX_DIRTY = 64
     SCRATCH = 1 << 18      # bytes of each worker's scratch buffer
     LINK_IN = 1 << 19      # receive buffer of a control connection: holds any message
-    LINK_OUT_MAX = 1 << 24
+    LINK_OUT_MAX = 1 << 30  # bytes that may wait to be sent: some for each of a million flows
+    LINK_BUSY = 1 << 23    # with so many, no more is put there that can wait or go elsewhere,
+    LINK_PAUSE = 1 << 24   # with so many, nothing is read that would be answered,
+    LINK_RESUME = 3 << 22  # until no more than these are left
 
 cdef enum event_kind:      # top byte of epoll's data
     EV_WAKE = 1
@@ -28,7 +31,8 @@ cdef enum event_kind:      # top byte of epoll's data
 cdef enum link_state:
     LINK_FREE = 0
     LINK_UP = 1
-    LINK_DOWN = 2          # broken; Python closes it once no worker can be using it
+    LINK_DOWN = 2          # broken
+    LINK_LEFT = 3          # Python knows, and closes it once no worker can be using it
 
 
 # A control connection. 'out' is guarded by the lock; 'in' belongs to whoever holds 'readers'.
@@ -46,6 +50,7 @@ cdef struct link:
     uint32_t out_len
     uint32_t out_sent
     uint32_t out_cap
+    bint paused            # not read until some of it is sent
     tls *tls               # or NULL: no shared secret. Guarded by the lock
     uint8_t *sealed        # what it made of the next bytes of 'out'
     uint32_t sealed_len
@@ -102,6 +107,8 @@ cdef void say_number(core *c, uint32_t level, const tcpha_flow *flow, const char
                      long a) noexcept nogil
 cdef void notice(core *c) noexcept nogil
 cdef bint half_closed(int fd) noexcept nogil
+cdef void rearm(core *c, int fd, int kind, uint32_t index) noexcept nogil
+cdef bint link_is_busy(link *l) noexcept nogil
 cdef int link_put(core *c, worker *w, link *l, const uint8_t *a, uint32_t an, const uint8_t *b,
                   uint32_t bn) noexcept nogil
 cdef void link_break(core *c, worker *w, link *l, bint gone) noexcept nogil
@@ -112,5 +119,6 @@ cdef class Core:
     cdef object log_file
     cdef dict fds
     cdef dict channels     # by link
+    cdef object late       # what waits for workers: see later()
     cdef worker *outsider(self) except NULL
     cdef void flush_outsider(self) noexcept nogil

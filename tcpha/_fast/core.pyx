@@ -2,11 +2,13 @@
 """The event loop that the workers of both roles share, and the control connections.
 
 All workers wait on one epoll instance, so that a slow client occupies none of them and any of them
-may go. Memory that Python replaces (rules, links) is freed only after each worker has passed a
-point where it holds nothing: see Core.quiesce().
+may go. What has much to say gets a turn like all others: where more is left after one, rearm() puts
+it at the end of the kernel's list. Memory that Python replaces (rules, links) is freed only after
+each worker has passed a point where it holds nothing: see Core.later().
 """
 import os
-import threading
+from collections import deque
+from functools import partial
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
@@ -19,10 +21,10 @@ from tcpha._fast.message cimport (
 from tcpha._fast.packet cimport flow_text
 from tcpha._fast.peerclock cimport clock_answered, clock_told
 from tcpha._fast.sys cimport (
-    EAGAIN, ECONNRESET, EINTR, EOPNOTSUPP, EPIPE, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN,
-    EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL,
-    SHUT_RDWR, add32, add64, epoll_ctl, epoll_event, epoll_wait, errno, getsockopt, load32,
-    load64, now_ns, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    EAGAIN, ECONNRESET, EINTR, EOPNOTSUPP, EPIPE, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT,
+    EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, IPPROTO_TCP, MSG_DONTWAIT,
+    MSG_NOSIGNAL, SHUT_RDWR, add32, add64, epoll_ctl, epoll_event, epoll_wait, errno, getsockopt,
+    load32, load64, now_ns, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_unlock, read, recv, send, set32, set64, shutdown, socklen_t, store32, store64,
     write, xchg32)
 from tcpha._fast.tls cimport (
@@ -36,6 +38,9 @@ cdef extern from "<linux/tcp.h>" nogil:
 cdef uint64_t HELLO_NS = 3000000000  # that HELLO takes at most: PATIENCE in control/hello.py
 cdef enum:
     EVENTS = 64
+    TURN = 4               # reads of a control connection before it is others' turn
+    LINK_OUT_MIN = 1 << 16
+    LINK_EVENTS = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
 
 
 cdef uint64_t event_data(int kind, uint32_t index, uint32_t gen) noexcept nogil:
@@ -48,6 +53,11 @@ cdef int watch(core *c, int op, int fd, uint32_t events, int kind, uint32_t inde
     ev.events = events
     ev.data.u64 = event_data(kind, index, gen)
     return epoll_ctl(c.epfd, op, fd, &ev)
+
+
+cdef void rearm(core *c, int fd, int kind, uint32_t index) noexcept nogil:
+    """Have an edge-triggered descriptor that may still be readable wake a worker again."""
+    watch(c, EPOLL_CTL_MOD, fd, EPOLLIN | EPOLLET, kind, index, 0)
 
 
 cdef void say(core *c, uint32_t level, const char *text) noexcept nogil:
@@ -129,12 +139,35 @@ cdef int _next_bytes(link *l, uint8_t **data) noexcept nogil:
     return <int>(l.sealed_len - l.sealed_sent)
 
 
+cdef bint link_is_busy(link *l) noexcept nogil:
+    """Whether what can wait, or go elsewhere, should."""
+    cdef bint busy
+    pthread_mutex_lock(&l.lock)
+    busy = l.out_len - l.out_sent > LINK_BUSY
+    pthread_mutex_unlock(&l.lock)
+    return busy
+
+
+cdef void _shrink(link *l) noexcept nogil:
+    """Give back what a long queue took, now that it is empty. l.lock is held."""
+    cdef uint8_t *smaller
+    if l.out_cap > LINK_BUSY:
+        smaller = <uint8_t *>realloc(l.out, LINK_OUT_MIN)
+        if smaller != NULL:
+            l.out = smaller
+            l.out_cap = LINK_OUT_MIN
+
+
+cdef void _rearm_link(core *c, link *l) noexcept nogil:
+    watch(c, EPOLL_CTL_MOD, l.fd, LINK_EVENTS, EV_LINK, <uint32_t>(l - c.links), l.gen)
+
+
 cdef void _flush(core *c, worker *w, link *l) noexcept nogil:
     """Send what is queued, as far as the socket takes it; EPOLLOUT brings us back for the rest."""
     cdef ssize_t n
     cdef int error = 0, want
     cdef uint8_t *data
-    cdef bint broken = False
+    cdef bint broken = False, resume
     pthread_mutex_lock(&l.lock)
     while load32(&l.state) == LINK_UP:
         want = _next_bytes(l, &data)
@@ -154,41 +187,57 @@ cdef void _flush(core *c, worker *w, link *l) noexcept nogil:
             break
     if l.out_sent == l.out_len:
         l.out_sent = l.out_len = 0
+        _shrink(l)
+    resume = l.paused and l.out_len - l.out_sent < LINK_RESUME
+    if resume:
+        l.paused = False
     pthread_mutex_unlock(&l.lock)
+    if resume:
+        _rearm_link(c, l)
     if broken:
         l.error = error
         link_break(c, w, l, error == EPIPE or error == ECONNRESET)
 
 
+cdef bint _has_room(link *l, uint64_t more) noexcept nogil:
+    """Make room for more bytes in the queue. l.lock is held."""
+    cdef uint64_t cap = l.out_cap
+    cdef uint8_t *grown
+    if l.out_sent and l.out_sent * <uint64_t>2 >= l.out_len:
+        memmove(l.out, l.out + l.out_sent, l.out_len - l.out_sent)
+        l.out_len -= l.out_sent
+        l.out_sent = 0
+    while cap < l.out_len + more:
+        cap *= 2
+    if cap == l.out_cap:
+        return True
+    grown = <uint8_t *>realloc(l.out, cap) if cap <= LINK_OUT_MAX else NULL
+    if grown == NULL:
+        return False
+    l.out = grown
+    l.out_cap = <uint32_t>cap
+    return True
+
+
 cdef int link_put(core *c, worker *w, link *l, const uint8_t *a, uint32_t an, const uint8_t *b,
                   uint32_t bn) noexcept nogil:
     """Queue a message made of two parts. It leaves when the worker has handled its batch of events,
-    with all others of the batch. 0, or -1: the link is down or its queue is full."""
-    cdef uint32_t need, cap, i
-    cdef uint8_t *grown
-    cdef bint ok = False
+    with all others of the batch. 0, or -1: the link is down. What has no room is never left out: a
+    link that cannot carry all is broken, and so both ends ask each other anew."""
+    cdef uint32_t i
+    cdef bint up, ok = False
     pthread_mutex_lock(&l.lock)
-    if l.state == LINK_UP:
-        if l.out_sent and l.out_sent * 2 >= l.out_len:
-            memmove(l.out, l.out + l.out_sent, l.out_len - l.out_sent)
-            l.out_len -= l.out_sent
-            l.out_sent = 0
-        need = l.out_len + an + bn
-        cap = l.out_cap
-        if need > cap and need <= LINK_OUT_MAX:
-            while cap < need:
-                cap *= 2
-            grown = <uint8_t *>realloc(l.out, cap)
-            if grown != NULL:
-                l.out = grown
-                l.out_cap = cap
-        if need <= l.out_cap:
-            memcpy(l.out + l.out_len, a, an)
-            if bn:
-                memcpy(l.out + l.out_len + an, b, bn)
-            l.out_len = need
-            ok = True
+    up = l.state == LINK_UP
+    if up and _has_room(l, <uint64_t>an + bn):
+        memcpy(l.out + l.out_len, a, an)
+        if bn:
+            memcpy(l.out + l.out_len + an, b, bn)
+        l.out_len += an + bn
+        ok = True
     pthread_mutex_unlock(&l.lock)
+    if up and not ok:
+        say(c, 0, b"no memory for what a control connection has to carry: closing it")
+        link_break(c, w, l, False)
     if not ok:
         return -1
     for i in range(w.ndirty):
@@ -246,28 +295,41 @@ cdef ssize_t _receive(worker *w, link *l, uint8_t *to, uint32_t room) noexcept n
         pthread_mutex_unlock(&l.lock)
 
 
-cdef void _read_link(core *c, worker *w, link *l) noexcept nogil:
+cdef bint _pauses(link *l) noexcept nogil:
+    """Who sends much and reads nothing gets no answers until it does: _flush() goes on then."""
+    cdef bint paused
+    pthread_mutex_lock(&l.lock)
+    paused = l.paused = l.out_len - l.out_sent > LINK_PAUSE
+    pthread_mutex_unlock(&l.lock)
+    return paused
+
+
+cdef bint _read_link(core *c, worker *w, link *l) noexcept nogil:
+    """Handle what has come. True: there may be more."""
     cdef ssize_t got
-    cdef int used
+    cdef int used, turns = 0
     cdef uint32_t at
     cdef message m
     cdef uint8_t pong[MSG_PONG_SIZE]
-    while load32(&l.state) == LINK_UP:
+    while load32(&l.state) == LINK_UP and not _pauses(l):
+        if turns == TURN:
+            return True
+        turns += 1
         got = _receive(w, l, l.buf + l.buf_len, LINK_IN - l.buf_len)
         if got == TLS_BROKEN:
             say(c, 0, b"a control connection was tampered with: closing it")
             link_break(c, w, l, False)
-            return
+            return False
         if got < 0:
             if errno == EINTR:
                 continue
             if errno != EAGAIN:
                 l.error = errno
                 link_break(c, w, l, l.error == ECONNRESET)
-            return
+            return False
         if got == 0:
             link_break(c, w, l, True)
-            return
+            return False
         l.buf_len += <uint32_t>got
         set64(&l.last_rx_ns, now_ns())
         at = 0
@@ -276,7 +338,7 @@ cdef void _read_link(core *c, worker *w, link *l) noexcept nogil:
             if used < 0:
                 say(c, 0, b"malformed message on a control connection: closing it")
                 link_break(c, w, l, False)
-                return
+                return False
             if used == 0:
                 break
             at += <uint32_t>used
@@ -289,11 +351,12 @@ cdef void _read_link(core *c, worker *w, link *l) noexcept nogil:
             if c.on_message(c, w, l, &m) < 0:
                 say(c, 0, b"unexpected message on a control connection: closing it")
                 link_break(c, w, l, False)
-                return
+                return False
         if at:
             l.buf_len -= at
             memmove(l.buf, l.buf + at, l.buf_len)
         _flush_dirty(c, w)  # the peer waits for the answers: do not hold them for the next batch
+    return False
 
 
 cdef void _on_link(core *c, worker *w, uint32_t index, uint32_t gen,
@@ -309,7 +372,10 @@ cdef void _on_link(core *c, worker *w, uint32_t index, uint32_t gen,
         if add32(&l.readers, 1) == 1:
             while True:
                 store32(&l.readers, 1)
-                _read_link(c, w, l)
+                if _read_link(c, w, l):
+                    store32(&l.readers, 0)
+                    _rearm_link(c, l)
+                    break
                 if add32(&l.readers, -1) == 0:
                     break
 
@@ -359,6 +425,7 @@ cdef class Core:
             pthread_mutex_init(&self.c.links[i].lock, NULL)
         self.fds = {}
         self.channels = {}
+        self.late = deque()
 
     def _open(self, int timer_ms):
         import ctypes
@@ -395,6 +462,7 @@ cdef class Core:
 
     def close(self):
         """Close all descriptors. No worker may be running."""
+        self.reclaim()
         for i in range(MAX_LINKS):
             if self.c.links[i].state != LINK_FREE:
                 os.close(self.c.links[i].fd)
@@ -469,17 +537,20 @@ cdef class Core:
         store32(&self.c.stopping, 1)
         write(self.c.wake_fd, &many, 8)
 
-    def quiesce(self):
-        """Wait until no worker holds what it could see before this call."""
-        cdef uint64_t target = add64(&self.c.epoch, 1), seen
+    def later(self, work):
+        """Call work() when no worker holds what it could see before this call: see reclaim()."""
+        self.late.append((add64(&self.c.epoch, 1), work))
+
+    def reclaim(self):
+        """Do what later() was told, as far as no worker stands in its way."""
+        cdef uint64_t seen, passed = load64(&self.c.epoch)
         cdef uint32_t i
-        waiter = threading.Event()
         for i in range(TCPHA_MAX_OPS):
-            while True:
-                seen = load64(&self.c.workers[i].epoch)
-                if seen == 0 or seen >= target or not load32(&self.c.workers[i].state):
-                    break
-                waiter.wait(0.0005)
+            seen = load64(&self.c.workers[i].epoch)
+            if seen and load32(&self.c.workers[i].state):
+                passed = min(passed, seen)
+        while self.late and self.late[0][0] <= passed:
+            self.late.popleft()[1]()
 
     # Control connections
 
@@ -498,8 +569,8 @@ cdef class Core:
         l = &self.c.links[i]
         if l.buf == NULL:
             l.buf = <uint8_t *>malloc(LINK_IN)
-            l.out = <uint8_t *>malloc(1 << 16)
-            l.out_cap = 1 << 16
+            l.out = <uint8_t *>malloc(LINK_OUT_MIN)
+            l.out_cap = LINK_OUT_MIN
         if channel is not None and l.sealed == NULL:
             l.sealed = <uint8_t *>malloc(TLS_SEALED)
         if l.buf == NULL or l.out == NULL or (channel is not None and l.sealed == NULL):
@@ -511,25 +582,26 @@ cdef class Core:
         set32(&l.gen, l.gen + 1)
         l.peer = peer
         l.readers = l.asked = 0
+        l.paused = False
         l.error = 0
         l.buf_len = l.out_len = l.out_sent = l.sealed_len = l.sealed_sent = 0
         l.last_rx_ns = l.since_ns = now_ns()
         clock_told(&l.clock, clock, HELLO_NS, l.since_ns)
         store32(&l.state, LINK_UP)
-        watch(self.c, EPOLL_CTL_ADD, l.fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, EV_LINK, i,
-              l.gen)
+        watch(self.c, EPOLL_CTL_ADD, l.fd, LINK_EVENTS, EV_LINK, i, l.gen)
         self.ping(i)
         return i
 
     def links(self):
         """[(index, peer, up, seconds since the last message), ...] of all links not yet reaped."""
         cdef uint64_t heard
+        cdef uint32_t state
         out = []
         for i in range(MAX_LINKS):
-            if load32(&self.c.links[i].state) != LINK_FREE:
+            state = load32(&self.c.links[i].state)
+            if state == LINK_UP or state == LINK_DOWN:
                 heard = load64(&self.c.links[i].last_rx_ns)  # before the clock: a worker sets it
-                out.append((i, self.c.links[i].peer, load32(&self.c.links[i].state) == LINK_UP,
-                            (now_ns() - heard) / 1e9))
+                out.append((i, self.c.links[i].peer, state == LINK_UP, (now_ns() - heard) / 1e9))
         return out
 
     cdef worker *outsider(self) except NULL:
@@ -566,13 +638,22 @@ cdef class Core:
         """The errno with which the kernel broke a link; 0: somebody closed it."""
         return self.c.links[index].error
 
-    def reap_link(self, uint32_t index):
-        """Close a broken link's descriptor and free its place. Call quiesce() before."""
-        if load32(&self.c.links[index].state) == LINK_DOWN:
-            os.close(self.c.links[index].fd)
-            self.c.links[index].tls = NULL
-            self.channels.pop(index)
-            store32(&self.c.links[index].state, LINK_FREE)
+    def reap_links(self):
+        """[(index, peer), ...] of links that have broken since the last call. They are closed, and
+        their places free, once no worker uses them."""
+        out = []
+        for i in range(MAX_LINKS):
+            if load32(&self.c.links[i].state) == LINK_DOWN:
+                store32(&self.c.links[i].state, LINK_LEFT)
+                self.later(partial(self._close_link, i))
+                out.append((i, self.c.links[i].peer))
+        return out
+
+    def _close_link(self, uint32_t index):
+        os.close(self.c.links[index].fd)
+        self.c.links[index].tls = NULL
+        self.channels.pop(index)
+        store32(&self.c.links[index].state, LINK_FREE)
 
     def ponged(self, uint32_t index):
         """When the latest PING that a link's peer has answered was sent, CLOCK_MONOTONIC in ns: it

@@ -51,8 +51,10 @@ cdef struct fe_datapath:
     void (*drop_strangers)(void *self, bint drop) noexcept nogil
     # Remove entries whose lingering is over. Called now and then.
     void (*sweep)(void *self, uint32_t worker, uint64_t now) noexcept nogil
-    # Packets of diverted flows wait on the event descriptor.
-    void (*on_packets)(void *self, uint8_t *scratch) noexcept nogil
+    # Packets of diverted flows wait on the event descriptor (-1: there is none). True: there may be
+    # more.
+    int event_fd
+    bint (*on_packets)(void *self) noexcept nogil
     # The packet path: how many queues of requests it has (0: there is none), a descriptor for each,
     # and the cookie keys. A queue has one reader at a time.
     uint32_t nfast
@@ -126,7 +128,6 @@ cdef dict flow_row(const tcpha_flow *key, const tcpha_entry *e)
 cdef class FeDatapath:
     """An opened front-end datapath; the base of each kind."""
     cdef fe_datapath table
-    cdef int event_fd      # readable when kept packets wait; -1: none
 
 
 cdef class BeDatapath:

@@ -28,7 +28,7 @@ cdef dict flow_row(const tcpha_flow *key, const tcpha_entry *e):
 
 cdef class FeDatapath:
     def __cinit__(self, *args, **kwargs):
-        self.event_fd = -1
+        self.table.event_fd = -1
 
     def idle_flows(self, double idle, dict limits):
         return [f for f in self.flows() if f["idle"] > limits.get(f["backend"], idle)]

@@ -63,6 +63,7 @@ cdef enum:
     BATCH = 4096           # entries read by one system call
     CHUNK = 60000          # payload of a forged segment; one skb, so that overhead is small
     ADMIT = 64             # requests that one look for room is for
+    TURN = 1024            # packets that are kept before others get the lock
     NEAR = 1 << 24         # a socket with numbers so little ahead is no other connection's
     HEAD_MOST = 10 + 14 + 60 + 20  # of a frame, to the ports and flags of its segment
     CHECKED = 3            # virtio-net: the checksum is not made yet, or was verified
@@ -241,19 +242,20 @@ cdef bint _is_of(const holder *h, uint8_t *ip, uint32_t length) noexcept nogil:
         memcmp(&h.flow.cport, ip + ihl, 2) == 0
 
 
-cdef void _drain(fe_ebpf *d) noexcept nogil:
-    """Take packets off the TAP. d.lock is held."""
+cdef bint _drain(fe_ebpf *d) noexcept nogil:
+    """Take packets off the TAP. d.lock is held. True: there may be more."""
     cdef uint8_t *scratch = d.room
     cdef ssize_t n
     cdef uint32_t slot
     cdef kept *p
     cdef holder *h
-    while True:
+    cdef int _i
+    for _i in range(TURN):
         n = read(d.tap, scratch, SCRATCH)
         if n < 0:
             if errno == EINTR:
                 continue
-            return
+            return False
         if n < VNET_SIZE + ETH_SIZE + 40 or scratch[VNET_SIZE] != TCPHA_MAC_MARK >> 8 or \
                 scratch[VNET_SIZE + 1] != (TCPHA_MAC_MARK & 0xff):
             continue  # something the kernel itself sent out of the device
@@ -276,6 +278,7 @@ cdef void _drain(fe_ebpf *d) noexcept nogil:
         else:
             h.first = p
         h.last = p
+    return True
 
 
 cdef inline void _mark_kept(uint8_t *frame) noexcept nogil:
@@ -411,11 +414,13 @@ cdef void _sweep(void *self, uint32_t worker, uint64_t now) noexcept nogil:
     ledger_sweep(&(<fe_ebpf *>self).book, worker, now)
 
 
-cdef void _on_packets(void *self, uint8_t *scratch) noexcept nogil:
+cdef bint _on_packets(void *self) noexcept nogil:
     cdef fe_ebpf *d = <fe_ebpf *>self
+    cdef bint more
     pthread_mutex_lock(&d.lock)
-    _drain(d)
+    more = _drain(d)
     pthread_mutex_unlock(&d.lock)
+    return more
 
 
 # The packet path
@@ -678,7 +683,7 @@ cdef class FeEbpf(FeDatapath):
         self.table.state.version = TCPHA_STATE_VERSION
         self.fresh = not self.taken_over or self.table.state.drop_strangers
         self.table.state.drop_strangers = self.fresh
-        self.d.tap = self.event_fd = tap[0]
+        self.d.tap = self.table.event_fd = tap[0]
         self.d.tunnel = tunnel
         self.d.flows = self.obj.map_fd("flows")
         self.d.backends = self.obj.map_fd("backends")

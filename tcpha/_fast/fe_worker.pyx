@@ -6,6 +6,7 @@ client, answers of back ends and deadlines may come to different workers at once
 """
 import os
 import time
+from functools import partial
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
@@ -14,7 +15,7 @@ from libc.string cimport memcmp, memcpy, memset, strlen, strstr
 
 from tcpha._fast.core cimport (
     EV_CLIENT, EV_FAST, EV_LISTENER, EV_TAP, LINK_UP, MAX_LINKS, SCRATCH, Core, core, half_closed,
-    link, link_put, notice, say_flow, say_more, say_number, watch, worker)
+    link, link_is_busy, link_put, notice, rearm, say_flow, say_more, say_number, watch, worker)
 from tcpha._fast.datapath cimport DP_GONE, FeDatapath
 from tcpha._fast.defs cimport (
     TCPHA_CHOICES, TCPHA_F_FIN, TCPHA_FAST_EARLY, TCPHA_FAST_FIRST, TCPHA_FAST_SEND,
@@ -83,6 +84,7 @@ cdef extern from * nogil:
 
 cdef enum:
     ACCEPT_BATCH = 32
+    TURN = 256             # requests of the packet path before it is others' turn
     TCP_REPAIR = 19
     TCP_MAXSEG = 2
     MSS_MIN = 536          # RFC 9293 section 3.7.1
@@ -369,7 +371,7 @@ cdef bint _send_offer(frontend *f, worker *w, conn *k, const uint8_t *data) noex
         if n >= MAX_LINKS:
             continue
         l = &f.c.links[n]
-        if load32(&l.state) != LINK_UP or l.peer != k.entry.backend:
+        if load32(&l.state) != LINK_UP or l.peer != k.entry.backend or link_is_busy(l):
             continue
         set32(&k.link, n)
         set32(&k.link_gen, l.gen)
@@ -862,17 +864,19 @@ cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint
 
 
 cdef void _on_requests(frontend *f, worker *w, uint32_t queue) noexcept nogil:
-    """All that a queue holds. One reader at a time keeps the segments of a flow in order; who comes
-    second makes the first look again."""
+    """What a queue holds, or as much as one turn is for. One reader at a time keeps the segments of
+    a flow in order; who comes second makes the first look again."""
     cdef tcp_view v
     cdef tcpha_flow flow
     cdef uint32_t length
     cdef int kind
+    cdef int turns = 0
     if add32(&f.fast_readers[queue], 1) != 1:
         return
     while True:
         store32(&f.fast_readers[queue], 1)
-        while True:
+        while turns < TURN:
+            turns += 1
             kind = f.dp.fast_next(f.dp.self, queue, w.scratch, &length, &v)
             if kind == 0:
                 break
@@ -884,6 +888,10 @@ cdef void _on_requests(frontend *f, worker *w, uint32_t queue) noexcept nogil:
                 f.dp.fast_early(f.dp.self, queue, w.index, w.scratch, length, &flow)
             else:
                 f.dp.fast_later(f.dp.self, queue, w.index, w.scratch, length)
+        if turns == TURN:
+            store32(&f.fast_readers[queue], 0)
+            rearm(f.c, f.dp.fast_fd[queue], EV_FAST, queue)
+            return
         if add32(&f.fast_readers[queue], -1) == 0:
             return
 
@@ -897,7 +905,8 @@ cdef void _on_event(core *c, worker *w, int kind, uint32_t index, uint32_t gen,
     elif kind == EV_FAST:
         _on_requests(f, w, index)
     elif kind == EV_TAP:
-        f.dp.on_packets(f.dp.self, w.scratch)
+        if f.dp.on_packets(f.dp.self):
+            rearm(c, f.dp.event_fd, EV_TAP, 0)
     elif kind == EV_CLIENT:
         k = &f.conns[index]
         pthread_mutex_lock(&k.lock)
@@ -1248,8 +1257,8 @@ cdef class FrontEnd(Core):
         listener.setblocking(False)
         self.f.listen_fd = listener.detach()
         self.fds["listener"] = self.f.listen_fd
-        if d.event_fd >= 0:
-            watch(self.c, EPOLL_CTL_ADD, d.event_fd, EPOLLIN | EPOLLET, EV_TAP, 0, 0)
+        if d.table.event_fd >= 0:
+            watch(self.c, EPOLL_CTL_ADD, d.table.event_fd, EPOLLIN | EPOLLET, EV_TAP, 0, 0)
         for i in range(d.table.nfast):
             watch(self.c, EPOLL_CTL_ADD, d.table.fast_fd[i], EPOLLIN | EPOLLET, EV_FAST, i, 0)
 
@@ -1383,8 +1392,7 @@ cdef class FrontEnd(Core):
         if "listener" in self.fds:
             store32(&self.f.unloading, 1)
             watch(self.c, EPOLL_CTL_DEL, self.f.listen_fd, 0, EV_LISTENER, 0, 0)
-            self.quiesce()
-            close(self.fds.pop("listener"))
+            self.later(partial(os.close, self.fds.pop("listener")))
 
     def access_log(self, str path):
         """Append a line for each handoff to a file from now on, opened anew; None: no longer.
@@ -1397,8 +1405,7 @@ cdef class FrontEnd(Core):
             self.fds["access"] = fd
         self.f.access_fd = fd
         if old is not None:
-            self.quiesce()
-            os.close(old)
+            self.later(partial(os.close, old))
 
     def set_limits(self, uint32_t headlimit, double headtimeout):
         self.f.headlimit = headlimit
@@ -1413,8 +1420,10 @@ cdef class FrontEnd(Core):
         old = self.f.rules
         storep(<void **>&self.f.rules, fresh)
         _void_verdicts(self.f)
-        self.quiesce()
-        ruleset_free(old)
+        self.later(partial(self._free_rules, <size_t>old))
+
+    def _free_rules(self, size_t rules):
+        ruleset_free(<ruleset *>rules)
 
     def hits(self, int count):
         """How many connections each of the first 'count' rules has handed over since the start, by

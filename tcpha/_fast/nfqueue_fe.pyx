@@ -641,8 +641,8 @@ cdef void _sweep(void *self, uint32_t worker, uint64_t now) noexcept nogil:
     pthread_rwlock_unlock(&d.lock)
 
 
-cdef void _on_packets(void *self, uint8_t *scratch) noexcept nogil:
-    pass  # the queues have threads of their own
+cdef bint _on_packets(void *self) noexcept nogil:
+    return False  # the queues have threads of their own
 
 
 cdef class FeNfqueue(FeDatapath):

@@ -50,6 +50,7 @@ class BackEndService(Service):
         self.registration = Registration(config, self.secret, self.instance)
         self.registering: asyncio.Task[None] | None = None
         self.leaving: asyncio.Task[None] | None = None
+        self.checking: asyncio.Task[None] | None = None  # what has ended, for who is new
 
     def lacking(self) -> str:
         if self.host.holder(self.config.raddr) is not None:
@@ -176,7 +177,15 @@ class BackEndService(Service):
             log.info("front end %s: connected", address)
         self.datapath.allow(address, True)
         self.core.add_link(sock, index, hello.clock, channel)
-        self.core.check_all()
+        if self.checking:
+            self.checking.cancel()  # who comes now is told of all, too
+        self.checking = self.spawn(self._check())
+
+    async def _check(self) -> None:
+        at: int | None = 0
+        while at is not None:
+            at = self.core.check(at)
+            await asyncio.sleep(0)
 
     async def _tell(self, index: int, gen: int, peer: int, number: int) -> None:
         """A front end asks for earlier connections. The first time we may not know all of them
@@ -189,12 +198,15 @@ class BackEndService(Service):
                 self.searched = True
             except HostError as error:
                 log.warning("%s; what an earlier run adopted is not found", error)
-        self.core.tell_flows(index, gen, number)
+        at: int | None = 0
+        while at is not None:
+            begun, at = at, self.core.tell_flows(index, gen, number, at)
+            await asyncio.sleep(TICK if at == begun else 0)
 
     def on_notice(self) -> None:
         for question in self.core.asked():
             self.spawn(self._tell(*question))
-        for _, peer in self.reap_links():
+        for _, peer in self.core.reap_links():
             if not any(up and p == peer for _, p, up, _ in self.core.links()):
                 log.warning("front end %s: control connections lost", self.frontends[peer][1])
 

@@ -406,13 +406,13 @@ class Registry:
         if found:
             log.info("%d connections of %s go on", found, self.whose)
 
-    def on_notice(self, reap: Callable[[], list[tuple[int, int]]]) -> None:
+    def on_notice(self) -> None:
         """Links broke, or a back end did not answer an offer in time."""
         for entry in self.entries.values():
             if self.core.backend_stats(entry.index)["dead"]:
                 self._give_up(entry, "did not answer a handoff in time")
         errors = {peer: self.core.link_error(i) for i, peer, up, _ in self.core.links() if not up}
-        broken = {peer for _, peer in reap()}
+        broken = {peer for _, peer in self.core.reap_links()}
         for entry in self.entries.values():
             entry.missed |= entry.index in broken
             if errors.get(entry.index) in SILENT:

@@ -259,7 +259,7 @@ class FrontEndService(Service):
                                  and not self.config.accesslog)
 
     def on_notice(self) -> None:
-        self.registry.on_notice(self.reap_links)
+        self.registry.on_notice()
         self.registry.look_rebuilt()
 
     def every_tick(self) -> None:
