@@ -21,6 +21,7 @@ from tcpha.admin.rundir import RunDir
 from tcpha.admin.server import Command, Refused, Server
 from tcpha.admin.troubles import Troubles
 from tcpha.admin.web import Admin, Pages
+from tcpha.beside import beside
 from tcpha.config import Config, ConfigError, load
 from tcpha.control.secret import read_secret
 from tcpha.net.announcer import Announcer, Place
@@ -75,6 +76,8 @@ class Service:
         self.admin: Admin | None = None
         self.keeper = Keeper(self.host, self.look_at_links)
         self.announcers: list[Announcer] = []
+        self.reload_turn = asyncio.Lock()
+        self.next_reload: asyncio.Task[dict[str, Any]] | None = None  # that has not begun
 
     # For the roles
 
@@ -116,8 +119,9 @@ class Service:
     def begin_unload(self) -> None:
         """Take no new connections."""
 
-    def apply(self, config: Config) -> None:
-        """Take a new configuration over, as far as it can change at run time."""
+    async def apply(self, config: Config) -> None:
+        """Take a new configuration over, as far as it can change at run time. Raises HostError or
+        Refused before anything is changed."""
 
     def set_level(self, dbglevel: int) -> None:
         self.core.dbglevel = dbglevel
@@ -182,19 +186,40 @@ class Service:
         return {"live": self.live()}
 
     async def reload(self) -> dict[str, Any]:
-        """Read the configuration file again; a bad one changes nothing."""
+        """Read the configuration file again; a bad one changes nothing. Who comes while that is
+        under way shares the next one with all who do: what they mean is in the file by then."""
+        if self.next_reload is None:
+            self.next_reload = asyncio.create_task(self._reload_in_turn())
+            self.tasks.append(self.next_reload)
+            self.next_reload.add_done_callback(self.tasks.remove)
+        reloading = self.next_reload
         try:
-            fresh = load(self.role, self.config.file, self.config.directory)
+            return await asyncio.shield(reloading)
+        except asyncio.CancelledError:
+            if reloading.cancelled():
+                raise Refused("the daemon stops; nothing was changed") from None
+            raise
+
+    async def _reload_in_turn(self) -> dict[str, Any]:
+        async with self.reload_turn:
+            self.next_reload = None
+            return await self._reload()
+
+    async def _reload(self) -> dict[str, Any]:
+        now = self.config
+        try:
+            fresh = await beside(lambda: load(self.role, now.file, now.directory, now.matcher))
         except ConfigError as error:
             log.error("reload refused, nothing was changed: %s", error)
             raise Refused(str(error)) from None
         fixed = [k for k in fresh.values
-                 if k not in self.reloadable and fresh.values[k] != self.config.values[k]]
+                 if k not in self.reloadable and fresh.values[k] != now.values[k]]
+        fresh.values |= {k: now.values[k] for k in fixed}
         for warning in fresh.warnings:
             log.warning("%s", warning)
         try:
-            self.apply(fresh)
-        except HostError as error:
+            await self.apply(fresh)
+        except (HostError, Refused) as error:
             log.error("reload refused, nothing was changed: %s", error)
             raise Refused(str(error)) from None
         if fixed:

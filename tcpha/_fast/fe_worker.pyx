@@ -25,8 +25,8 @@ from tcpha._fast.defs cimport (
 from tcpha._fast.http cimport HTTP_BAD, HTTP_DONE, HTTP_MORE, http_begun, http_head, http_parse
 from tcpha._fast.ledger cimport RESTORED, RESTORED_OVER
 from tcpha._fast.match cimport (
-    HS_SUCCESS, choice, hs_clone_scratch, hs_free_scratch, hs_scratch_t, match_target, ruleset,
-    ruleset_free, ruleset_new)
+    HS_SUCCESS, Matcher, choice, hs_clone_scratch, hs_free_scratch, hs_scratch_t, match_target,
+    ruleset, ruleset_free, ruleset_new)
 from tcpha._fast.message cimport (
     END_TIME_WAIT, MSG_ADOPTED, MSG_ASK, MSG_CLOSED, MSG_FLOW, MSG_HANDOFF_FIXED, MSG_HEADER,
     MSG_KEYED, MSG_KEYS_SIZE, MSG_MISSED, MSG_OWNED_SIZE, MSG_PONG, MSG_REFUSED, MSG_RETURN,
@@ -286,7 +286,7 @@ cdef bint _by_rules(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogi
     if rules == NULL or rules.groups == 0 or fw == NULL:
         return False
     if fw.scratch_of != rules.generation:
-        if hs_clone_scratch(rules.scratch, &fresh) != HS_SUCCESS:
+        if hs_clone_scratch(rules.patterns.scratch, &fresh) != HS_SUCCESS:
             return False
         if fw.scratch != NULL:
             hs_free_scratch(fw.scratch)
@@ -1412,11 +1412,12 @@ cdef class FrontEnd(Core):
         self.f.headtimeout_ns = <uint64_t>(headtimeout * 1e9)
         _void_verdicts(self.f)
 
-    def publish_rules(self, list groups):
-        """Put rules in force: [(pattern, [(backend index, rule index), ...]), ...] in order."""
+    def publish_rules(self, Matcher matcher, list groups):
+        """Put rules in force. matcher: of their patterns, in order; groups: the rules that bear
+        each, [[(backend index, rule index), ...], ...]."""
         cdef ruleset *old
         self.generation += 1
-        fresh = ruleset_new(groups, self.generation)
+        fresh = ruleset_new(matcher, groups, self.generation)
         old = self.f.rules
         storep(<void **>&self.f.rules, fresh)
         _void_verdicts(self.f)
@@ -1463,7 +1464,7 @@ cdef class FrontEnd(Core):
         matched = []
         if rules != NULL and rules.groups:
             bits = bytearray(rules.words * 8)
-            if hs_clone_scratch(rules.scratch, &scratch) != HS_SUCCESS:
+            if hs_clone_scratch(rules.patterns.scratch, &scratch) != HS_SUCCESS:
                 raise MemoryError
             rc = match_target(rules, scratch, &h, <uint8_t *><char *>buf,
                               <uint64_t *><char *>bits)

@@ -39,21 +39,35 @@ cdef struct choice:
     uint32_t rule
 
 
-# The patterns of a rule list without repetition, in the order of their first rule. Group i holds
-# the rules that bear pattern i: choices[first[i]] .. choices[first[i + 1] - 1], in file order.
-cdef struct ruleset:
+# Patterns, ready to be searched for. There are as long as somebody holds them.
+cdef struct compiled:
     hs_database_t *db
     hs_scratch_t *scratch      # cloned by each worker
+    uint32_t words             # of 64 bits, in a bit set of all
+    uint32_t holders
+
+
+# The patterns of a rule list without repetition, in the order of their first rule. Group i holds
+# the rules that bear pattern i, if there are any: choices[first[i]] .. choices[first[i + 1] - 1],
+# in file order.
+cdef struct ruleset:
+    compiled *patterns
     uint32_t groups
-    uint32_t words             # of 64 bits, in a bit set of all groups
+    uint32_t words             # as its patterns have
     uint32_t *first
     choice *choices
     uint64_t generation
 
 
-cdef int match_scan(const ruleset *rules, hs_scratch_t *scratch, const uint8_t *target,
+cdef class Matcher:
+    cdef readonly list patterns
+    cdef compiled *c
+    cdef uint64_t *bits
+
+
+cdef int match_scan(const compiled *patterns, hs_scratch_t *scratch, const uint8_t *target,
                     uint32_t length, uint64_t *bits) noexcept nogil
 cdef int match_target(const ruleset *rules, hs_scratch_t *scratch, const http_head *h, uint8_t *buf,
                       uint64_t *bits) noexcept nogil
-cdef ruleset *ruleset_new(list groups, uint64_t generation) except NULL
+cdef ruleset *ruleset_new(Matcher matcher, list groups, uint64_t generation) except NULL
 cdef void ruleset_free(ruleset *rules) noexcept nogil

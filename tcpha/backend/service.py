@@ -143,7 +143,7 @@ class BackEndService(Service):
     def _meet(self, sock: socket.socket, address: str) -> None:
         self.spawn(self._greet(sock, address))
 
-    def _judge(self, hello: Hello) -> None:
+    async def _judge(self, hello: Hello) -> None:
         if self.unloading:
             raise HelloError("this back end is unloading")
         check(hello, "fe", self.config.vaddr)
@@ -239,7 +239,7 @@ class BackEndService(Service):
             await asyncio.sleep(TICK / 4)
         await asyncio.sleep(TICK)  # what a worker there had in its hands when it heard
 
-    def apply(self, config: Config) -> None:
+    async def apply(self, config: Config) -> None:
         self.config = config
         self.set_level(config.dbglevel)
         self.workers.limits(config.minspareservers, config.maxspareservers)

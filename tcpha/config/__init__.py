@@ -6,22 +6,22 @@ import difflib
 import os
 from typing import Any
 
-from tcpha._fast.match import Matcher, PatternError, check_patterns
+from tcpha._fast.match import Matcher, PatternError
 from tcpha.config.keys import KEYS, MEANINGLESS, PATHS
-from tcpha.config.model import ANY, Config, ConfigError, Fault, Rule, Server
+from tcpha.config.model import ANY, Config, ConfigError, Fault, Rule, Server, patterns_of
 from tcpha.config.readers import read
 from tcpha.config.writers import to_toml
 from tcpha.control.secret import read_secret
 
-__all__ = ["ANY", "Config", "ConfigError", "Fault", "Rule", "Server", "load", "to_toml"]
+__all__ = ["ANY", "Config", "ConfigError", "Fault", "Rule", "Server", "load", "patterns_of",
+           "to_toml"]
 
 
-EVERYTHING = {".*", "", "^", ".", ".+", "^.*", "^.*$"}
-
-
-def load(role: str, file: str, directory: str | None = None) -> Config:
+def load(role: str, file: str, directory: str | None = None,
+         known: Matcher | None = None) -> Config:
     """Read and check a file for a role ('fe' or 'be'). Paths in it are taken as relative to
-    'directory', or else to the current one. Raises ConfigError with all faults."""
+    'directory', or else to the current one. Raises ConfigError with all faults. known: of an
+    earlier file's patterns, which are not compiled again if this one has the same."""
     directory = directory or os.getcwd()
     items, faults = read(file)
     keys = KEYS[role]
@@ -69,16 +69,17 @@ def load(role: str, file: str, directory: str | None = None) -> Config:
             read_secret(os.path.join(directory, values["secret"]))
         except ValueError as error:
             faults.append(Fault(file, lines["secret"], "secret", str(error)))
-    _check(role, file, values, lines, places, faults, warnings)
+    matcher = _compile(file, values["rule"], places["rule"], faults, known)
+    _check(role, file, values, matcher, lines, places, faults, warnings)
     if faults:
         raise ConfigError(sorted(faults + warnings, key=lambda f: f.line))
     for name in PATHS:
         if values[name]:
             values[name] = os.path.normpath(os.path.join(directory, values[name]))
-    return Config(role, file, values, lines, warnings, directory)
+    return Config(role, file, values, lines, warnings, directory, matcher)
 
 
-def _check(role: str, file: str, v: dict[str, Any], lines: dict[str, int],
+def _check(role: str, file: str, v: dict[str, Any], matcher: Matcher | None, lines: dict[str, int],
            places: dict[str, list[int]], faults: list[Fault], warnings: list[Fault]) -> None:
     """What needs more than one key to judge."""
     def fault(key: str, text: str) -> None:
@@ -107,7 +108,6 @@ def _check(role: str, file: str, v: dict[str, Any], lines: dict[str, int],
             if rule.server not in (ANY, v["raddr"]):
                 faults.append(Fault(file, places["rule"][n], "rule", f"{rule.server} is not this "
                                     "BE; write 'rule = PATTERN'"))
-        _check_patterns(file, v["rule"], places["rule"], faults)
         return
 
     if v["redirectport"] == v["port"] and v["redirectaddr"] in (ANY, v["vaddr"]):
@@ -139,32 +139,32 @@ def _check(role: str, file: str, v: dict[str, Any], lines: dict[str, int],
                 file, places["rule"][n], "rule", f"{rule.server} is no server; " +
                 (f"did you mean {near[0]}?" if near else
                  f"add a line 'server = {rule.server} PORT'")))
-    if _check_patterns(file, v["rule"], places["rule"], faults) and servers:
-        _check_cover(file, v["rule"], places["rule"], warnings)
+    if matcher is not None and servers:
+        _check_cover(file, matcher, places["rule"], warnings)
 
 
-def _check_patterns(file: str, rules: list[Rule], places: list[int], faults: list[Fault]) -> bool:
-    left = list(enumerate(rules))
-    good = True
-    while left:
+def _compile(file: str, rules: list[Rule], places: list[int], faults: list[Fault],
+             known: Matcher | None) -> Matcher | None:
+    """The rules' patterns; None if one of them does not compile."""
+    left = patterns_of(rules)
+    if known is not None and known.patterns == left:
+        return known
+    bad: dict[str, PatternError] = {}
+    while True:
         try:
-            check_patterns([rule.pattern for _, rule in left])
+            matcher = Matcher(left)
             break
         except PatternError as error:
-            at = max(error.pattern, 0)
-            n, rule = left.pop(at)
-            good = False
-            faults.append(Fault(file, places[n], "rule", f"pattern '{rule.pattern}' does not "
-                                                         f"compile: {error} Mend the expression."))
-    return good
+            bad[left.pop(max(error.pattern, 0))] = error
+    faults += [Fault(file, place, "rule", f"pattern '{rule.pattern}' does not compile: "
+                                          f"{bad[rule.pattern]} Mend the expression.")
+               for rule, place in zip(rules, places, strict=True) if rule.pattern in bad]
+    return None if bad else matcher
 
 
-def _check_cover(file: str, rules: list[Rule], places: list[int], warnings: list[Fault]) -> None:
+def _check_cover(file: str, matcher: Matcher, places: list[int], warnings: list[Fault]) -> None:
     """The seed: 'The rules must contain all the cases'. Odd targets stand for all of them."""
-    if any(rule.pattern in EVERYTHING for rule in rules):
-        return  # many rules take seconds to compile
     samples = [b"/", b"/~qz.7_/Zx-0?y=%41&k", b"*", b"http://q.invalid:1/w"]
-    matcher = Matcher([rule.pattern for rule in rules])
     if not all(matcher.matches(sample) for sample in samples):
         warnings.append(Fault(
             file, places[-1] if places else 1, "rule", "the rules do not cover every request, and "

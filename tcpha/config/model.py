@@ -2,9 +2,11 @@
 """The configuration: every key with its type and default, and what a checked file becomes."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from tcpha._fast.match import Matcher
 
 ANY = "0.0.0.0"  # INADDR_ANY
 
@@ -23,6 +25,11 @@ class Rule:
 
     server: str
     pattern: str
+
+
+def patterns_of(rules: Iterable[Rule]) -> list[str]:
+    """Without repetition, in the order of their first rule."""
+    return list(dict.fromkeys(rule.pattern for rule in rules))
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ class Config:
     lines: dict[str, int] = field(default_factory=dict)
     warnings: list[Fault] = field(default_factory=list)
     directory: str = ""  # to which paths are relative
+    matcher: Matcher | None = None  # of the rules' patterns
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -17,7 +17,7 @@ import logging
 import secrets
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -177,7 +177,7 @@ async def call(sock: socket.socket, mine: Hello,
 
 
 async def answer(sock: socket.socket, mine: Hello, secret: bytes | None,
-                 judge: Callable[[Hello], None]) -> tuple[Hello, Channel | None]:
+                 judge: Callable[[Hello], Awaitable[None]]) -> tuple[Hello, Channel | None]:
     """Answer a peer that has connected. judge: raises HelloError if it does not fit, which the peer
     is told."""
     wire = _Wire(sock)
@@ -195,7 +195,7 @@ async def answer(sock: socket.socket, mine: Hello, secret: bytes | None,
         await wire.encrypt(secret, True)
     try:
         hello = _read(*await wire.receive())
-        judge(hello)
+        await judge(hello)
     except HelloError as error:
         mine.error = str(error)
         await wire.send(mine.body())

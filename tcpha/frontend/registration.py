@@ -14,6 +14,7 @@ from typing import Any
 
 from tcpha._fast.match import PatternError, check_patterns
 from tcpha.admin.server import Refused
+from tcpha.beside import beside
 from tcpha.config import Config, Rule, Server
 from tcpha.control.hello import (
     PATIENCE,
@@ -62,20 +63,22 @@ class Registrar:
         if hello is None:
             sock.close()
             return
-        self.registry.register(Server(address, hello.port),
-                               [Rule(address, p) for p in hello.rule], sock)
-        log.info("back end %s: registered, %d rules", address, len(hello.rule))
         try:
+            await self.registry.register(Server(address, hello.port),
+                                         [Rule(address, p) for p in hello.rule], sock)
+            log.info("back end %s: registered, %d rules", address, len(hello.rule))
             await until_closed(sock)
+        except Refused as error:
+            log.warning("registration of %s refused: %s", address, error)
         except OSError as error:
             log.debug("back end %s: %s", address, error)
         finally:
             sock.close()
-        if self.registry.unregister(address, sock):
+        if await self.registry.unregister(address, sock):
             log.info("back end %s: its registration has ended", address)
 
     async def _greet(self, sock: socket.socket, address: str) -> Hello | None:
-        def judge(hello: Hello) -> None:
+        async def judge(hello: Hello) -> None:
             check(hello, "be", self.config.vaddr)
             if address == self.listener.getsockname()[0]:
                 raise HelloError("a back end cannot be on the front end's host; its server can be "
@@ -83,7 +86,7 @@ class Registrar:
             if not 0 < hello.port < 65536 or not hello.rule:
                 raise HelloError("a registration names a port and at least one rule")
             try:
-                check_patterns(hello.rule)
+                await beside(lambda: check_patterns(hello.rule))
             except PatternError as error:
                 raise HelloError(f"a pattern does not compile: {error}") from None
             try:

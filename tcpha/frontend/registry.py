@@ -13,8 +13,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from tcpha._fast.match import Matcher, PatternError
 from tcpha.admin.server import Refused
-from tcpha.config import ANY, Config, Rule, Server
+from tcpha.beside import beside
+from tcpha.config import ANY, Config, Rule, Server, patterns_of
 from tcpha.config.keys import BE_PORT
 from tcpha.control.hello import (
     PATIENCE,
@@ -47,6 +49,20 @@ NOBODY_LISTENS = "nothing listens on its redirectport that can take connections"
 HOST, PROCESS, UNUSABLE = "host dead", "process dead", "unusable"
 # errors that a host's network stack, not its daemon, is to blame for
 SILENT = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT, errno.EHOSTDOWN}
+
+
+# by address: server, rules, and the connection that they came by
+Registered = dict[str, tuple[Server, list[Rule], object]]
+
+
+def _all_rules(config: Config, registered: Registered) -> list[Rule]:
+    return [*config.rule, *(rule for _, rules, _ in registered.values() for rule in rules)]
+
+
+def _in_order(few: list[str], many: list[str]) -> bool:
+    """Whether all are among others, in their order."""
+    left = iter(many)
+    return all(one in left for one in few)
 
 
 class BackEndEntry:
@@ -87,9 +103,10 @@ class Registry:
         self.instance = new_instance()
         self.entries: dict[str, BackEndEntry] = {}
         self.gone: list[BackEndEntry] = []
-        # by address: server, rules, and the connection that they came by
-        self.registered: dict[str, tuple[Server, list[Rule], object]] = {}
+        self.registered: Registered = {}
         self.rules: list[Rule] = []
+        self.matcher: Matcher | None = None  # of their patterns, and maybe of earlier ones
+        self.turn = asyncio.Lock()  # of who changes them
         # connections handed over by rules that are not in force any more, or since a reload are
         # elsewhere in the list; and what the workers' counts were when it changed
         self.used: Counter[Rule] = Counter()
@@ -111,8 +128,29 @@ class Registry:
 
     # Configuration
 
-    def configure(self, config: Config) -> None:
-        """Take over servers and rules. Connections to back ends that stay are kept."""
+    async def reconfigure(self, config: Config, first: Callable[[], None]) -> None:
+        """Take over a new configuration. first: called when nothing stands in its way any more but
+        what that raises. Raises HostError or Refused before anything is changed."""
+        async with self.turn:
+            matcher = await self._matcher(config, self.registered)
+            first()
+            self.configure(config, matcher)
+
+    async def _matcher(self, config: Config, registered: Registered) -> Matcher:
+        """Of the patterns of all rules. One in use serves, too, if it has them in their order."""
+        patterns = patterns_of(_all_rules(config, registered))
+        for known in (config.matcher, self.matcher):
+            if known is not None and _in_order(patterns, known.patterns):
+                return known
+        try:
+            return await beside(lambda: Matcher(patterns))
+        except PatternError as error:
+            raise Refused(f"the patterns of the file and of the back ends that have registered do "
+                          f"not compile together: {error}") from None
+
+    def configure(self, config: Config, matcher: Matcher) -> None:
+        """Take over servers and rules. Connections to back ends that stay are kept. matcher: of at
+        least the rules' patterns, in their order."""
         self.config = config
         wanted = {address: server for address, (server, _, _) in self.registered.items()}
         self.drained.configured({s.address for s in config.server}, set(wanted))
@@ -125,16 +163,15 @@ class Registry:
         for address, server in wanted.items():
             if address not in self.entries:
                 self.entries[address] = self._add(server)
-        groups: dict[str, list[tuple[int, int]]] = {}
+        groups: dict[str, list[tuple[int, int]]] = {p: [] for p in matcher.patterns}
         self.used = self.rule_use()
-        self.rules = list(config.rule)
-        for _, rules, _ in self.registered.values():
-            self.rules += rules
+        self.rules = _all_rules(config, self.registered)
         for n, rule in enumerate(self.rules):
             named = self.entries.get(rule.server)  # or it is the front end itself
             index = named.index if named else LOCAL_NODE
-            groups.setdefault(rule.pattern, []).append((index, n))
-        self.core.publish_rules(list(groups.items()))
+            groups[rule.pattern].append((index, n))
+        self.core.publish_rules(matcher, list(groups.values()))
+        self.matcher = matcher
         self.counted = self.core.hits(len(self.rules))
 
     # Registration
@@ -145,20 +182,30 @@ class Registry:
         if address not in known and len(known) >= MAX_BACKENDS:
             raise Refused(f"there are {MAX_BACKENDS} back ends already")
 
-    def register(self, server: Server, rules: list[Rule], token: object) -> None:
+    async def register(self, server: Server, rules: list[Rule], token: object) -> None:
         """Let a back end join; its rules come behind those of the file and of earlier ones. An
-        earlier registration of it ends. If the file lists it, the file's port holds."""
-        self.registered.pop(server.address, None)
-        self.registered[server.address] = server, rules, token
-        self.configure(self.config)
+        earlier registration of it ends. If the file lists it, the file's port holds. Raises
+        Refused."""
+        async with self.turn:
+            self.room_for(server.address)
+            others = self._registered_but(server.address)
+            await self._change(others | {server.address: (server, rules, token)})
 
-    def unregister(self, address: str, token: object) -> bool:
+    async def unregister(self, address: str, token: object) -> bool:
         """Take a registration back, unless there is a newer one. Returns whether it was."""
-        if address not in self.registered or self.registered[address][2] is not token:
-            return False
-        del self.registered[address]
-        self.configure(self.config)
-        return True
+        async with self.turn:
+            if address not in self.registered or self.registered[address][2] is not token:
+                return False
+            await self._change(self._registered_but(address))
+            return True
+
+    def _registered_but(self, address: str) -> Registered:
+        return {a: what for a, what in self.registered.items() if a != address}
+
+    async def _change(self, registered: Registered) -> None:
+        matcher = await self._matcher(self.config, registered)
+        self.registered = registered
+        self.configure(self.config, matcher)
 
     def _add(self, server: Server) -> BackEndEntry:
         for entry in self.gone:  # back again: its flows are still known by this place

@@ -101,7 +101,7 @@ class FrontEndService(Service):
             raise
         self.registry = Registry(self.core, self.datapath, host, config, self.secret, self.spawn,
                                  Drained(self.run_dir.path / f"{self.run_dir.name}.drained"))
-        self.registry.configure(config)
+        self.registry.configure(config, config.matcher)
         self.registry.keep_left()
         self.registrations = self._registrations(device) if self._registers() else None
         self.registry.registers = self.registrations is not None
@@ -356,7 +356,12 @@ class FrontEndService(Service):
         self.core.stop_accepting()
         self.emptying = False
 
-    def apply(self, config: Config) -> None:
+    async def apply(self, config: Config) -> None:
+        await self.registry.reconfigure(config, lambda: self._take_over(config))
+        self.registry.detect(self.dtcinterval)
+        self.files.refresh()
+
+    def _take_over(self, config: Config) -> None:
         if config.accesslog != self.config.accesslog:
             self._open_access_log(config.accesslog)  # first: if it fails, nothing is changed
         self.config = config
@@ -364,9 +369,6 @@ class FrontEndService(Service):
         self.core.set_limits(config.headlimit, float(config.headtimeout))
         self.dtcinterval = config.dtcinterval
         self.workers.limits(config.minspareservers, config.maxspareservers)
-        self.registry.configure(config)
-        self.registry.detect(self.dtcinterval)
-        self.files.refresh()
 
     # Commands
 

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A reload: what it compiles is compiled once, and beside everything else."""
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_register import REGISTER, logged, secret_file, start_back
+
+from tcpha._fast.match import Matcher
+from tcpha.config import ConfigError, load
+from tcpha.lab.bed import Cluster, Daemon, wait_for
+
+cluster_modes = pytest.mark.modes("direct")  # how packets travel is not the point
+MANY = [f"^/site{n}/(.*[.]jpg|[a-z]+{n})$" for n in range(700)]  # a second to compile, or more
+
+
+def front(c: Cluster) -> Daemon:
+    assert c.fe
+    return c.fe
+
+
+@pytest.fixture
+def one(mode: dict[str, Any]) -> Iterator[Cluster]:
+    c = Cluster(1, **mode, rules=[(0, ".*")])
+    try:
+        c.nginx[0].file("1k", size=1024)
+        yield c
+    finally:
+        c.close()
+
+
+def with_rules(c: Cluster, patterns: list[str], *lines: str) -> str:
+    address = c.be_hosts[0].address
+    return "\n".join([c.fe_text(), *(f"rule = {address} {p}" for p in patterns), *lines, ""])
+
+
+def answers_until(done: Future[Any], fe: Daemon) -> int:
+    """How many commands are answered before something has been done."""
+    count = 0
+    while not done.done():
+        fe.ctl("status")
+        count += not done.done()
+    return count
+
+
+def test_other_threads_run_while_patterns_are_compiled() -> None:
+    turns = 0
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(Matcher, MANY)
+        while not done.done():
+            time.sleep(0.001)
+            turns += 1
+    assert done.result().matches(b"/site699/abc699") == [699] and turns > 20
+
+
+def test_patterns_are_compiled_once(tmp_path: Path) -> None:
+    """And not again for a file that has the same ones."""
+    file = tmp_path / "fe.conf"
+    servers = "".join(f"server = 10.0.0.{n}\n" for n in (1, 2))
+    file.write_text(f"vaddr = 10.0.0.100\n{servers}rule = 10.0.0.1 ^/a\nrule = 10.0.0.2 ^/a\n"
+                    "rule = 10.0.0.1 jpg$\n")
+    first = load("fe", str(file))
+    assert first.matcher and first.matcher.patterns == ["^/a", "jpg$"]
+    assert "do not cover" in str(first.warnings[0])
+    file.write_text(file.read_text().replace("0.1 jpg$", "0.2 jpg$"))
+    assert load("fe", str(file), None, first.matcher).matcher is first.matcher
+    file.write_text(file.read_text() + "rule = 10.0.0.1 .*\n")
+    assert load("fe", str(file), None, first.matcher).matcher.patterns == ["^/a", "jpg$", ".*"]
+
+
+def test_each_rule_with_a_bad_pattern_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "fe.conf"
+    file.write_text("vaddr = 10.0.0.100\nserver = 10.0.0.1\nrule = 10.0.0.1 a(\n"
+                    "rule = 10.0.0.1 b\nrule = 10.0.0.1 c[\nrule = 10.0.0.1 a(\n")
+    with pytest.raises(ConfigError) as error:
+        load("fe", str(file))
+    assert [f.line for f in error.value.faults] == [3, 5, 6]
+
+
+@cluster_modes
+def test_the_loop_answers_while_a_reload_compiles(one: Cluster) -> None:
+    fe = front(one)
+    text = fe.config.read_text()
+    with ThreadPoolExecutor(1) as pool:
+        fe.config.write_text(with_rules(one, MANY))
+        assert answers_until(pool.submit(fe.ctl, "reload"), fe) > 20
+        assert len(fe.ctl("rules")) == len(MANY) + 1
+        fe.config.write_text(with_rules(one, MANY[::-1], "rule = 192.168.1.33 jpg(",
+                                        "dbglevel = 3"))
+        refused = pool.submit(fe.ctl, "reload")
+        assert answers_until(refused, fe) > 20
+        with pytest.raises(Exception, match=r"'jpg\(' does not compile"):
+            refused.result()
+        assert fe.ctl("rules")[1]["pattern"] == MANY[0] and fe.ctl("status")["dbglevel"] == 0
+        # the same patterns again: nothing is left to compile
+        fe.config.write_text(with_rules(one, MANY, "dbglevel = 1"))
+        fe.ctl("reload")
+        assert fe.ctl("status")["dbglevel"] == 1
+    assert one.get("/1k?site1", "-o", "/dev/null", "-w", "%{http_code}") == "200"
+    fe.config.write_text(text)
+    fe.ctl("reload")
+    assert len(fe.ctl("rules")) == 1
+
+
+@cluster_modes
+def test_reloads_that_come_meanwhile_are_one(one: Cluster) -> None:
+    fe = front(one)
+    fe.config.write_text(with_rules(one, MANY))
+    with ThreadPoolExecutor(8) as pool:
+        first = pool.submit(fe.ctl, "reload")
+        answers = 0
+        while answers < 5 and not first.done():
+            fe.ctl("status")
+            answers += 1
+        fe.config.write_text(with_rules(one, ["^/last"]))
+        others = [pool.submit(fe.ctl, "reload") for _ in range(8)]
+        for _ in range(8):
+            fe.process.send_signal(signal.SIGHUP)
+        for done in (first, *others):
+            assert done.result() == {"restart_needed_for": []}
+    assert [r["pattern"] for r in fe.ctl("rules")] == [".*", "^/last"]
+    assert len(re.findall("configuration reloaded", fe.log.read_text())) <= 3
+
+
+@cluster_modes
+def test_a_stop_does_not_wait_for_a_reload(one: Cluster) -> None:
+    """Nor does that touch what is closed by then."""
+    fe = front(one)
+    fe.config.write_text(with_rules(one, [*MANY, *(f"{p}|gif$" for p in MANY)]))
+    with socket.socket(socket.AF_UNIX) as s:
+        s.connect(str(fe.run_dir / "tcphafe.sock"))
+        s.sendall(json.dumps({"command": "reload"}).encode() + b"\n")
+        for _ in range(5):
+            fe.ctl("status")
+        assert fe.stop() == 0
+        assert b"the daemon stops" in s.recv(4096)
+    assert not re.search("reload|internal error", fe.log.read_text())
+
+
+@cluster_modes
+def test_the_loop_answers_while_a_registration_compiles(mode: dict[str, Any]) -> None:
+    """And its end needs nothing compiled: it holds at once."""
+    c = Cluster(1, **mode, start=False, rules=[])
+    try:
+        secret = f"secret = {secret_file(c, 'secret')}"
+        c.fe = Daemon(c.fe_host, "fe", "\n".join([
+            "raddr = 192.168.1.23", f"vaddr = {c.VIP}", f"datapath = {c.datapath[0]}", secret,
+            *(f"rule = 192.168.1.23 {p}" for p in MANY), ""]))
+        be = start_back(c, 0, secret, REGISTER, "rule = gif$")
+        wait_for(logged(be, "registered at the front end"), "the answer to the registration")
+        assert c.fe.ctl("servers") == []  # its rule is being compiled
+        wait_for(lambda: c.fe and c.fe.ctl("servers"), "the registration")
+        with ThreadPoolExecutor(1) as pool:
+            ended = pool.submit(be.stop)
+            wait_for(logged(c.fe, "its registration has ended"), "the end of the registration")
+            assert c.fe.ctl("servers") == [] and len(c.fe.ctl("rules")) == len(MANY)
+            assert ended.result() == 0
+    finally:
+        c.close()
