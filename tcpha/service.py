@@ -13,7 +13,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from tcpha.admin import capabilities, logs
 from tcpha.admin.files import ControlFiles
@@ -28,6 +28,9 @@ from tcpha.net.announcer import Announcer, Place
 from tcpha.net.host import Host, HostError
 from tcpha.net.keeper import Keeper
 from tcpha.supervisor import Supervisor
+from tcpha.tasks import Work, deaths, died, persist, watch
+
+T = TypeVar("T")
 
 log = logging.getLogger("tcpha")
 TICK = 0.05
@@ -166,6 +169,15 @@ class Service:
 
     # Commands
 
+    async def status(self) -> dict[str, Any]:
+        """What both roles show alike."""
+        config = self.config
+        return {"startservers": config.startservers, "minspareservers": config.minspareservers,
+                "maxspareservers": config.maxspareservers, "maxclients": config.maxclients,
+                "dbglevel": self.core.dbglevel, "unloading": self.unloading,
+                "host": self.keeper.report(), "workers": self.workers.stats(),
+                "deaths": deaths()}
+
     async def set(self, name: str, value: str) -> dict[str, Any]:
         if name != "dbglevel":
             raise Refused(f"'{name}' cannot be set; 'dbglevel' can")
@@ -189,9 +201,7 @@ class Service:
         """Read the configuration file again; a bad one changes nothing. Who comes while that is
         under way shares the next one with all who do: what they mean is in the file by then."""
         if self.next_reload is None:
-            self.next_reload = asyncio.create_task(self._reload_in_turn())
-            self.tasks.append(self.next_reload)
-            self.next_reload.add_done_callback(self.tasks.remove)
+            self.next_reload = self._begin(self._reload_in_turn())
         reloading = self.next_reload
         try:
             return await asyncio.shield(reloading)
@@ -234,6 +244,7 @@ class Service:
     async def run(self, report: Callable[[str], None]) -> None:
         """Serve until told to stop. report('') once ready."""
         loop = self.loop = asyncio.get_running_loop()
+        watch(loop)
         for number_ in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number_, self.stopping.set)
         # until we serve, when there is more to do
@@ -274,7 +285,7 @@ class Service:
         try:
             self.keeper.begin()
             await self.begin()
-            self.spawn(self._tick())
+            self.spawn("tick", self._tick)
             if self.admin:
                 self.admin.start()
             self.run_dir.write_pid()
@@ -329,17 +340,15 @@ class Service:
         logs.forward_rest(pipe)
         asyncio.get_running_loop().remove_reader(pipe.fileno())
 
-    def spawn(self, work: Any) -> asyncio.Task[Any]:
-        task = asyncio.get_running_loop().create_task(work)
-        self.tasks.append(task)
-        task.add_done_callback(self._done)
-        return task
+    def spawn(self, name: str, work: Work, again: bool = True) -> asyncio.Task[None]:
+        """Have something done beside us, see persist(); it is cancelled when we stop."""
+        return self._begin(persist(name, work, again))
 
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        if task in self.tasks:
-            self.tasks.remove(task)
-        if not task.cancelled() and task.exception():
-            log.error("internal error", exc_info=task.exception())
+    def _begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = self.loop.create_task(work)
+        self.tasks.append(task)
+        task.add_done_callback(self.tasks.remove)
+        return task
 
     def _notice(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -350,11 +359,10 @@ class Service:
         async def quietly() -> None:
             with contextlib.suppress(Refused):
                 await self.reload()
-        self.spawn(quietly())
+        self.spawn("reload", quietly)
 
     async def _tick(self) -> None:
         next_second = 0.0
-        said: dict[str, str] = {}
         loop = asyncio.get_running_loop()
 
         def attempt(work: Callable[[], None]) -> None:
@@ -362,9 +370,7 @@ class Service:
             try:
                 work()
             except Exception as error:  # the next time may do better
-                if repr(error) != said.get(work.__name__):
-                    said[work.__name__] = repr(error)
-                    log.exception("internal error")
+                died(work.__qualname__, error)
         while True:
             await asyncio.sleep(TICK)
             attempt(self.workers.tick)

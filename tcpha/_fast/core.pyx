@@ -36,6 +36,7 @@ cdef extern from "<linux/tcp.h>" nogil:
         uint32_t tcpi_unacked
 
 cdef uint64_t HELLO_NS = 3000000000  # that HELLO takes at most: PATIENCE in control/hello.py
+MOST_LINKS = MAX_LINKS
 cdef enum:
     EVENTS = 64
     TURN = 4               # reads of a control connection before it is others' turn

@@ -18,6 +18,7 @@ from typing import Any
 
 from tcpha.admin.rundir import make_directory
 from tcpha.admin.server import Refused
+from tcpha.tasks import died
 
 log = logging.getLogger("tcpha")
 IN_CLOSE_WRITE, IN_IGNORED = 8, 0x8000
@@ -105,6 +106,8 @@ class ControlFiles:
             await self.entries[name][1](value)
         except Refused as error:
             log.warning("%s: %s", self.directory / name, error)
+        except Exception as error:
+            died("control file", error)
         self.refresh()
 
     def refresh(self) -> None:

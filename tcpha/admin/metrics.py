@@ -55,6 +55,10 @@ def _shared(role: str, status: Mapping[str, Any]) -> Iterable[Metric]:
     yield _gauge("live_connections", "Connections handed over that have not ended.",
                  status["live"])
     yield _gauge("maxclients", "The configuration's maxclients.", status["maxclients"])
+    yield _labelled(CounterMetricFamily("tcpha_deaths", "Tasks and threads of the daemon that "
+                                        "failed and began again: faults of TCPHA, see its log.",
+                                        labels=["task"]),
+                    [([k], v) for k, v in status["deaths"].items()])
     yield _gauge("unloading", "1 while it takes no new connections and ends with the last one.",
                  status["unloading"])
     yield _labelled(CounterMetricFamily("tcpha_packets", "Packets, by what the datapath did with "

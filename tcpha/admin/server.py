@@ -7,12 +7,15 @@ Request: {"command": NAME, "args": [...]}. Answer: {"ok": true, "data": ...} or
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import os
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+
+from tcpha.tasks import died
 
 Command = Callable[..., Awaitable[Any]]
 PATIENCE = 1.0  # seconds for answers under way when the daemon stops
@@ -71,11 +74,16 @@ class Server:
         if command is None:
             return {"ok": False, "error": f"unknown command '{name}'"}
         try:
+            inspect.signature(command).bind(*args)
+        except TypeError:
+            return {"ok": False, "error": f"wrong number of arguments for '{name}'"}
+        try:
             return {"ok": True, "data": await command(*args)}
         except Refused as error:
             return {"ok": False, "error": str(error)}
-        except TypeError:
-            return {"ok": False, "error": f"wrong number of arguments for '{name}'"}
+        except Exception as error:
+            died("command", error)
+            return {"ok": False, "error": f"internal error: {error!r}"}
 
 
 def ask(path: Path, command: str, args: list[str]) -> Any:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tcpha.tasks import persistent_thread
+
 log = logging.getLogger("tcpha")
 # path: (content type, what makes the body)
 Pages = dict[str, tuple[str, Callable[[], bytes]]]
@@ -68,13 +70,13 @@ class Admin(ThreadingHTTPServer):
     def __init__(self, address: str, port: int, pages: Pages):
         self.pages = pages
         super().__init__((address, port), _Handler)
-        self.thread = threading.Thread(target=self.serve_forever, name="admin", daemon=True)
+        self.thread: threading.Thread | None = None
 
     def start(self) -> None:
-        self.thread.start()
+        self.thread = persistent_thread("admin", self.serve_forever)
 
     def close(self) -> None:
-        if self.thread.is_alive():
+        if self.thread:
             self.shutdown()
         self.server_close()
 

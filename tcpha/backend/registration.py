@@ -11,11 +11,11 @@ import socket
 from tcpha.config import Config
 from tcpha.control.hello import (
     PATIENCE,
-    Hello,
     HelloError,
     call,
     check,
     keep_alive,
+    registration,
     until_closed,
 )
 
@@ -62,8 +62,8 @@ class Registration:
         sock.bind((config.raddr, 0))
         async with asyncio.timeout(PATIENCE):
             await asyncio.get_running_loop().sock_connect(sock, (config.feaddr, config.feport))
-            mine = Hello("be", config.vaddr, config.port, instance=self.instance,
-                         rule=[r.pattern for r in config.rule])
+            mine = registration(config.vaddr, config.port, [r.pattern for r in config.rule],
+                                self.instance)
             hello, _ = await call(sock, mine, self.secret)
         check(hello, "fe", config.vaddr)
 

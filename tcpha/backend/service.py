@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from functools import partial
 from typing import Any
 
 from tcpha._fast.be_worker import BackEnd
+from tcpha._fast.core import MOST_LINKS
 from tcpha._fast.message import clock
 from tcpha.admin.rundir import RunDir
 from tcpha.admin.server import Command
@@ -90,9 +92,9 @@ class BackEndService(Service):
 
     async def begin(self) -> None:
         self._look_at_application()
-        self.spawn(accept_each(self.listener, self._meet))
+        self.spawn("accept", lambda: accept_each(self.listener, self._meet))
         if self.config.dregister:
-            self.registering = self.spawn(self.registration.run())
+            self.registering = self.spawn("registration", self.registration.run)
 
     async def shut(self) -> None:
         if not self.leaving:
@@ -141,11 +143,14 @@ class BackEndService(Service):
         return 0 if index is None else self.host.mtu(index)
 
     def _meet(self, sock: socket.socket, address: str) -> None:
-        self.spawn(self._greet(sock, address))
+        self.spawn("hello", lambda: self._greet(sock, address), again=False)
 
     async def _judge(self, hello: Hello) -> None:
         if self.unloading:
             raise HelloError("this back end is unloading")
+        if len(self.core.links()) >= MOST_LINKS:
+            raise HelloError(f"this back end has {MOST_LINKS} control connections already; lower "
+                             "connperbe")
         check(hello, "fe", self.config.vaddr)
 
     async def _greet(self, sock: socket.socket, address: str) -> None:
@@ -163,6 +168,9 @@ class BackEndService(Service):
             log.warning("control connection from %s refused: %s", address, error or "no HELLO")
             sock.close()
             return
+        except BaseException:
+            sock.close()
+            raise
         peer = (hello.instance, address)
         known = [a for _, a in self.frontends]
         if peer in self.frontends:
@@ -205,7 +213,7 @@ class BackEndService(Service):
 
     def on_notice(self) -> None:
         for question in self.core.asked():
-            self.spawn(self._tell(*question))
+            self.spawn("tell", partial(self._tell, *question))
         for _, peer in self.core.reap_links():
             if not any(up and p == peer for _, p, up, _ in self.core.links()):
                 log.warning("front end %s: control connections lost", self.frontends[peer][1])
@@ -221,7 +229,7 @@ class BackEndService(Service):
             self.registering.cancel()
         self.core.refuse_all()
         if not self.leaving:
-            self.leaving = self.spawn(self._leave())
+            self.leaving = self.spawn("leave", self._leave)
 
     async def _leave(self) -> None:
         """A request on its way when we go would be lost: let front ends hear that they must not
@@ -251,18 +259,13 @@ class BackEndService(Service):
     async def status(self) -> dict[str, Any]:
         config = self.config
         self.core.catch_up()
-        return {
+        return await super().status() | {
             "raddr": config.raddr, "vaddr": config.vaddr, "uaddr": config.uaddr,
             "port": config.port, "redirectaddr": config.redirectaddr,
             "redirectport": config.redirectport, "datapath": self.datapath.name,
             "chosen": self.datapath.chosen,
             "fastpath": "on" if self.datapath.fastpath else "off",
-            "dbglevel": self.core.dbglevel, "startservers": config.startservers,
-            "minspareservers": config.minspareservers,
-            "maxspareservers": config.maxspareservers, "maxclients": config.maxclients,
             "dregister": config.dregister, "registered": self.registration.registered,
-            "unloading": self.unloading, "host": self.keeper.report(),
-            "workers": self.workers.stats(),
             "application": "listening" if self.application.usable else "dead",
             "trouble": self.application.found.trouble if self.application.found else "",
             "live": self.live(), "counters": self.core.counters(),

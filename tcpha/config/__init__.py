@@ -8,13 +8,24 @@ from typing import Any
 
 from tcpha._fast.match import Matcher, PatternError
 from tcpha.config.keys import KEYS, MEANINGLESS, PATHS
-from tcpha.config.model import ANY, Config, ConfigError, Fault, Rule, Server, patterns_of
+from tcpha.config.model import (
+    ANY,
+    MAX_BACKENDS,
+    Config,
+    ConfigError,
+    Fault,
+    Rule,
+    Server,
+    patterns_of,
+    too_many,
+)
 from tcpha.config.readers import read
 from tcpha.config.writers import to_toml
+from tcpha.control.hello import MOST_HELLO, new_instance, registration
 from tcpha.control.secret import read_secret
 
-__all__ = ["ANY", "Config", "ConfigError", "Fault", "Rule", "Server", "load", "patterns_of",
-           "to_toml"]
+__all__ = ["ANY", "MAX_BACKENDS", "Config", "ConfigError", "Fault", "Rule", "Server", "load",
+           "patterns_of", "to_toml", "too_many"]
 
 
 def load(role: str, file: str, directory: str | None = None,
@@ -108,6 +119,13 @@ def _check(role: str, file: str, v: dict[str, Any], matcher: Matcher | None, lin
             if rule.server not in (ANY, v["raddr"]):
                 faults.append(Fault(file, places["rule"][n], "rule", f"{rule.server} is not this "
                                     "BE; write 'rule = PATTERN'"))
+        if v["dregister"] and v["vaddr"] is not None:
+            patterns = [rule.pattern for rule in v["rule"]]
+            size = len(registration(v["vaddr"], v["port"], patterns, new_instance()).body())
+            if size > MOST_HELLO:
+                faults.append(Fault(file, places["rule"][-1], "rule", f"the rules make {size} "
+                                    f"bytes, and a registration has room for {MOST_HELLO}; join "
+                                    "some with '|', or write them on the FE"))
         return
 
     if v["redirectport"] == v["port"] and v["redirectaddr"] in (ANY, v["vaddr"]):
@@ -129,6 +147,9 @@ def _check(role: str, file: str, v: dict[str, Any], matcher: Matcher | None, lin
         if server.address == v["vaddr"]:
             faults.append(Fault(file, line, "server", "is the virtual address; write the BE's "
                                                       "real one"))
+    if trouble := too_many(len(servers), v["connperbe"]):
+        fault("connperbe" if len(servers) <= MAX_BACKENDS and "connperbe" in lines else "server",
+              trouble)
     if "server" not in lines and not v["secret"] and v["registration"] == "secret":
         warnings.append(Fault(file, 1, "server", "no back end is listed: every request goes to the "
                                                  "Local Node; add 'server = ADDRESS PORT'", True))

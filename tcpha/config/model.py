@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from tcpha._fast.core import MOST_LINKS
 from tcpha._fast.match import Matcher
 
 ANY = "0.0.0.0"  # INADDR_ANY
+MAX_BACKENDS = 255           # and the Local Node
+MAX_LINKS = MOST_LINKS - 1   # control connections to them; one is the Local Node's
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,17 @@ class Server:
 
     address: str
     port: int
+
+
+def too_many(backends: int, connperbe: int) -> str:
+    """Why a front end cannot have so many; '' if it can."""
+    if backends > MAX_BACKENDS:
+        return f"{backends} back ends are more than {MAX_BACKENDS}; remove some"
+    if backends * connperbe > MAX_LINKS:
+        return (f"{backends} back ends with {connperbe} control connections each make "
+                f"{backends * connperbe}, more than {MAX_LINKS}; lower connperbe to "
+                f"{MAX_LINKS // backends}")
+    return ""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from tcpha._fast.tls import Channel, TlsError
 
 log = logging.getLogger("tcpha")
 LIMIT = 65536
+MOST_HELLO = LIMIT - HEADER_SIZE - 32  # bytes of a body; its clock may have more digits later
 MAGIC = 0x5443
 PLAIN, HANDSHAKE = b"T", b"\x16"  # what a connection begins with: a message, or a TLS record
 STRANGER = "the peer does not speak TCPHA's control protocol"
@@ -59,6 +60,11 @@ class Hello:
     def body(self) -> bytes:
         self.clock = clock()
         return json.dumps(asdict(self)).encode()
+
+
+def registration(vaddr: str, port: int, patterns: list[str], instance: str) -> Hello:
+    """What a back end says that joins."""
+    return Hello("be", vaddr, port, instance=instance, rule=patterns)
 
 
 def new_instance() -> str:

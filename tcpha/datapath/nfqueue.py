@@ -12,7 +12,6 @@ import os
 import select
 import socket
 import struct
-import threading
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -30,6 +29,7 @@ from tcpha.datapath.pinned import Pinned
 from tcpha.net import rules
 from tcpha.net.host import Host, HostError
 from tcpha.net.rules import Rule
+from tcpha.tasks import persistent_thread
 
 log = logging.getLogger("tcpha")
 FIRST_QUEUE = 26000       # the first number that is tried
@@ -222,8 +222,7 @@ class _Handshakes:
         else:
             raise DatapathError("datapath nfqueue: no free netfilter queue")
         self.stop = os.eventfd(0, os.EFD_CLOEXEC)
-        self.thread = threading.Thread(target=self._run, name="handshakes", daemon=True)
-        self.thread.start()
+        self.thread = persistent_thread("handshakes", self._run)
 
     def _on_packet(self, packet: Any) -> None:
         if self.table.handshake(packet.get_payload()):

@@ -34,10 +34,10 @@ MOST = 64         # connections that have not registered yet
 
 
 class Registrar:
-    """listener: bound to our real address. spawn: runs a coroutine beside us."""
+    """listener: bound to our real address. spawn: see Service.spawn()."""
 
     def __init__(self, listener: socket.socket, registry: Registry, config: Config,
-                 secret: bytes | None, spawn: Callable[[Any], Any]):
+                 secret: bytes | None, spawn: Callable[..., Any]):
         self.listener = listener
         self.registry = registry
         self.config = config
@@ -51,18 +51,21 @@ class Registrar:
     def _meet(self, sock: socket.socket, address: str) -> None:
         if self.strangers < MOST:
             self.strangers += 1
-            self.spawn(self._serve(sock, address))
+            self.spawn("registration", lambda: self._serve(sock, address), again=False)
         else:
             sock.close()
 
     async def _serve(self, sock: socket.socket, address: str) -> None:
-        try:
-            hello = await self._greet(sock, address)
-        finally:
-            self.strangers -= 1
-        if hello is None:
-            sock.close()
-            return
+        with sock:
+            try:
+                hello = await self._greet(sock, address)
+            finally:
+                self.strangers -= 1
+            if hello is not None:
+                await self._keep(sock, address, hello)
+
+    async def _keep(self, sock: socket.socket, address: str, hello: Hello) -> None:
+        """The registration lasts as long as this, however it ends."""
         try:
             await self.registry.register(Server(address, hello.port),
                                          [Rule(address, p) for p in hello.rule], sock)
@@ -74,8 +77,8 @@ class Registrar:
             log.debug("back end %s: %s", address, error)
         finally:
             sock.close()
-        if await self.registry.unregister(address, sock):
-            log.info("back end %s: its registration has ended", address)
+            if await self.registry.unregister(address, sock):
+                log.info("back end %s: its registration has ended", address)
 
     async def _greet(self, sock: socket.socket, address: str) -> Hello | None:
         async def judge(hello: Hello) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from tcpha._fast.match import Matcher, PatternError
 from tcpha.admin.server import Refused
 from tcpha.beside import beside
-from tcpha.config import ANY, Config, Rule, Server, patterns_of
+from tcpha.config import ANY, MAX_BACKENDS, Config, Rule, Server, patterns_of, too_many
 from tcpha.config.keys import BE_PORT
 from tcpha.control.hello import (
     PATIENCE,
@@ -36,7 +36,6 @@ from tcpha.net import pathmtu
 from tcpha.net.host import Host, HostError, Route
 
 log = logging.getLogger("tcpha")
-MAX_BACKENDS = 255  # and the Local Node
 BACKOFF_FIRST = 0.05  # seconds before the second attempt to connect; doubles up to BACKOFF_MOST
 BACKOFF_MOST = 1.0
 FIRST_LOOK = 1.0  # seconds that clients wait in the backlog at the start for silent hosts
@@ -91,7 +90,7 @@ class Registry:
     """All back ends. Used in the loop's thread only."""
 
     def __init__(self, core: Any, datapath: Any, host: Host, config: Config,
-                 secret: bytes | None, spawn: Callable[[Any], asyncio.Task[Any]],
+                 secret: bytes | None, spawn: Callable[..., asyncio.Task[None]],
                  drained: Drained):
         self.core = core
         self.datapath = datapath
@@ -132,6 +131,7 @@ class Registry:
         """Take over a new configuration. first: called when nothing stands in its way any more but
         what that raises. Raises HostError or Refused before anything is changed."""
         async with self.turn:
+            self._see_room({s.address for s in config.server} | set(self.registered))
             matcher = await self._matcher(config, self.registered)
             first()
             self.configure(config, matcher)
@@ -178,9 +178,16 @@ class Registry:
 
     def room_for(self, address: str) -> None:
         """Raise Refused if no further back end fits."""
+        self._see_room({address})
+
+    def _see_room(self, wanted: set[str]) -> None:
+        """Raise Refused unless they fit beside those that are there, or were and still have
+        connections."""
         known = {e.server.address for e in self._all()}
-        if address not in known and len(known) >= MAX_BACKENDS:
-            raise Refused(f"there are {MAX_BACKENDS} back ends already")
+        trouble = too_many(len(known | wanted), self.config.connperbe)
+        if wanted - known and trouble:
+            raise Refused(f"{trouble} (those of before count until their last connection has "
+                          "ended)")
 
     async def register(self, server: Server, rules: list[Rule], token: object) -> None:
         """Let a back end join; its rules come behind those of the file and of earlier ones. An
@@ -223,8 +230,11 @@ class Registry:
             self.core.backend_flags(index, draining=True)
             log.info("back end %s: still draining", server.address)
         if self.started:
-            entry.task = self.spawn(self._keep_connected(entry))
+            self._begin(entry)
         return entry
+
+    def _begin(self, entry: BackEndEntry) -> None:
+        entry.task = self.spawn("connect", lambda: self._keep_connected(entry))
 
     def _place(self, address: str) -> int:
         """An index for a new back end. Connections of an earlier run know it by the one it had."""
@@ -260,7 +270,7 @@ class Registry:
         self.started = True
         self.rebuild_since = asyncio.get_running_loop().time()
         for entry in self.entries.values():
-            entry.task = self.spawn(self._keep_connected(entry))
+            self._begin(entry)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_LOOK):
                 for entry in list(self.entries.values()):

@@ -201,8 +201,8 @@ class FrontEndService(Service):
         await self.registry.begin()
         self.core.accept()
         if self.registrations:
-            self.spawn(Registrar(self.registrations, self.registry, self.config, self.secret,
-                                 self.spawn).run())
+            self.spawn("accept", Registrar(self.registrations, self.registry, self.config,
+                                           self.secret, self.spawn).run)
 
     async def shut(self) -> None:
         if self.config.announce == "off":
@@ -267,7 +267,7 @@ class FrontEndService(Service):
         self.core.answer_syns(not self.unloading and self.core.fast_backends() > 0)
         if self.datapath.fastpath and not self.taking:
             self.taking = True
-            self.spawn(self._take_silent())
+            self.spawn("silent", self._take_silent, again=False)  # we do, if it fails
 
     def look_at_links(self) -> None:
         self.loop.call_soon_threadsafe(self.registry.reroute, self.registry.routes())
@@ -287,10 +287,10 @@ class FrontEndService(Service):
         self.datapath.refresh()
         if self.datapath.fastpath and not self.asking:
             self.asking = True
-            self.spawn(self._ask())
+            self.spawn("ask", self._ask, again=False)
         if not self.expiring:
             self.expiring = True
-            self.spawn(self._expire())
+            self.spawn("expire", self._expire, again=False)
 
     async def _take_silent(self) -> None:
         """The packet path keeps no state of a client that says nothing; so we do after a while."""
@@ -340,7 +340,7 @@ class FrontEndService(Service):
         self.core.answer_syns(False)
         self.core.refuse_new()
         self.emptying = True
-        self.spawn(self._empty())
+        self.spawn("unload", self._empty)
 
     async def _empty(self) -> None:
         """Close the listener once nobody is left who takes himself for connected."""
@@ -396,18 +396,13 @@ class FrontEndService(Service):
 
     async def status(self) -> dict[str, Any]:
         config = self.config
-        return {
+        return await super().status() | {
             "vaddr": config.vaddr, "raddr": config.raddr, "port": config.port,
             "datapath": self.datapath.name, "chosen": self.datapath.chosen,
             "forward": config.forward,
             "fastpath": "on" if self.datapath.fastpath else "off",
             "packet_path": self.core.answers_syns(),
-            "dbglevel": self.core.dbglevel, "dtcinterval": self.dtcinterval,
-            "startservers": config.startservers, "minspareservers": config.minspareservers,
-            "maxspareservers": config.maxspareservers, "maxclients": config.maxclients,
-            "unloading": self.unloading, "awaiting": self.registry.rebuilding,
-            "host": self.keeper.report(),
-            "workers": self.workers.stats(),
+            "dtcinterval": self.dtcinterval, "awaiting": self.registry.rebuilding,
             "in_hand": self.core.in_hand(),
             "live": self.registry.live() + self.local.live(), "localnode": self.local.status(),
             "counters": self.core.counters(), "packets": self.datapath.counters(),

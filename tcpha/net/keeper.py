@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 from tcpha.net.host import LINK, NFT, POLLED, PROGRAM, ROUTE, SLOW, Host, Kept
+from tcpha.tasks import died, persist
 
 log = logging.getLogger("tcpha")
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
@@ -76,7 +77,7 @@ class Keeper:
                 s.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
             loop.add_reader(s.fileno(), self._told, s, kind)
         self._ask(LINK, NFT, ROUTE)
-        self.task = loop.create_task(self._run())
+        self.task = loop.create_task(persist("keeper", self._run))
 
     async def end(self) -> None:
         """When this returns nothing is put back any more."""
@@ -121,8 +122,8 @@ class Keeper:
             kinds, self.kinds = self.kinds, set()
             try:
                 await asyncio.to_thread(self.look, kinds)
-            except Exception:  # no thread to be had: the next look may have one
-                log.exception("internal error")
+            except Exception as error:  # no thread to be had: the next look may have one
+                died("keeper", error)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.ending.wait(), pause)
 
