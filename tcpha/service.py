@@ -29,6 +29,7 @@ from tcpha.net.host import Host, HostError
 from tcpha.net.keeper import Keeper
 from tcpha.supervisor import Supervisor
 from tcpha.tasks import Work, deaths, died, persist, watch
+from tcpha.undoing import Undoing
 
 T = TypeVar("T")
 
@@ -38,6 +39,7 @@ PING_EVERY = 1.0
 WAIT, WAIT_STEP = 5.0, 0.25  # seconds for addresses to come, without a service manager; a look
 EXTEND_US = 30_000_000       # by which the manager is to wait longer, at each look
 ADMIN_PATIENCE = 5.0  # seconds for the loop to answer a page
+CANCELLED = 1.0       # seconds for tasks to end when we stop
 
 
 def sd_notify(state: str) -> None:
@@ -95,7 +97,7 @@ class Service:
         """Start to serve: workers run, the loop too."""
 
     async def shut(self) -> None:
-        """Stop to serve, before the workers end."""
+        """Stop to serve, before the workers end. begin() may have failed, or was not called."""
 
     def close(self) -> None:
         """The workers have ended; the datapath is still open."""
@@ -250,21 +252,29 @@ class Service:
         # until we serve, when there is more to do
         loop.add_signal_handler(signal.SIGHUP, lambda: None)
         loop.add_signal_handler(signal.SIGUSR1, logs.reopen)
+        undoing = Undoing()
         try:
-            self.host.recover()
-            capabilities.lock_memory()
-            capabilities.restrict()  # before there is a second thread
-            if not await self._wait_until_possible():
-                self.host.restore()
-                return
-            self._listen_admin()
-            self.open()
-            self.host.settle()
-        except BaseException:
-            if self.admin:
-                self.admin.close()
-            self.host.restore()
-            raise
+            await self._serve(undoing, report)
+        finally:
+            await undoing.undo()
+
+    async def _serve(self, undoing: Undoing, report: Callable[[str], None]) -> None:
+        loop = self.loop
+        undoing.push("netlink", self.host.close)
+        undoing.push("this host", self.host.restore)
+        self.host.recover()
+        capabilities.lock_memory()
+        capabilities.restrict()  # before there is a second thread
+        if not await self._wait_until_possible():
+            return
+        self._listen_admin()
+        undoing.push("admin address", self._close_admin)
+        self.open()
+        undoing.push("memory and descriptors", self.core.close)
+        undoing.push("datapath", self.datapath.close)
+        undoing.push(self.role, self.close)
+        undoing.push("threads", loop.shutdown_default_executor)  # they may look at flows
+        self.host.settle()
         self.set_level(self.config.dbglevel)
         if self.secret is None:
             log.warning("no 'secret': control connections are neither authenticated nor encrypted; "
@@ -273,46 +283,48 @@ class Service:
         self.workers = Supervisor(self.core, self.config.startservers,
                                   self.config.minspareservers, self.config.maxspareservers,
                                   min(self.config.maxclients, 512))
-        self.forward_log(self.core.log_lines())
         loop.add_reader(self.core.notice_fd, self._notice)
-        self.workers.begin()
+        undoing.push("notices", lambda: loop.remove_reader(self.core.notice_fd))
         self.files = ControlFiles(self.run_dir.path / f"k{self.run_dir.name}",
                                   self.control_files())
+        undoing.push("control files", self.files.close)
+        self.forward_log(self.core.log_lines())
+        undoing.push("log of the workers", lambda: self.end_log(self.core.log_lines()))
+        undoing.push("what workers used", self.core.reclaim)
+        undoing.push("workers", self.workers.finish)
+        self.workers.begin()
+        undoing.push("what serves", self.shut)
         server = Server(self.commands())
         await server.listen(self.run_dir.socket)
+        undoing.push("control socket", server.close)
         loop.add_signal_handler(signal.SIGHUP, self._hup)
         loop.add_signal_handler(signal.SIGUSR1, self.reopen)
-        try:
-            self.keeper.begin()
-            await self.begin()
-            self.spawn("tick", self._tick)
-            if self.admin:
-                self.admin.start()
-            self.run_dir.write_pid()
-            report("")
-            sd_notify("READY=1")
-            log.info("serving")
-            await self.stopping.wait()
-        finally:
-            log.info("stopping")
-            sd_notify("STOPPING=1")
-            for task in self.tasks:
-                task.cancel()
-            await self.keeper.end()
-            if self.admin:
-                await asyncio.to_thread(self.admin.close)
-            await server.close()
-            await self.shut()
-            self.workers.finish()
-            self.core.reclaim()
-            self.end_log(self.core.log_lines())
-            self.files.close()
-            loop.remove_reader(self.core.notice_fd)
-            self.close()
-            self.datapath.close()
-            self.core.close()
-            self.host.restore()
-            self.host.close()
+        undoing.push("admin address", self._close_admin)  # it asks what is closed after this
+        undoing.push("keeper", self.keeper.end)
+        self.keeper.begin()
+        undoing.push("tasks", self._cancel_tasks)
+        await self.begin()
+        self.spawn("tick", self._tick)
+        if self.admin:
+            self.admin.start()
+        self.run_dir.write_pid()
+        report("")
+        sd_notify("READY=1")
+        log.info("serving")
+        await self.stopping.wait()
+
+    async def _cancel_tasks(self) -> None:
+        log.info("stopping")
+        sd_notify("STOPPING=1")
+        for task in self.tasks:
+            task.cancel()
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=CANCELLED)
+
+    async def _close_admin(self) -> None:
+        if self.admin:
+            admin, self.admin = self.admin, None
+            await beside(admin.close)
 
     async def _wait_until_possible(self) -> bool:
         """At boot, addresses may come later than we do. A service manager knows whether we wait;

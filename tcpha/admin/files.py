@@ -13,12 +13,14 @@ import logging
 import os
 import struct
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tcpha.admin.rundir import make_directory
 from tcpha.admin.server import Refused
 from tcpha.tasks import died
+from tcpha.undoing import each
 
 log = logging.getLogger("tcpha")
 IN_CLOSE_WRITE, IN_IGNORED = 8, 0x8000
@@ -56,15 +58,19 @@ class ControlFiles:
         if self.fd < 0:
             raise OSError(ctypes.get_errno(), "inotify_init1")
         self.versions: dict[int, _Version] = {}  # by watch descriptor, oldest first
-        make_directory(directory)
-        for name in entries:
-            self._show(name)
+        try:
+            make_directory(directory)
+            for name in entries:
+                self._show(name)
+        except BaseException:
+            self.close()
+            raise
         asyncio.get_running_loop().add_reader(self.fd, self._changed)
 
     def _show(self, name: str) -> None:
         """Put a file with the present value in place; it is watched before it can be found."""
         text = f"{self.entries[name][0]()}\n"
-        scratch = self.directory.parent / f".{self.directory.name}.{name}"
+        scratch = self._scratch(name)
         scratch.unlink(missing_ok=True)
         scratch.write_text(text)
         scratch.chmod(0o600)
@@ -77,6 +83,9 @@ class ControlFiles:
         for old in same[:-REPLACED - 1]:
             self.versions[old].left = True
             self.libc.inotify_rm_watch(self.fd, old)
+
+    def _scratch(self, name: str) -> Path:
+        return self.directory.parent / f".{self.directory.name}.{name}"
 
     def _changed(self) -> None:
         data = os.read(self.fd, 65536)
@@ -120,8 +129,13 @@ class ControlFiles:
     def close(self) -> None:
         asyncio.get_running_loop().remove_reader(self.fd)
         os.close(self.fd)
+        for task in self.tasks:
+            task.cancel()
         for version in self.versions.values():
             os.close(version.fd)
-        for name in self.entries:
-            (self.directory / name).unlink(missing_ok=True)
-        self.directory.rmdir()
+        each(*((file.name, partial(file.unlink, missing_ok=True)) for name in self.entries
+               for file in (self.directory / name, self._scratch(name))))
+        try:
+            self.directory.rmdir()
+        except OSError as error:  # somebody else has files there (editors' swap files)
+            log.warning("%s stays: %s", self.directory, error.strerror)

@@ -7,7 +7,10 @@ import os
 import stat
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+from tcpha.undoing import each
 
 DEFAULT = Path("/run/tcpha")
 
@@ -54,8 +57,8 @@ class RunDir:
         os.pwrite(self.fd, f"{os.getpid()}\n".encode(), 0)
 
     def close(self) -> None:
-        self.pid_file.unlink(missing_ok=True)
-        self.socket.unlink(missing_ok=True)
+        each(*((str(file), partial(file.unlink, missing_ok=True))
+               for file in (self.pid_file, self.socket)))
         os.close(self.fd)
 
 

@@ -31,6 +31,8 @@ class Server:
     def __init__(self, commands: dict[str, Command]):
         self.commands = commands
         self.busy: set[asyncio.Task[None]] = set()  # answers that somebody waits for
+        self.talking: set[asyncio.StreamWriter] = set()
+        self.closing = False
 
     async def listen(self, path: Path) -> None:
         path.unlink(missing_ok=True)
@@ -41,22 +43,29 @@ class Server:
             os.umask(old)
 
     async def close(self) -> None:
-        """Take no more connections. The command that ends a daemon is answered too, if its sender
-        reads the answer."""
+        """Take no more connections, nor commands on those there are. The command that ends a daemon
+        is answered too, if its sender reads the answer."""
         self.server.close()
+        self.closing = True
         if self.busy:
             await asyncio.wait(self.busy, timeout=PATIENCE)
+        for answer in self.busy:
+            answer.cancel()
+        for writer in self.talking:
+            writer.close()
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.talking.add(writer)
         try:
             while line := await reader.readline():
                 answer = asyncio.create_task(self._answer(line, writer))
                 self.busy.add(answer)
                 answer.add_done_callback(self.busy.discard)
                 await answer
-        except (ConnectionError, ValueError):
+        except (ConnectionError, ValueError, asyncio.CancelledError):
             pass
         finally:
+            self.talking.discard(writer)
             writer.close()
 
     async def _answer(self, line: bytes, writer: asyncio.StreamWriter) -> None:
@@ -70,6 +79,8 @@ class Server:
             name, args = request["command"], [str(a) for a in request.get("args", [])]
         except (ValueError, KeyError, TypeError, AttributeError):
             return {"ok": False, "error": "malformed request"}
+        if self.closing:
+            return {"ok": False, "error": "the daemon stops"}
         command = self.commands.get(name)
         if command is None:
             return {"ok": False, "error": f"unknown command '{name}'"}

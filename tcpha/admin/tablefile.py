@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A file that shows a table as it is when somebody reads it, for the seed's
-'cat /proc/net/tcpha_fe_conn'. It is a FIFO; each reader gets one of its own."""
+'cat /proc/net/tcpha_fe_conn'. It is a FIFO; each reader gets one of its own, and may take its time
+(a pager)."""
 from __future__ import annotations
 
 import os
+import select
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from tcpha.tasks import persistent_thread
 
 
 class TableFile:
@@ -15,33 +19,75 @@ class TableFile:
     def __init__(self, path: Path, render: Callable[[], Iterable[str]]):
         self.path = path
         self.render = render
+        self.lock = threading.Lock()  # of what follows
         self.stopping = False
+        self.fifo = -1  # that is in place (O_PATH): its name may become another file's
+        self.stop = os.eventfd(0, os.EFD_CLOEXEC)
+        self.readers: set[threading.Thread] = set()
         self._renew()
-        self.thread = threading.Thread(target=self._run, name=path.name, daemon=True)
-        self.thread.start()
+        self.thread = persistent_thread("table file", self._run)
 
     def _renew(self) -> None:
         """Put a fresh FIFO in place, so that no later reader meets an earlier one."""
         scratch = self.path.with_suffix(".new")
         scratch.unlink(missing_ok=True)
         os.mkfifo(scratch, 0o600)
+        fifo = os.open(scratch, os.O_PATH | os.O_CLOEXEC)
         os.replace(scratch, self.path)
+        old, self.fifo = self.fifo, fifo
+        if old >= 0:
+            os.close(old)
+
+    def _open(self, flags: int) -> int:
+        """The FIFO that is in place."""
+        return os.open(f"/proc/self/fd/{self.fifo}", flags | os.O_CLOEXEC)
 
     def _run(self) -> None:
         while True:
-            with open(self.path, "wb", buffering=0) as file:  # waits for a reader
+            with self.lock:
                 if self.stopping:
                     return
-                self._renew()
-                try:
-                    data = memoryview("".join(f"{line}\n" for line in self.render()).encode())
-                    while data:
-                        data = data[os.write(file.fileno(), data):]
-                except BrokenPipeError:
-                    pass  # it has read enough
+            writer = self._open(os.O_WRONLY)  # waits for a reader; only we renew it
+            try:
+                with self.lock:
+                    self._meet(writer)
+            except BaseException:
+                os.close(writer)
+                raise
+
+    def _meet(self, writer: int) -> None:
+        if self.stopping:
+            os.close(writer)
+            return
+        self._renew()
+        reader = threading.Thread(target=self._serve, args=(writer,), name="table", daemon=True)
+        reader.start()
+        self.readers = {r for r in self.readers if r.is_alive()} | {reader}
+
+    def _serve(self, writer: int) -> None:
+        with open(writer, "wb", buffering=0) as file:
+            self._write(file.fileno(), "".join(f"{line}\n" for line in self.render()).encode())
+
+    def _write(self, fd: int, text: bytes) -> None:
+        """As fast as it is read, until we stop."""
+        os.set_blocking(fd, False)
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT)
+        poll.register(self.stop, select.POLLIN)
+        data = memoryview(text)
+        try:
+            while data and not any(ready == self.stop for ready, _ in poll.poll()):
+                data = data[os.write(fd, data):]
+        except BrokenPipeError:
+            pass  # it has read enough
 
     def close(self) -> None:
-        self.stopping = True
-        os.close(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK))  # the thread goes on
-        self.thread.join()
+        with self.lock:
+            self.stopping = True
+            os.eventfd_write(self.stop, 1)
+            held = self._open(os.O_RDONLY | os.O_NONBLOCK)  # the thread goes on
+        for thread in (self.thread, *self.readers):
+            thread.join()
+        for fd in (held, self.fifo, self.stop):
+            os.close(fd)
         self.path.unlink(missing_ok=True)

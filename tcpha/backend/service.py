@@ -31,6 +31,7 @@ from tcpha.control.hello import (
 from tcpha.datapath import allow_adoption, open_backend
 from tcpha.net.host import HostError
 from tcpha.service import TICK, Service
+from tcpha.undoing import Undoing
 
 log = logging.getLogger("tcpha")
 LEAVE = 2.0  # seconds for front ends to hear that we go; one that is stalled is not waited for
@@ -97,10 +98,12 @@ class BackEndService(Service):
             self.registering = self.spawn("registration", self.registration.run)
 
     async def shut(self) -> None:
+        undoing = Undoing()
+        undoing.push("sock_diag", self.application.close)
+        undoing.push("listener", self.listener.close)
         if not self.leaving:
-            await self._leave()
-        self.listener.close()
-        self.application.close()
+            undoing.push("packet path", self._leave)
+        await undoing.undo()
 
     def every_second(self) -> None:
         self._look_at_application()
@@ -187,7 +190,7 @@ class BackEndService(Service):
         self.core.add_link(sock, index, hello.clock, channel)
         if self.checking:
             self.checking.cancel()  # who comes now is told of all, too
-        self.checking = self.spawn(self._check())
+        self.checking = self.spawn("check", self._check)
 
     async def _check(self) -> None:
         at: int | None = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from typing import Any
 
 from tcpha._fast.bpf import kernel_has_function
@@ -25,6 +26,7 @@ from tcpha.net import rules
 from tcpha.net.host import ROUTE, Host, HostError
 from tcpha.net.routes import Routes
 from tcpha.net.tap import accept_any_source, open_queues, open_tap
+from tcpha.undoing import each
 
 log = logging.getLogger("tcpha")
 FE_PRIORITY = 200
@@ -81,8 +83,8 @@ class _Ebpf:
 
     def close(self) -> None:
         if self.fragments:
-            rules.remove(self.fragment_rules)
-            self.fragments.close()
+            each(("rules", lambda: rules.remove(self.fragment_rules)),
+                 ("fragments", self.fragments.close))
         os.close(self.tap_fd)
 
 
@@ -151,9 +153,7 @@ class EbpfFrontend(_Ebpf):
         self.table.set_down(index, down)
 
     def close(self) -> None:
-        super().close()
-        for fd in self.queues:
-            os.close(fd)
+        each(("datapath", super().close), *(("queue", partial(os.close, fd)) for fd in self.queues))
 
     def set_backend(self, index: int, path: Path | None) -> None:
         self.table.set_backend(index, path and (path.ifindex, path.tunnel, path.nexthop,
@@ -212,10 +212,7 @@ class EbpfBackend(_Adopter):
         self.table.allow(address, allowed)
 
     def close(self) -> None:
-        try:
-            rules.remove(self.rules)
-        finally:
-            super().close()
+        each(("rules", lambda: rules.remove(self.rules)), ("datapath", super().close))
 
 
 class EbpfLocal(_Adopter):
@@ -237,5 +234,4 @@ class EbpfLocal(_Adopter):
         """Nobody tunnels to us."""
 
     def close(self) -> None:
-        super().close()
-        self.sockets.close()
+        each(("datapath", super().close), ("sock_diag", self.sockets.close))

@@ -17,6 +17,7 @@ from tcpha.config import Config
 from tcpha.net.host import Host
 from tcpha.net.rules import Rule
 from tcpha.net.tap import accept_any_source, open_tap
+from tcpha.undoing import each
 
 log = logging.getLogger("tcpha")
 FIRST_QUEUE = 25900
@@ -55,8 +56,7 @@ class Fragments:
         return {"defragmented": self.whole.count}
 
     def close(self) -> None:
-        self.queue.close()
-        os.close(self.fd)
+        each(("queue", self.queue.close), ("TAP device", lambda: os.close(self.fd)))
 
 
 REFUSED = {"fe": "segments in IP fragments are refused",

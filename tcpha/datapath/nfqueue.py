@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import struct
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -30,6 +31,7 @@ from tcpha.net import rules
 from tcpha.net.host import Host, HostError
 from tcpha.net.rules import Rule
 from tcpha.tasks import persistent_thread
+from tcpha.undoing import each
 
 log = logging.getLogger("tcpha")
 FIRST_QUEUE = 26000       # the first number that is tried
@@ -136,12 +138,9 @@ class _Nfqueue:
                 **(self.fragments.counters() if self.fragments else {})}
 
     def close(self) -> None:
-        rules.remove(self.rules)
-        for queue in self.queues:
-            queue.close()
-        self.table.close()
-        if self.fragments:
-            self.fragments.close()
+        each(("rules", lambda: rules.remove(self.rules)),
+             *(("queue", queue.close) for queue in self.queues), ("flows", self.table.close),
+             *([("fragments", self.fragments.close)] if self.fragments else []))
 
 
 class NfqueueFrontend(_Nfqueue):
@@ -242,8 +241,7 @@ class _Handshakes:
     def close(self) -> None:
         os.eventfd_write(self.stop, 1)
         self.thread.join()
-        self.queue.unbind()
-        os.close(self.stop)
+        each(("queue", self.queue.unbind), ("eventfd", lambda: os.close(self.stop)))
 
 
 class _Adopter(_Nfqueue):
@@ -298,13 +296,10 @@ class _Adopter(_Nfqueue):
 
     def close(self) -> None:
         # without us their packets would leave as they are, and mean nothing to the clients
-        self.table.end_all()
-        self.handshakes.close()
-        if self.pinned:
-            self.pinned.close()
-        super().close()
-        if self.file:
-            self.file.unlink(missing_ok=True)
+        each(("connections", self.table.end_all), ("handshakes", self.handshakes.close),
+             *([("NAT rules", self.pinned.close)] if self.pinned else []),
+             ("datapath", super().close),
+             *([(str(self.file), partial(self.file.unlink, missing_ok=True))] if self.file else []))
 
 
 class NfqueueBackend(_Adopter):

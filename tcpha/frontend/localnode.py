@@ -18,6 +18,7 @@ from tcpha.config import Config
 from tcpha.datapath import LOCAL_CONNECTIONS, DatapathError, Frontend, allow_adoption
 from tcpha.net.host import Host
 from tcpha.supervisor import Supervisor
+from tcpha.undoing import Step, each
 
 log = logging.getLogger("tcpha")
 INDEX = 255  # in the table of back ends (TCPHA_LOCAL_NODE)
@@ -94,9 +95,9 @@ class LocalNode:
 
     def close(self, end_log: Callable[[Any], None]) -> None:
         """The front end's workers have ended."""
+        steps: list[Step] = []
         if self.datapath is not None:
-            self.workers.finish()
-            end_log(self.node.log_lines())
-            self.datapath.close()
-        self.application.close()
-        self.node.close()
+            steps = [("workers", self.workers.finish),
+                     ("log of the workers", lambda: end_log(self.node.log_lines())),
+                     ("datapath", self.datapath.close)]
+        each(*steps, ("sock_diag", self.application.close), ("descriptors", self.node.close))

@@ -28,6 +28,7 @@ from tcpha.control.hello import (
     until_closed,
 )
 from tcpha.frontend.registry import Registry
+from tcpha.tasks import died
 
 log = logging.getLogger("tcpha")
 MOST = 64         # connections that have not registered yet
@@ -75,10 +76,11 @@ class Registrar:
             log.warning("registration of %s refused: %s", address, error)
         except OSError as error:
             log.debug("back end %s: %s", address, error)
-        finally:
-            sock.close()
-            if await self.registry.unregister(address, sock):
-                log.info("back end %s: its registration has ended", address)
+        except Exception as error:
+            died("registration", error)
+        sock.close()
+        if await self.registry.unregister(address, sock):
+            log.info("back end %s: its registration has ended", address)
 
     async def _greet(self, sock: socket.socket, address: str) -> Hello | None:
         async def judge(hello: Hello) -> None:

@@ -28,6 +28,7 @@ from tcpha.net.announcer import Announcer
 from tcpha.net.host import HostError
 from tcpha.net.pathmtu import PathMtu
 from tcpha.service import TICK, Service, number
+from tcpha.undoing import Undoing, each
 
 log = logging.getLogger("tcpha")
 TCP_SAVE_SYN = 27
@@ -205,15 +206,17 @@ class FrontEndService(Service):
                                            self.secret, self.spawn).run)
 
     async def shut(self) -> None:
-        if self.config.announce == "off":
-            await self._let_address_go()
-        if self.table:
-            self.table.close()
-        if self.registrations:
-            self.registrations.close()
-        self.core.stop_accepting()
+        undoing = Undoing()
         if self.path_mtu:
-            self.path_mtu.close()
+            undoing.push("ICMP errors", self.path_mtu.close)
+        undoing.push("listener", self.core.stop_accepting)
+        if self.registrations:
+            undoing.push("registrations", self.registrations.close)
+        if self.table:
+            undoing.push("connection table", self.table.close)
+        if self.config.announce == "off":
+            undoing.push("virtual address", self._let_address_go)
+        await undoing.undo()
 
     async def _let_address_go(self) -> None:
         """As long as the virtual address is here, and we are not, our stack refuses what clients
@@ -227,9 +230,9 @@ class FrontEndService(Service):
             await asyncio.sleep(0.1)
 
     def close(self) -> None:
-        self.local.close(self.end_log)
         # while the datapath still takes their packets: connections go on if we are started again
-        self.host.withdraw()
+        each(("Local Node", lambda: self.local.close(self.end_log)),
+             ("virtual address", self.host.withdraw))
 
     def _table(self) -> Iterable[str]:
         return render.table([self._row(f) for f in self.datapath.flows()], COLUMNS)

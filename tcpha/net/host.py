@@ -18,9 +18,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from pathlib import Path
-from subprocess import SubprocessError
 from typing import Any
 
 from pyroute2 import DiagSocket, IPRoute
@@ -28,6 +27,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from tcpha._fast.bpf import maps_of, open_program, program_id, tc_attach, tc_attached
 from tcpha.net.tcx import Tcx
+from tcpha.undoing import each
 
 log = logging.getLogger("tcpha")
 
@@ -259,10 +259,10 @@ class Host:
         self._write()
 
     def _undo(self, change: dict[str, Any]) -> None:
-        self.kept.pop(_identity(change), None)
         try:
+            self.kept.pop(_identity(change), None)
             getattr(self, "_undo_" + change["what"])(change)
-        except (OSError, NetlinkError, KeyError, IndexError, SubprocessError) as error:
+        except Exception as error:  # whatever it is, there are others to undo
             log.warning("cannot undo %s: %s", change, error)
 
     def _write(self) -> None:
@@ -273,29 +273,34 @@ class Host:
             os.fsync(f.fileno())
         os.replace(scratch, self.journal)
 
+    def _write_undone(self) -> None:
+        """What is in the journal and undone already does no harm to who undoes it again."""
+        try:
+            self._write()
+        except OSError as error:
+            log.debug("%s: %s", self.journal, error.strerror)
+
     @_one_at_a_time
     def withdraw(self) -> None:
         """Take addresses away, before that which would miss their packets."""
         for change in [c for c in self.undo if c["what"] == "address"]:
             self.undo.remove(change)
             self._undo(change)
-            self._write()
+            self._write_undone()
 
     def restore(self) -> None:
         """Put everything back, latest change first."""
-        self.withdraw()
-        try:
-            self.restore_to(0)
-        finally:
-            self.tcx.end()
-        self.journal.unlink(missing_ok=True)
+        each(("addresses", self.withdraw), ("changes", lambda: self.restore_to(0)),
+             ("tcx", self.tcx.end),
+             *((str(file), partial(file.unlink, missing_ok=True))
+               for file in (self.journal, self.journal.with_suffix(".new"))))
 
     @_one_at_a_time
     def restore_to(self, mark: int) -> None:
         """Undo all changes but the first 'mark' ones."""
         while len(self.undo) > mark:
             self._undo(self.undo.pop())
-            self._write()
+            self._write_undone()
 
     @_one_at_a_time
     def restore_since(self, before: list[dict[str, Any]]) -> None:
@@ -303,10 +308,11 @@ class Host:
         for change in [c for c in reversed(self.undo) if not any(c is b for b in before)]:
             self.undo.remove(change)
             self._undo(change)
-            self._write()
+            self._write_undone()
 
     def close(self) -> None:
-        self.ipr.close()
+        if "ipr" in self.__dict__:
+            self.ipr.close()
 
     # sysctl
 
