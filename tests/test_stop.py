@@ -12,6 +12,7 @@ import pytest
 from test_harm import lines
 from test_host import state
 
+from tcpha.frontend.drained import Drained
 from tcpha.lab.bed import Cluster, Daemon, Host, sh, wait_for
 from tcpha.undoing import Step, Undoing, each
 from test_serve import REQUEST
@@ -135,3 +136,10 @@ def test_each_step_is_done(caplog: pytest.LogCaptureFixture) -> None:
     asyncio.run(undoing.undo())
     assert done == ["a", "b", "e", "d", "c"]
     assert [r.getMessage().split(": ")[1] for r in caplog.records] == done
+
+
+def test_journal_and_drained_back_ends_share_no_file(tmp_path: Path) -> None:
+    """They are written by different threads."""
+    (tmp_path / "tcphafe.journal").with_suffix(".new").mkdir()
+    Drained(tmp_path / "tcphafe.drained").add("10.0.0.1", True)
+    assert "10.0.0.1" in Drained(tmp_path / "tcphafe.drained")

@@ -50,7 +50,7 @@ class Drained:
         if listed == self.listed:
             return
         self.listed = listed
-        scratch = self.path.with_suffix(".new")
+        scratch = self.path.with_name(f"{self.path.name}.new")  # the journal has one of its own
         try:
             scratch.write_text(json.dumps(listed))
             os.replace(scratch, self.path)
