@@ -29,11 +29,11 @@ from tcpha._fast.message cimport (
     REFUSE_BACKLOG, REFUSE_FULL, REFUSE_LISTENER, REFUSE_LOST, REFUSE_STALE, REFUSE_UNSUPPORTED,
     fast_id, fast_isn, message, message_closed, message_flow, message_refused, message_return,
     message_short, refusal_text)
-from tcpha._fast.packet cimport address_bytes, address_text
+from tcpha._fast.packet cimport address_bytes
 from tcpha._fast.peerclock cimport clock_oldest, clock_word, clock_youngest
 from tcpha._fast.sys cimport (
     EINTR, ENOBUFS, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLL_CTL_ADD, EPOLL_CTL_MOD, MSG_DONTWAIT,
-    add32, add64, errno, htons, load32, now_ns, ntohs, pthread_mutex_destroy,
+    add32, add64, errno, htons, load32, now_ns, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock,
     read_counters, recv, set32, store32, store64, xchg32)
 
@@ -50,7 +50,7 @@ cdef extern from "<linux/sock_diag.h>" nogil:
 
 
 cdef enum:
-    PIECE = 1024           # buckets that are read under one lock
+    PIECE = 1024           # buckets that are looked through before the loop does something else
     TURN = 4096            # reports of ends before it is others' turn
     RING_TURN = 1 << 16    # more events than the ring has room for
     SWEEP = 64             # buckets that are looked through at one turn of the timer
@@ -990,36 +990,4 @@ cdef class BackEnd(Core):
                "resyncs": n.resyncs}
         out["refusals"] = {text.decode(): n.refused[i] for i, text in enumerate(REFUSALS)
                            if n.refused[i]}
-        return out
-
-    def flows(self):
-        """Adopted connections, one dict each. The table is read in pieces, without the GIL."""
-        cdef uint32_t at = 0, end, n = 0, i, entries = self.b.entries
-        cdef adopted *rows = <adopted *>malloc(entries * sizeof(adopted))
-        cdef adopted *a
-        cdef uint64_t now = now_ns()
-        out = []
-        if rows == NULL:
-            raise MemoryError
-        try:
-            with nogil:
-                while at <= self.b.mask:
-                    end = min(at + PIECE, self.b.mask + 1)
-                    pthread_mutex_lock(&self.b.lock)
-                    while at < end:
-                        a = self.b.buckets[at]
-                        at += 1
-                        while a != NULL and n < entries:
-                            rows[n] = a[0]
-                            n += 1
-                            a = a.next
-                    pthread_mutex_unlock(&self.b.lock)
-            for i in range(n):
-                a = &rows[i]
-                out.append({
-                    "client": address_text(a.flow.caddr), "port": ntohs(a.flow.cport),
-                    "vaddr": address_text(a.flow.vaddr), "vport": ntohs(a.flow.vport), "id": a.id,
-                    "age": (now - a.since_ns) / 1e9, "frontend": a.peer})
-        finally:
-            free(rows)
         return out

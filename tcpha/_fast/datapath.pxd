@@ -19,6 +19,14 @@ cdef enum:
     DP_CLOSING = 3         # the application has closed it, the kernel not yet
     DP_MORE = -3           # adopt, feed: the socket has not taken all bytes yet
     FAST_QUEUES = 4        # of the packet path, at most
+    TABLE_PIECE = 4096     # entries that are read at one time
+
+
+# A place in a table of flows; all zero: its beginning.
+cdef struct table_place:
+    uint32_t at
+    bint begun
+    bint ended
 
 
 cdef struct fe_datapath:
@@ -85,6 +93,13 @@ cdef struct fe_datapath:
     # The back end did not take it: the client's next attempt is a request again. As forget().
     int (*take_back)(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
                      tcpha_entry *entry) noexcept nogil
+    # Copy the entries that follow a place in the table, TABLE_PIECE at most, and go there. Returns
+    # how many; 0: there are no more. What comes or goes meanwhile may be among them, or not.
+    int (*next_entries)(void *self, table_place *place, tcpha_flow *keys,
+                        tcpha_entry *entries) noexcept nogil
+    # As ledger_drop_pending(); without the packet path, nothing is pending.
+    uint32_t (*drop_pending)(void *self, uint32_t worker, const tcpha_flow *flow,
+                             uint64_t idle) noexcept nogil
 
 
 cdef struct be_datapath:
@@ -120,9 +135,6 @@ cdef struct be_datapath:
     bint (*admit)(void *self, uint8_t *scratch, bint refuse) noexcept nogil
     # Do not adopt a request with this initial sequence number for the next second.
     void (*give_up)(void *self, const tcpha_flow *flow, uint32_t isn) noexcept nogil
-
-
-cdef dict flow_row(const tcpha_flow *key, const tcpha_entry *e)
 
 
 cdef class FeDatapath:

@@ -17,17 +17,17 @@ from tcpha._fast.bpf cimport (
 from tcpha._fast.bpf import possible_cpus
 from tcpha._fast.core cimport SCRATCH
 from tcpha._fast.datapath cimport (
-    DP_ALIVE, DP_CLOSING, DP_GONE, DP_MORE, DP_TIME_WAIT, FAST_QUEUES, BeDatapath, FeDatapath,
-    flow_row)
+    DP_ALIVE, DP_CLOSING, DP_GONE, DP_MORE, DP_TIME_WAIT, FAST_QUEUES, TABLE_PIECE, BeDatapath,
+    FeDatapath, table_place)
 from tcpha._fast.defs cimport (
     TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_FAST_EARLY, TCPHA_FAST_FIRST, TCPHA_FAST_LATER,
     TCPHA_FAST_PASSED, TCPHA_FAST_SEND, TCPHA_FAST_SOCKET, TCPHA_FLOWING, TCPHA_FORWARD,
-    TCPHA_F_ANSWERED, TCPHA_F_FAST, TCPHA_F_RST, TCPHA_GIVEN_UP, TCPHA_IPID_PLAIN, TCPHA_LOCAL,
+    TCPHA_GIVEN_UP, TCPHA_IPID_PLAIN, TCPHA_LOCAL,
     TCPHA_LOCAL_NODE, TCPHA_LOCKED_OP, TCPHA_MAC_FAST, TCPHA_MAC_KEPT, TCPHA_MAC_MARK,
     TCPHA_MAC_ROOM, TCPHA_MARK_FORGED, TCPHA_MAX_BACKENDS, TCPHA_MAX_FAST, TCPHA_MAX_OPS,
     TCPHA_MAX_ROUTES, TCPHA_MAX_RULES, TCPHA_OP_ADOPT, TCPHA_OP_DROP, TCPHA_OP_END,
     TCPHA_OP_GIVE_BACK, TCPHA_OP_HAND_OVER, TCPHA_OP_LET_FLOW, TCPHA_OP_QUERY, TCPHA_OP_TAKE_BACK,
-    TCPHA_PENDING, TCPHA_R_ASSIGN, TCPHA_R_BACKLOG, TCPHA_R_LIVE, TCPHA_R_NONE, TCPHA_R_NO_LISTENER,
+    TCPHA_R_ASSIGN, TCPHA_R_BACKLOG, TCPHA_R_LIVE, TCPHA_R_NONE, TCPHA_R_NO_LISTENER,
     TCPHA_R_NO_SOCKET, TCPHA_R_OK, TCPHA_R_TIME_WAIT, TCPHA_STATE_VERSION, TCPHA_TUNNEL,
     tcpha_adoption, tcpha_backend, tcpha_be_conf, tcpha_cache, tcpha_counters, tcpha_entry,
     tcpha_event, tcpha_fe_conf, tcpha_flow, tcpha_gate, tcpha_keys, tcpha_load, tcpha_offer,
@@ -60,7 +60,6 @@ cdef enum:
     TCP_REPAIR = 19
     TCP_ESTABLISHED = 1
     TCP_CLOSE_WAIT = 8
-    BATCH = 4096           # entries read by one system call
     CHUNK = 60000          # payload of a forged segment; one skb, so that overhead is small
     ADMIT = 64             # requests that one look for room is for
     TURN = 1024            # packets that are kept before others get the lock
@@ -78,8 +77,6 @@ cdef enum:
 
 # for the kernel to take in what passes from the TAP to another device
 cdef uint64_t DETOUR_NS = 20000000
-# a request that no back end has taken, and that its client has not sent again
-cdef uint64_t PENDING_NS = 60000000000
 cdef uint64_t ARRIVAL_NS = 5000000       # until what another CPU has counted must have come
 cdef uint64_t PATIENCE_NS = 1000000000   # of the Local Node, for its server's accept queue
 
@@ -583,20 +580,42 @@ cdef dict _counters(Object obj):
     return total
 
 
+cdef int _next_batch(int fd, table_place *place, tcpha_flow *keys, void *values) noexcept nogil:
+    """How many elements of a map whose keys are flows came into keys and values, TABLE_PIECE at
+    most; 0: there are no more; or -errno."""
+    cdef uint32_t count = 0
+    cdef int rc = 0
+    while count == 0 and rc == 0 and not place.ended:
+        count = TABLE_PIECE
+        rc = bpf_map_lookup_batch(fd, &place.at if place.begun else NULL, &place.at, keys, values,
+                                  &count, NULL)
+        place.begun = True
+        place.ended = rc < 0
+    return rc if rc < 0 and rc != -ENOENT else <int>count  # ENOENT: the last batch
+
+
+cdef int _next_entries(void *self, table_place *place, tcpha_flow *keys,
+                       tcpha_entry *entries) noexcept nogil:
+    return _next_batch((<fe_ebpf *>self).flows, place, keys, entries)
+
+
+cdef uint32_t _drop_pending(void *self, uint32_t worker, const tcpha_flow *flow,
+                            uint64_t idle) noexcept nogil:
+    return ledger_drop_pending(&(<fe_ebpf *>self).book, worker, flow, idle)
+
+
 cdef class Batches:
-    """The elements of a map whose keys are flows, BATCH at a time. size: of a value."""
+    """The elements of a map whose keys are flows, piece by piece. size: of a value."""
 
     cdef int fd
     cdef tcpha_flow *keys
     cdef void *values
-    cdef uint32_t cursor
-    cdef bint begun
-    cdef bint ended
+    cdef table_place place
 
     def __cinit__(self, int fd, size_t size):
         self.fd = fd
-        self.keys = <tcpha_flow *>malloc(BATCH * sizeof(tcpha_flow))
-        self.values = malloc(BATCH * size)
+        self.keys = <tcpha_flow *>malloc(TABLE_PIECE * sizeof(tcpha_flow))
+        self.values = malloc(TABLE_PIECE * size)
         if self.keys == NULL or self.values == NULL:
             raise MemoryError
 
@@ -604,19 +623,13 @@ cdef class Batches:
         free(self.keys)
         free(self.values)
 
-    cdef long more(self) except -2:
-        """How many came into keys and values; -1: that was all. Raises OSError."""
-        cdef uint32_t count = BATCH
-        cdef int rc
-        if self.ended:
-            return -1
+    cdef int more(self) except -1:
+        """How many came into keys and values; 0: that was all. Raises OSError."""
+        cdef int count
         with nogil:
-            rc = bpf_map_lookup_batch(self.fd, &self.cursor if self.begun else NULL, &self.cursor,
-                                      self.keys, self.values, &count, NULL)
-        self.begun = True
-        self.ended = rc < 0
-        if rc < 0 and rc != -ENOENT:  # ENOENT: the last batch
-            raise OSError(-rc, "cannot read the flow table")
+            count = _next_batch(self.fd, &self.place, self.keys, self.values)
+        if count < 0:
+            raise OSError(-count, "cannot read the flow table")
         return count
 
 
@@ -700,6 +713,8 @@ cdef class FeEbpf(FeDatapath):
         self.d.state = self.table.state
         self.table.sweep = _sweep
         self.table.on_packets = _on_packets
+        self.table.next_entries = _next_entries
+        self.table.drop_pending = _drop_pending
         if fast is not None:
             for i, fd in enumerate(fast[0]):
                 self.d.fast_fd[i] = self.table.fast_fd[i] = fd
@@ -750,9 +765,9 @@ cdef class FeEbpf(FeDatapath):
         cdef tcpha_entry *e
         cdef tcpha_backend way
         cdef uint32_t index
-        cdef long i, count
+        cdef int i, count
         live = {}
-        while (count := b.more()) >= 0:
+        while (count := b.more()) > 0:
             for i in range(count):
                 e = <tcpha_entry *>b.values + i
                 if e.state != TCPHA_FORWARD or e.backend == TCPHA_LOCAL_NODE:
@@ -831,66 +846,18 @@ cdef class FeEbpf(FeDatapath):
     def counters(self):
         return _counters(self.obj)
 
-    def flows(self):
-        """Handed-over flows, one dict each."""
-        cdef Batches b = Batches(self.d.flows, sizeof(tcpha_entry))
-        cdef tcpha_entry *e
-        cdef long i, count
-        out = []
-        while (count := b.more()) >= 0:
-            for i in range(count):
-                e = <tcpha_entry *>b.values + i
-                if e.live:
-                    out.append(flow_row(&b.keys[i], e))
-        return out
-
     def take_silent(self, double seconds):
         """Make sockets of connections whose client has said nothing for so long since the
         handshake: they are accepted like any other. Returns how many."""
         cdef Batches b = Batches(self.d.shaken, sizeof(tcpha_shaken))
         cdef uint64_t before = now_ns() - <uint64_t>(seconds * 1e9)
-        cdef long i, count, taken = 0
-        while (count := b.more()) >= 0:
+        cdef int i, count, taken = 0
+        while (count := b.more()) > 0:
             with nogil:
                 for i in range(count):
                     if (<tcpha_shaken *>b.values + i).since_ns <= before:
                         taken += _wake(self.d, 0, TCPHA_MAX_OPS - 1, &b.keys[i], before)
         return taken
-
-    def doubtful(self, double seconds):
-        """[(back end, id, flow, answered), ...] of the packet path that have been silent for so
-        long, and of which nothing shows that the back end has them, or has them still: its client,
-        which may be gone, has acknowledged nothing, or reset it."""
-        cdef Batches b = Batches(self.d.flows, sizeof(tcpha_entry))
-        cdef tcpha_entry *e
-        cdef uint64_t before = now_ns() - <uint64_t>(seconds * 1e9)
-        cdef long i, count
-        out = []
-        while (count := b.more()) >= 0:
-            for i in range(count):
-                e = <tcpha_entry *>b.values + i
-                if e.flags & TCPHA_F_FAST and e.live and e.last_ns <= before and \
-                        (e.flags & TCPHA_F_RST or not e.flags & TCPHA_F_ANSWERED):
-                    out.append((e.backend, e.live,
-                                (<char *>&b.keys[i])[:sizeof(tcpha_flow)],
-                                bool(e.flags & TCPHA_F_ANSWERED)))
-        return out
-
-    def drop_pending(self):
-        """Remove the entries of requests that came to nothing on the way through user space.
-        Returns the back ends of older flows whose places they had taken."""
-        cdef Batches b = Batches(self.d.flows, sizeof(tcpha_entry))
-        cdef long i, count
-        cdef uint32_t older
-        out = []
-        while (count := b.more()) >= 0:
-            for i in range(count):
-                if (<tcpha_entry *>b.values + i).state == TCPHA_PENDING:
-                    older = ledger_drop_pending(&self.d.book, TCPHA_MAX_OPS - 2, &b.keys[i],
-                                                PENDING_NS)
-                    if older:
-                        out.append(older - 1)
-        return out
 
 
 cdef struct be_ebpf:

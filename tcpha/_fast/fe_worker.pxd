@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from tcpha._fast.core cimport Core, core
+from tcpha._fast.core cimport Core, core, worker
 from tcpha._fast.datapath cimport FAST_QUEUES, fe_datapath
 from tcpha._fast.defs cimport TCPHA_MAX_BACKENDS, tcpha_entry, tcpha_load
 from tcpha._fast.http cimport http_head
 from tcpha._fast.match cimport hs_scratch_t, ruleset
 from tcpha._fast.meter cimport histogram, slow_ones
+from tcpha._fast.scan cimport question
 from tcpha._fast.snapshot cimport snapshot
 from tcpha._fast.sys cimport pthread_mutex_t
 
@@ -159,3 +160,4 @@ cdef class FrontEnd(Core):
     cdef frontend *f
     cdef object datapath
     cdef uint64_t generation
+    cdef void _ask(self, worker *w, const question *q) noexcept nogil

@@ -8,6 +8,7 @@ import os
 import time
 from functools import partial
 
+from libc.math cimport INFINITY
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, realloc
@@ -20,8 +21,8 @@ from tcpha._fast.datapath cimport DP_GONE, FeDatapath
 from tcpha._fast.defs cimport (
     TCPHA_CHOICES, TCPHA_F_FIN, TCPHA_FAST_EARLY, TCPHA_FAST_FIRST, TCPHA_FAST_SEND,
     TCPHA_FORWARD, TCPHA_HEAD_MAX, TCPHA_HOLD, TCPHA_LINE_MAX, TCPHA_LOCAL_NODE, TCPHA_MAX_BACKENDS,
-    TCPHA_MAX_RULES, TCPHA_TARGET_MAX, tcpha_cache, tcpha_entry, tcpha_flow, tcpha_load,
-    tcpha_offer, tcpha_siphash, tcpha_verdict)
+    TCPHA_MAX_OPS, TCPHA_MAX_RULES, TCPHA_PENDING, TCPHA_TARGET_MAX, tcpha_cache, tcpha_entry,
+    tcpha_flow, tcpha_load, tcpha_offer, tcpha_siphash, tcpha_verdict)
 from tcpha._fast.http cimport HTTP_BAD, HTTP_DONE, HTTP_MORE, http_begun, http_head, http_parse
 from tcpha._fast.ledger cimport RESTORED, RESTORED_OVER
 from tcpha._fast.match cimport (
@@ -40,6 +41,7 @@ from tcpha._fast.meter cimport (
 from tcpha._fast.packet cimport address_bytes, flow_text
 from tcpha._fast.repair cimport repair_received
 from tcpha._fast.rewrite cimport get32, tcp_view
+from tcpha._fast.scan cimport Questions, Scan, is_doubtful, question
 from tcpha._fast.snapshot cimport SNAP_FIN, snapshot
 from tcpha._fast.sys cimport (
     EAGAIN, EINTR, EMFILE, ENFILE, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLRDHUP, EPOLL_CTL_ADD,
@@ -102,6 +104,8 @@ cdef uint64_t ROOM_NS = 5000000000       # for room in an accept queue
 cdef uint64_t ROOM_SOON_NS = 50000000    # between looks for it: at first,
 cdef uint64_t ROOM_LATE_NS = 200000000   # and at last
 cdef uint64_t FULL_NS = 100000000        # a back end that said FULL is not asked for so long
+# a request that no back end has taken, and that its client has not sent again
+cdef uint64_t PENDING_NS = 60000000000
 # Edge-triggered: what was only peeked at stays in the queue and must not wake us again.
 cdef uint32_t CLIENT_EVENTS = EPOLLIN | EPOLLRDHUP | EPOLLET
 
@@ -1324,30 +1328,37 @@ cdef class FrontEnd(Core):
         with nogil:
             self.flush_outsider()
 
-    def ask(self, list rows):
-        """Have back ends say whether they have flows: see FeEbpf.doubtful()."""
+    def ask(self, Questions questions):
+        """Have back ends say whether they have the flows that were found last."""
         cdef worker *w = self.outsider()
-        cdef uint8_t buf[MSG_OWNED_SIZE]
-        cdef tcpha_flow flow
-        cdef uint32_t n
-        cdef int i
-        cdef uint32_t length
-        for b, number, key, answered in rows:
-            memcpy(&flow, <const char *>(<bytes>key), sizeof(flow))
-            length = message_owned(buf, number, &flow) if answered else \
-                message_doubt(buf, number, &flow)
-            for i in range(LINKS_MAX):
-                n = self.f.backends[<uint32_t>b].link[i]
-                if n < MAX_LINKS and \
-                        link_put(self.c, w, &self.c.links[n], buf, length, NULL, 0) == 0:
-                    break
+        cdef uint32_t i
         with nogil:
+            for i in range(questions.count):
+                self._ask(w, &questions.list[i])
             self.flush_outsider()
 
+    cdef void _ask(self, worker *w, const question *q) noexcept nogil:
+        cdef uint8_t buf[MSG_OWNED_SIZE]
+        cdef uint32_t n, length = message_doubt(buf, q.id, &q.flow) if q.doubtful else \
+            message_owned(buf, q.id, &q.flow)
+        cdef int i
+        for i in range(LINKS_MAX):
+            n = self.f.backends[q.backend].link[i]
+            if n < MAX_LINKS and link_put(self.c, w, &self.c.links[n], buf, length, NULL, 0) == 0:
+                return
+
     def drop_pending(self):
-        """See FeEbpf.drop_pending()."""
-        for b in self.datapath.drop_pending():
-            _count_closed(self.f, b)
+        """Remove the entries of requests that came to nothing on the way through user space."""
+        cdef Scan scan = Scan(self.datapath)
+        cdef uint32_t older
+        with nogil:
+            while scan.next():
+                if scan.entry.state == TCPHA_PENDING:
+                    older = self.f.dp.drop_pending(self.f.dp.self, TCPHA_MAX_OPS - 2, scan.key,
+                                                   PENDING_NS)
+                    if older:  # of whose flow that had taken the place
+                        _count_closed(self.f, older - 1)
+        scan.check()
 
     def offer_mtu(self, int mtu, int headers):
         """Offer clients an MSS that this leaves room for, headers deducted, and no more than their
@@ -1565,17 +1576,18 @@ cdef class FrontEnd(Core):
         """Tell a back end that was started anew which connections it has; of requests of the packet
         path that nothing has answered, ask it."""
         cdef worker *w = self.outsider()
+        cdef Scan scan = Scan(self.datapath)
         cdef uint8_t buf[MSG_OWNED_SIZE]
-        cdef tcpha_flow flow
         cdef uint32_t length
-        for entry in self.datapath.flows():
-            if entry["backend"] == b:
-                memcpy(&flow, <const char *>(<bytes>entry["flow"]), sizeof(flow))
-                length = message_doubt(buf, entry["id"], &flow) if entry["doubtful"] else \
-                    message_owned(buf, entry["id"], &flow)
-                link_put(self.c, w, &self.c.links[link_index], buf, length, NULL, 0)
         with nogil:
+            while scan.next():
+                if not scan.entry.live or scan.entry.backend != b:
+                    continue
+                length = message_doubt(buf, scan.entry.live, scan.key) \
+                    if is_doubtful(scan.entry) else message_owned(buf, scan.entry.live, scan.key)
+                link_put(self.c, w, &self.c.links[link_index], buf, length, NULL, 0)
             self.flush_outsider()
+        scan.check()
 
     def counters(self):
         cdef fe_counters n
@@ -1599,19 +1611,30 @@ cdef class FrontEnd(Core):
         """Connections accepted and not yet handed over or closed."""
         return self.f.nconns - load32(&self.f.pool_len)
 
-    def idle(self, double seconds):
-        """Flows that were silent for so long, for ask()."""
-        return [(e["backend"], e["id"], e["flow"], True)
-                for e in self.datapath.idle_flows(seconds, {})]
-
     def expire(self, double idle, dict limits):
         """Forget flows that were silent for 'idle' seconds (limits: {back end: seconds} for others
         than that). Returns how many."""
-        cdef FeDatapath d = self.datapath
-        n = 0
-        for entry in d.idle_flows(idle, limits):
-            if d.forget_flow(entry["flow"], entry["id"]):
-                n += 1
-                add64(&self.f.n.expired, 1)
-                add32(&self.f.loads[<uint32_t>entry["backend"]].live, -1)
+        cdef Scan scan = Scan(self.datapath)
+        cdef uint64_t silence[TCPHA_MAX_BACKENDS]
+        cdef uint64_t now = now_ns()
+        cdef tcpha_entry entry
+        cdef uint32_t b
+        cdef long n = 0
+        for b in range(TCPHA_MAX_BACKENDS):
+            silence[b] = _ns(limits.get(b, idle))
+        with nogil:
+            while scan.next():
+                b = scan.entry.backend
+                if scan.entry.live and now > scan.entry.last_ns and \
+                        now - scan.entry.last_ns > silence[b] and self.f.dp.forget(
+                            self.f.dp.self, TCPHA_MAX_OPS - 2, scan.key, scan.entry.live, False,
+                            &entry) == 1:
+                    n += 1
+                    add64(&self.f.n.expired, 1)
+                    add32(&self.f.loads[b].live, -1)
+        scan.check()
         return n
+
+
+cdef uint64_t _ns(double seconds) noexcept:
+    return <uint64_t>-1 if seconds == INFINITY else <uint64_t>(seconds * 1e9)

@@ -13,7 +13,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
-from tcpha._fast.datapath cimport FeDatapath, flow_row
+from tcpha._fast.datapath cimport TABLE_PIECE, FeDatapath, table_place
 from tcpha._fast.defs cimport (
     TCPHA_FORWARD, TCPHA_LOCAL_NODE, TCPHA_MARK_FRAGMENT, TCPHA_MAX_BACKENDS, TCPHA_TO_LIVE,
     TCPHA_TO_STACK, tcpha_classify, tcpha_counters, tcpha_entry, tcpha_flow)
@@ -52,7 +52,6 @@ cdef enum:
     WAYS = 4               # places in each
     REACH = 1 << 18        # how far a client may be ahead of what was noted: beyond its window
     TCP_MSS_LOW = 536
-    ROWS = 4096            # entries copied under one lock
     MAX_QUEUES = 16
     ACKS = 32              # of a batch that may wait for a later one, each of another flow
     STRETCH = 8            # ACKs that become one
@@ -645,6 +644,32 @@ cdef bint _on_packets(void *self) noexcept nogil:
     return False  # the queues have threads of their own
 
 
+cdef int _next_entries(void *self, table_place *place, tcpha_flow *keys,
+                       tcpha_entry *entries) noexcept nogil:
+    """A place is the index of a cell."""
+    cdef fe_nfqueue *d = <fe_nfqueue *>self
+    cdef flow_cell *c
+    cdef uint32_t end
+    cdef int n = 0
+    while n == 0 and place.at < load32(&d.flows.head.fresh):
+        pthread_rwlock_rdlock(&d.lock)
+        end = min(place.at + TABLE_PIECE, d.flows.head.fresh)
+        while place.at < end:
+            c = table_cell(&d.flows, place.at)
+            place.at += 1
+            if c.used:
+                keys[n] = c.key
+                entries[n] = (<tcpha_entry *>(c + 1))[0]
+                n += 1
+        pthread_rwlock_unlock(&d.lock)
+    return n
+
+
+cdef uint32_t _drop_pending(void *self, uint32_t worker, const tcpha_flow *flow,
+                            uint64_t idle) noexcept nogil:
+    return 0
+
+
 cdef class FeNfqueue(FeDatapath):
     """slots: connection slots of the workers; queues: Queue objects, started later."""
 
@@ -702,6 +727,8 @@ cdef class FeNfqueue(FeDatapath):
         self.table.drop_strangers = _drop_strangers
         self.table.sweep = _sweep
         self.table.on_packets = _on_packets
+        self.table.next_entries = _next_entries
+        self.table.drop_pending = _drop_pending
 
     def __dealloc__(self):
         if self.d != NULL:
@@ -750,32 +777,3 @@ cdef class FeNfqueue(FeDatapath):
         return {"forwarded": n.forwarded, "forwarded_bytes": n.forwarded_bytes, "held": n.held,
                 "live_syn": n.live_syn, "unreachable": n.unreachable,
                 "icmp": n.icmp, "thinned": load64(&self.d.thinned)}
-
-    def flows(self):
-        cdef flow_cell *rows = <flow_cell *>malloc(<size_t>ROWS * self.d.flows.stride)
-        cdef flow_cell *c
-        cdef uint32_t at = 0, end, n, i
-        cdef uint32_t stride = self.d.flows.stride
-        out = []
-        if rows == NULL:
-            raise MemoryError
-        try:
-            while at < load32(&self.d.flows.head.fresh):
-                n = 0
-                end = min(at + ROWS, load32(&self.d.flows.head.fresh))
-                with nogil:
-                    pthread_rwlock_rdlock(&self.d.lock)
-                    while at < end:
-                        c = table_cell(&self.d.flows, at)
-                        if c.used:
-                            memcpy(<uint8_t *>rows + <size_t>n * stride, c, stride)
-                            n += 1
-                        at += 1
-                    pthread_rwlock_unlock(&self.d.lock)
-                for i in range(n):
-                    c = <flow_cell *>(<uint8_t *>rows + <size_t>i * stride)
-                    if (<tcpha_entry *>(c + 1)).live:
-                        out.append(flow_row(&c.key, <tcpha_entry *>(c + 1)))
-        finally:
-            free(rows)
-        return out

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -102,7 +103,14 @@ def console() -> Console:
 
 
 def show(data: Any) -> None:
-    """Print what a command has answered."""
+    """Print what a command has answered; the rows of a large table, as they come."""
+    if isinstance(data, Iterator):
+        first = list(islice(data, MANY + 1))
+        if len(first) > MANY:
+            for line in render.rows(first, data):
+                print(line)
+            return
+        data = first
     if isinstance(data, list) and (len(data) > MANY or not data):
         print("\n".join(render.table(data)))
         return

@@ -2,7 +2,8 @@
 """Text for people."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 
@@ -28,6 +29,23 @@ def table(rows: list[Any], columns: Sequence[str] = (), indent: str = "") -> lis
             return [f"{indent}{row}" for row in rows]
         columns = list(rows[0])
     cells = [list(columns), *([str(row[c]) for c in columns] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    return [indent + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-            for row in cells]
+    widths = _widths(cells)
+    return [indent + _line(row, widths) for row in cells]
+
+
+def _widths(cells: list[list[str]]) -> list[int]:
+    return [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+
+
+def _line(cells: list[str], widths: list[int]) -> str:
+    return "  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip()
+
+
+def rows(first: list[dict[str, Any]], rest: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """The same of a table that is never here as a whole. Its first rows say how wide columns are;
+    what is longer pushes the rest of its row."""
+    columns = list(first[0])
+    widths = _widths([columns, *([str(v) for v in row.values()] for row in first)])
+    yield _line(columns, widths)
+    for row in chain(first, rest):
+        yield _line([str(v) for v in row.values()], widths)

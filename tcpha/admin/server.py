@@ -2,7 +2,8 @@
 """The control socket: one JSON document a line, both ways. Mode 0600.
 
 Request: {"command": NAME, "args": [...]}. Answer: {"ok": true, "data": ...} or
-{"ok": false, "error": TEXT}.
+{"ok": false, "error": TEXT}. A table that may be large is {"ok": true, "columns": [NAME, ...]},
+then an array for each row, and behind the last one {"ok": true} or {"ok": false, "error": TEXT}.
 """
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import inspect
 import json
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,15 @@ PATIENCE = 1.0  # seconds for answers under way when the daemon stops
 
 class Refused(Exception):
     """A command cannot be done; the message says why."""
+
+
+@dataclass
+class Table:
+    """An answer whose rows are made while the client reads. pieces: whole lines, each row an array
+    of JSON; asked for in another thread."""
+
+    columns: Sequence[str]
+    pieces: Iterator[bytes]
 
 
 class Server:
@@ -69,9 +80,28 @@ class Server:
             writer.close()
 
     async def _answer(self, line: bytes, writer: asyncio.StreamWriter) -> None:
-        answer = await self._run(line)  # which may be a table of many thousand rows
-        writer.write((await asyncio.to_thread(json.dumps, answer)).encode() + b"\n")
+        answer = await self._run(line)
+        table = answer.get("data")
+        if isinstance(table, Table):
+            await self._write(writer, {"ok": True, "columns": table.columns})
+            answer = await self._send_rows(table, writer)
+        await self._write(writer, answer)
+
+    async def _write(self, writer: asyncio.StreamWriter, answer: dict[str, Any]) -> None:
+        writer.write(json.dumps(answer).encode() + b"\n")
         await writer.drain()
+
+    async def _send_rows(self, table: Table, writer: asyncio.StreamWriter) -> dict[str, Any]:
+        """Returns what says how it ended."""
+        while True:
+            try:
+                piece = await asyncio.to_thread(next, table.pieces, b"")
+            except (OSError, MemoryError) as error:
+                return {"ok": False, "error": str(error) or "out of memory"}
+            if not piece:
+                return {"ok": True}
+            writer.write(piece)
+            await writer.drain()
 
     async def _run(self, line: bytes) -> dict[str, Any]:
         try:
@@ -97,16 +127,43 @@ class Server:
             return {"ok": False, "error": f"internal error: {error!r}"}
 
 
-def ask(path: Path, command: str, args: list[str]) -> Any:
-    """Send one command to a daemon's socket. Raises Refused, or OSError if nobody answers."""
+def _documents(path: Path, command: str, args: list[str]) -> Iterator[Any]:
+    """What the daemon says."""
     with socket.socket(socket.AF_UNIX) as s:
         s.connect(str(path))
         s.sendall(json.dumps({"command": command, "args": args}).encode() + b"\n")
         with s.makefile("rb") as f:
-            line = f.readline()
-    if not line:
-        raise ConnectionResetError("the daemon closed the connection")
-    answer = json.loads(line)
+            for line in f:
+                yield json.loads(line)
+    raise ConnectionResetError("the daemon closed the connection")
+
+
+def _accepted(answer: dict[str, Any]) -> dict[str, Any]:
     if not answer["ok"]:
         raise Refused(answer["error"])
-    return answer["data"]
+    return answer
+
+
+def _rows(columns: list[str], documents: Iterator[Any]) -> Iterator[dict[str, Any]]:
+    try:
+        for document in documents:
+            if isinstance(document, dict):
+                _accepted(document)
+                return
+            yield dict(zip(columns, document, strict=True))
+    except OSError as error:
+        raise Refused(f"the rest of the table is missing: {error}") from None
+
+
+def ask_for(path: Path, command: str, args: list[str]) -> Any:
+    """Send one command to a daemon's socket. Raises Refused, or OSError if nobody answers. Of a
+    table that may be large, an iterator over the rows, which raises Refused if some are missing."""
+    documents = _documents(path, command, args)
+    answer = _accepted(next(documents))
+    return _rows(answer["columns"], documents) if "columns" in answer else answer["data"]
+
+
+def ask(path: Path, command: str, args: list[str]) -> Any:
+    """The same, but for the rows of a table, which are a list."""
+    data = ask_for(path, command, args)
+    return list(data) if isinstance(data, Iterator) else data

@@ -4,6 +4,7 @@
 (a pager)."""
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import threading
@@ -14,9 +15,10 @@ from tcpha.tasks import persistent_thread
 
 
 class TableFile:
-    """render: the lines, asked for in a thread of ours each time that the file is opened."""
+    """render: what stands in it, piece by piece, asked for in a thread of ours each time that the
+    file is opened."""
 
-    def __init__(self, path: Path, render: Callable[[], Iterable[str]]):
+    def __init__(self, path: Path, render: Callable[[], Iterable[bytes]]):
         self.path = path
         self.render = render
         self.lock = threading.Lock()  # of what follows
@@ -65,21 +67,18 @@ class TableFile:
         self.readers = {r for r in self.readers if r.is_alive()} | {reader}
 
     def _serve(self, writer: int) -> None:
-        with open(writer, "wb", buffering=0) as file:
-            self._write(file.fileno(), "".join(f"{line}\n" for line in self.render()).encode())
-
-    def _write(self, fd: int, text: bytes) -> None:
         """As fast as it is read, until we stop."""
-        os.set_blocking(fd, False)
-        poll = select.poll()
-        poll.register(fd, select.POLLOUT)
-        poll.register(self.stop, select.POLLIN)
-        data = memoryview(text)
-        try:
-            while data and not any(ready == self.stop for ready, _ in poll.poll()):
-                data = data[os.write(fd, data):]
-        except BrokenPipeError:
-            pass  # it has read enough
+        with open(writer, "wb", buffering=0) as file, contextlib.suppress(BrokenPipeError):
+            os.set_blocking(writer, False)
+            poll = select.poll()
+            poll.register(writer, select.POLLOUT)
+            poll.register(self.stop, select.POLLIN)
+            for piece in self.render():
+                data = memoryview(piece)
+                while data:
+                    if any(ready == self.stop for ready, _ in poll.poll()):
+                        return
+                    data = data[os.write(file.fileno(), data):]
 
     def close(self) -> None:
         with self.lock:

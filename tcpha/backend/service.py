@@ -11,8 +11,9 @@ from typing import Any
 from tcpha._fast.be_worker import BackEnd
 from tcpha._fast.core import MOST_LINKS
 from tcpha._fast.message import clock
+from tcpha._fast.rows import ADOPTED, AdoptedRows
 from tcpha.admin.rundir import RunDir
-from tcpha.admin.server import Command
+from tcpha.admin.server import Command, Table
 from tcpha.admin.web import Pages
 from tcpha.application import Application
 from tcpha.backend import arp
@@ -282,9 +283,6 @@ class BackEndService(Service):
         return {"/metrics": (metrics.CONTENT_TYPE, lambda: metrics.text(
             lambda: metrics.backend(*self.ask_loop(self.status))))}
 
-    async def conns(self) -> list[dict[str, Any]]:
+    async def conns(self) -> Table:
         self.core.catch_up()
-        rows = await asyncio.to_thread(self.core.flows)
-        return [{"client": f"{r['client']}:{r['port']}", "vaddr": f"{r['vaddr']}:{r['vport']}",
-                 "frontend": self.frontends[r["frontend"]][1], "age": round(r["age"], 3)}
-                for r in rows]
+        return Table(ADOPTED, AdoptedRows(self.core, [a for _, a in self.frontends]))

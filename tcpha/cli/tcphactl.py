@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tcpha import __version__
 from tcpha.admin.rundir import DEFAULT
-from tcpha.admin.server import Refused, ask
+from tcpha.admin.server import Refused, ask_for
 
 MOST_BACKENDS = 16  # of the lab
 
@@ -204,17 +204,29 @@ def main(argv: list[str] | None = None) -> None:
             from tcpha.admin import top
             top.run(socket, args.seconds, args.count)
             return
-        data = ask(socket, args.command, _words(args))
+        data = ask_for(socket, args.command, _words(args))
     except Refused as error:
         sys.exit(_say(str(error)))
     except OSError as error:
         sys.exit(_say(f"no tcpha{args.role} answers at {socket} ({error.strerror or error}); is it "
                       "running with this --run-dir?"))
-    if args.json:
-        print(json.dumps(data))
-    else:
+    try:
+        _show(data, args.json)
+    except Refused as error:
+        sys.exit(_say(str(error)))
+
+
+def _show(data: Any, as_json: bool) -> None:
+    if not as_json:
         from tcpha.admin import console
         console.show(data)
+    elif isinstance(data, Iterator):  # one document all the same
+        print("[", end="")
+        for n, row in enumerate(data):
+            print(", " * bool(n), json.dumps(row), sep="", end="")
+        print("]")
+    else:
+        print(json.dumps(data))
 
 
 def _words(args: argparse.Namespace) -> list[str]:

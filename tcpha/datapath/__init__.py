@@ -66,7 +66,6 @@ class Frontend(Protocol):
         """Packet path: requests that this back end has not answered may go to another one."""
     def open_local(self, address: str, port: int) -> Backend:
         """Open the way to the Local Node's server, at an address of this host."""
-    def flows(self) -> list[dict[str, Any]]: ...
     def counters(self) -> dict[str, Any]: ...
     def refresh(self) -> None:
         """Look whether back ends are still where they were. Called every second."""

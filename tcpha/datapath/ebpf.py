@@ -174,9 +174,6 @@ class EbpfFrontend(_Ebpf):
     def refresh(self) -> None:
         """The kernel resolves neighbours by itself (bpf_redirect_neigh)."""
 
-    def flows(self) -> list[dict[str, Any]]:
-        return list(self.table.flows())
-
 
 class _Adopter(_Ebpf):
     """Of a back end and of the Local Node."""

@@ -200,9 +200,6 @@ class NfqueueFrontend(_Nfqueue):
         if self.paths:
             self._resolve(list(self.paths))
 
-    def flows(self) -> list[dict[str, Any]]:
-        return list(self.table.flows())
-
 
 class _Handshakes:
     """SYN-ACKs of the local server and SYNs for its own port, few and small, through the

@@ -658,6 +658,14 @@ class Registry:
             return NAME
         return next((e.server.address for e in self._all() if e.index == index), "?")
 
+    def addresses(self) -> list[str]:
+        """By index."""
+        out = ["?"] * (LOCAL_NODE + 1)
+        for entry in self._all():
+            out[entry.index] = entry.server.address
+        out[LOCAL_NODE] = NAME
+        return out
+
     def table(self) -> list[dict[str, Any]]:
         rows = []
         for entry in self.entries.values():

@@ -7,15 +7,16 @@ import logging
 import resource
 import socket
 import time
-from collections.abc import Iterable
 from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
 
 from tcpha._fast.fe_worker import FrontEnd
-from tcpha.admin import logs, render
+from tcpha._fast.rows import FLOWS, FlowRows
+from tcpha._fast.scan import Questions
+from tcpha.admin import logs
 from tcpha.admin.rundir import RunDir
-from tcpha.admin.server import Command, Refused
+from tcpha.admin.server import Command, Refused, Table
 from tcpha.admin.tablefile import TableFile
 from tcpha.admin.web import Pages, as_json
 from tcpha.config import ANY, Config
@@ -36,8 +37,6 @@ IP_FREEBIND = 15
 # What our stack acknowledges before a handoff must fit into the socket that adopts it.
 RECEIVE_BUFFER = 65536
 MOVE = 6.0  # seconds for somebody else to take the virtual address away when we stop
-COLUMNS = ("client", "vaddr", "target", "rule", "server", "state", "age", "idle", "packets",
-           "bytes")
 PAGE = Path(__file__).with_name("status.html")
 GRACE = 1.0  # seconds for clients that have a cookie to send the end of the handshake
 HANDSHAKE = 3.0  # seconds that an unacknowledged SYN-ACK may hold up unloading
@@ -46,7 +45,6 @@ DOUBT = 5.0  # seconds of silence after which a back end is asked whether it got
 SPARE_DESCRIPTORS = 1024  # for all but clients: control connections, maps, files
 SLOW_FOR = 300.0  # seconds for which the slowest handoffs are remembered
 DEAD_IDLE = 60.0  # seconds of silence after which a dead back end's flow is forgotten
-ASKED = 1000  # silent flows about which back ends are asked at one time
 
 
 class FrontEndService(Service):
@@ -234,8 +232,12 @@ class FrontEndService(Service):
         each(("Local Node", lambda: self.local.close(self.end_log)),
              ("virtual address", self.host.withdraw))
 
-    def _table(self) -> Iterable[str]:
-        return render.table([self._row(f) for f in self.datapath.flows()], COLUMNS)
+    def _table(self) -> FlowRows:
+        return self._rows(aligned=True)
+
+    def _rows(self, aligned: bool = False) -> FlowRows:
+        return FlowRows(self.datapath.table, [r.pattern for r in self.registry.rules],
+                        self.registry.addresses(), aligned)
 
     def reopen(self) -> None:
         try:
@@ -307,10 +309,15 @@ class FrontEndService(Service):
         """Nobody says that a back end has adopted what the packet path sent it. The client repeats
         what was lost, but it may be gone."""
         try:
-            self.core.ask(await asyncio.to_thread(self.datapath.table.doubtful, DOUBT))
+            await self._ask_about(Questions(self.datapath.table, DOUBT, doubtful=True))
             await asyncio.sleep(DOUBT / 2)
         finally:
             self.asking = False
+
+    async def _ask_about(self, questions: Questions) -> None:
+        while await asyncio.to_thread(questions.find):
+            self.core.ask(questions)
+            await asyncio.sleep(TICK)
 
     async def _expire(self) -> None:
         """An entry goes when its back end no longer has the connection: it is asked about silent
@@ -325,10 +332,7 @@ class FrontEndService(Service):
                 log.info("%d idle flows expired", n)
             if time.monotonic() > self.asked + idle:
                 self.asked = time.monotonic()
-                rows = await asyncio.to_thread(self.core.idle, idle)
-                for i in range(0, len(rows), ASKED):
-                    self.core.ask(rows[i:i + ASKED])
-                    await asyncio.sleep(TICK)
+                await self._ask_about(Questions(self.datapath.table, idle, doubtful=False))
             if self.datapath.fastpath:
                 await asyncio.to_thread(self.core.drop_pending)
             await asyncio.sleep(max(1.0, min(10.0, self.config.idletimeout / 4)))
@@ -459,19 +463,8 @@ class FrontEndService(Service):
             raise Refused("a request head has only ASCII characters; encode others in the target "
                           "as %XX") from None
 
-    async def conns(self) -> list[dict[str, Any]]:
-        return await asyncio.to_thread(lambda: [self._row(f) for f in self.datapath.flows()])
-
-    def _row(self, flow: dict[str, Any]) -> dict[str, Any]:
-        rules = self.registry.rules
-        return {
-            "client": f"{flow['client']}:{flow['port']}",
-            "vaddr": f"{flow['vaddr']}:{flow['vport']}",
-            "target": flow["target"] + ("..." if flow["truncated"] else ""),
-            "rule": rules[flow["rule"]].pattern if flow["rule"] < len(rules) else "",
-            "server": self.registry.address(flow["backend"]), "state": flow["state"],
-            "age": round(flow["age"], 3), "idle": round(flow["idle"], 3),
-            "packets": flow["packets"], "bytes": flow["bytes"]}
+    async def conns(self) -> Table:
+        return Table(FLOWS, self._rows())
 
     async def drain(self, address: str) -> dict[str, Any]:
         return self.registry.drain(address, True)

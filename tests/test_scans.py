@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Large tables: what goes through them makes nothing of each flow in Python, and what shows them
+does so a piece at a time. As a measure serves what a daemon's memory grows by."""
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+
+from tcpha.admin.server import Refused, Server, Table, ask, ask_for
+from tcpha.lab.bed import BIN, Cluster, Daemon, wait_for
+
+MANY = 30_000
+MB = 1024  # /proc counts in KB
+
+
+def resident(pid: int, what: str) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{what}:"):
+            return int(line.split()[1])
+    raise AssertionError(f"no {what}")
+
+
+@contextmanager
+def modest(daemon: Daemon, most: int = 10 * MB) -> Iterator[None]:
+    """A Python object for each flow would take more."""
+    pid = daemon.process.pid
+    before = resident(pid, "VmRSS")
+    Path(f"/proc/{pid}/clear_refs").write_text("5")  # VmHWM begins anew
+    yield
+    assert resident(pid, "VmHWM") - before < most
+
+
+def teller(c: Cluster) -> subprocess.Popen[str]:
+    """Stands for a back end with MANY connections, and says it when it was asked about each."""
+    host = c.be_hosts[0]
+    process = host.start(sys.executable, "-m", "tcpha.lab.teller", host.address, c.VIP, str(MANY),
+                         stdout=subprocess.PIPE)
+    assert process.stdout and process.stdout.readline() == "listening\n"
+    return process
+
+
+def shown(fe: Daemon, *options: str) -> str:
+    return subprocess.run([BIN / "tcphactl", "--run-dir", fe.run_dir, *options, "fe", "conns"],
+                          check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("datapath", ["ebpf", "nfqueue"])
+def test_a_large_table(datapath: str) -> None:
+    """It is shown in each way; back ends are asked about silent flows; when theirs is gone, they
+    are forgotten."""
+    c = Cluster(1, datapath=(datapath, datapath), rules=[(0, ".*")], start=False,
+                fe_conf="idletimeout = 2")
+    try:
+        told = teller(c)
+        fe = Daemon(c.fe_host, "fe", c.fe_text())
+        wait_for(lambda: fe.ctl("status")["counters"]["restored"] == MANY, "all flows", 60)
+        with modest(fe):
+            assert told.stdout and told.stdout.readline() == f"asked about {MANY}\n"
+            rows = json.loads(shown(fe, "--json"))
+            clients = {r["client"] for r in rows}
+            assert len(rows) == len(clients) == MANY and "10.0.0.1:1025" in clients
+            assert list(rows[0]) == ["client", "vaddr", "target", "rule", "server", "state", "age",
+                                     "idle", "packets", "bytes"]
+            assert {(r["vaddr"], r["target"], r["rule"], r["server"], r["state"], r["packets"])
+                    for r in rows} == {(f"{c.VIP}:80", "", "", c.be_hosts[0].address, "forward", 0)}
+            for text in (shown(fe), (fe.run_dir / "tcpha_fe_conn").read_text()):
+                head, *lines = text.splitlines()
+                assert head.split() == list(rows[0])
+                assert {line.split()[0] for line in lines} == clients and len(lines) == MANY
+            told.kill()
+            wait_for(lambda: fe.ctl("status")["live"] == 0, "the end of all flows", 60)
+        assert fe.ctl("status")["counters"]["expired"] == MANY and fe.ctl("conns") == []
+    finally:
+        c.close()
+
+
+def serving(path: Path, pieces: Callable[[], Iterator[bytes]], begun: Event, until: Event) -> None:
+    async def table() -> Table:
+        return Table(("name", "n"), pieces())
+
+    async def serve() -> None:
+        server = Server({"table": table})
+        await server.listen(path)
+        begun.set()
+        await asyncio.to_thread(until.wait)
+        await server.close()
+    asyncio.run(serve())
+
+
+@contextmanager
+def answering(path: Path, pieces: Callable[[], Iterator[bytes]]) -> Iterator[None]:
+    begun, until = Event(), Event()
+    thread = Thread(target=serving, args=(path, pieces, begun, until))
+    thread.start()
+    try:
+        begun.wait(60)
+        yield
+    finally:
+        until.set()
+        thread.join()
+
+
+def test_a_table_on_the_control_socket(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with answering(path, lambda: iter([b'["a", 1]\n["b", 2]\n', b'["c", 3]\n'])):
+        assert ask(path, "table", []) == [{"name": n, "n": i} for i, n in enumerate("abc", 1)]
+    with answering(path, lambda: iter([])):
+        assert ask(path, "table", []) == []
+
+
+def test_a_table_that_breaks_off(tmp_path: Path) -> None:
+    """Whoever reads it hears of that, behind the rows that came."""
+    def pieces() -> Iterator[bytes]:
+        yield b'["a", 1]\n'
+        raise OSError(5, "cannot read the flow table")
+    path = tmp_path / "socket"
+    with answering(path, pieces):
+        rows: Any = ask_for(path, "table", [])
+        assert next(rows) == {"name": "a", "n": 1}
+        with pytest.raises(Refused, match="cannot read the flow table"):
+            next(rows)
