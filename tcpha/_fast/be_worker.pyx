@@ -19,9 +19,11 @@ from tcpha._fast.core cimport (
 from tcpha._fast.datapath cimport (
     DP_ALIVE, DP_CLOSING, DP_MORE, DP_TIME_WAIT, BeDatapath)
 from tcpha._fast.defs cimport (
-    TCPHA_MAX_FAST, TCPHA_R_ASSIGN, TCPHA_R_BACKLOG, TCPHA_R_FULL, TCPHA_R_NO_LISTENER, TCPHA_R_OK,
-    tcpha_event, tcpha_flow)
-from tcpha._fast.diag cimport inet_diag_msg
+    TCPHA_MAX_FAST, TCPHA_MAX_OPS, TCPHA_R_ASSIGN, TCPHA_R_BACKLOG, TCPHA_R_FULL,
+    TCPHA_R_NO_LISTENER, TCPHA_R_OK, tcpha_event, tcpha_flow)
+from tcpha._fast.diag cimport (
+    TCP_CLOSE_WAIT, TCP_CLOSING, TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_LAST_ACK,
+    SockList, inet_diag_msg)
 from tcpha._fast.message cimport (
     END_GONE, END_TIME_WAIT, MSG_ADOPTED, MSG_ASK, MSG_CLOSED_SIZE, MSG_DOUBT, MSG_HANDOFF,
     MSG_HEADER, MSG_KEYED, MSG_KEYS, MSG_MISSED, MSG_OWNED, MSG_PONG, MSG_REFUSED_SIZE, MSG_SERVER,
@@ -29,11 +31,10 @@ from tcpha._fast.message cimport (
     REFUSE_BACKLOG, REFUSE_FULL, REFUSE_LISTENER, REFUSE_LOST, REFUSE_STALE, REFUSE_UNSUPPORTED,
     fast_id, fast_isn, message, message_closed, message_flow, message_refused, message_return,
     message_short, refusal_text)
-from tcpha._fast.packet cimport address_bytes
 from tcpha._fast.peerclock cimport clock_oldest, clock_word, clock_youngest
 from tcpha._fast.sys cimport (
     EINTR, ENOBUFS, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLL_CTL_ADD, EPOLL_CTL_MOD, MSG_DONTWAIT,
-    add32, add64, errno, htons, load32, now_ns, pthread_mutex_destroy,
+    add32, add64, errno, load32, now_ns, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock,
     read_counters, recv, set32, store32, store64, xchg32)
 
@@ -50,6 +51,8 @@ cdef extern from "<linux/sock_diag.h>" nogil:
 
 
 cdef enum:
+    CONNECTED = 1 << TCP_ESTABLISHED | 1 << TCP_FIN_WAIT1 | 1 << TCP_FIN_WAIT2 | \
+        1 << TCP_CLOSE_WAIT | 1 << TCP_LAST_ACK | 1 << TCP_CLOSING
     PIECE = 1024           # buckets that are looked through before the loop does something else
     TURN = 4096            # reports of ends before it is others' turn
     RING_TURN = 1 << 16    # more events than the ring has room for
@@ -727,6 +730,25 @@ cdef bint _flow_of(const inet_diag_msg *d, tcpha_flow *flow) noexcept nogil:
     return True
 
 
+cdef void _claim_socket(backend_state *b, uint32_t peer, const inet_diag_msg *s) noexcept nogil:
+    cdef tcpha_flow flow
+    cdef uint32_t rcv_nxt = 0
+    cdef adopted *a = NULL
+    if not _flow_of(s, &flow) or not b.dp.outside(b.dp.self, &flow):
+        return
+    pthread_mutex_lock(&b.lock)
+    if _find(b, &flow) == NULL and \
+            b.dp.position(b.dp.self, TCPHA_MAX_OPS - 2, &flow, &rcv_nxt):
+        a = _insert_any(b, &flow)
+    if a != NULL:
+        a.since_ns = now_ns()
+        a.found = True
+        a.id = b.claimed = b.claimed + 1
+        a.link = a.link_gen = 0
+        a.peer = peer
+    pthread_mutex_unlock(&b.lock)
+
+
 cdef int _await_ends(backend_state *b, int op) noexcept nogil:
     """Have the next report wake a worker, once."""
     return watch(b.c, op, b.netlink_fd, EPOLLIN | EPOLLONESHOT, EV_NETLINK, 0, 0)
@@ -896,35 +918,18 @@ cdef class BackEnd(Core):
         """SERVER to all front ends: see message.pxd."""
         self._tell_all(MSG_SERVER, said)
 
-    def claim(self, list sockets, uint32_t peer):
+    def claim(self, uint32_t peer):
         """Note connections that an earlier run adopted, for a front end that knows as little of
-        them: (client's address, port, our address, port) of sockets, ours among others."""
-        cdef worker *w = self.outsider()
-        cdef tcpha_flow flow
-        cdef uint32_t rcv_nxt = 0
-        cdef adopted *a
-        self.catch_up()
-        for client, cport, address, port in sockets:
-            memset(&flow, 0, sizeof(flow))
-            address_bytes(client, flow.caddr)
-            address_bytes(address, flow.vaddr)
-            flow.cport = htons(cport)
-            flow.vport = htons(port)
-            if not self.b.dp.outside(self.b.dp.self, &flow):
-                continue
-            with nogil:
-                pthread_mutex_lock(&self.b.lock)
-                a = NULL
-                if _find(self.b, &flow) == NULL and \
-                        self.b.dp.position(self.b.dp.self, w.index, &flow, &rcv_nxt):
-                    a = _insert_any(self.b, &flow)
-                if a != NULL:
-                    a.since_ns = now_ns()
-                    a.found = True
-                    a.id = self.b.claimed = self.b.claimed + 1
-                    a.link = a.link_gen = 0
-                    a.peer = peer
-                pthread_mutex_unlock(&self.b.lock)
+        them: whatever sockets there are. Called in a thread of its own, one at a time, behind
+        catch_up(). Raises OSError."""
+        cdef SockList sockets = SockList(CONNECTED)
+        cdef const inet_diag_msg *s
+        with nogil:
+            s = sockets.next()
+            while s != NULL:
+                _claim_socket(self.b, peer, s)
+                s = sockets.next()
+        sockets.check()
 
     def asked(self):
         """[(link, its generation, its peer, number), ...] of front ends that have asked what there

@@ -22,10 +22,14 @@ cdef extern from "<linux/inet_diag.h>" nogil:
 cdef enum tcp_state:       # as in include/net/tcp_states.h
     TCP_ESTABLISHED = 1
     TCP_SYN_RECV = 3
+    TCP_FIN_WAIT1 = 4
+    TCP_FIN_WAIT2 = 5
     TCP_TIME_WAIT = 6
     TCP_CLOSE = 7
     TCP_CLOSE_WAIT = 8
+    TCP_LAST_ACK = 9
     TCP_LISTEN = 10
+    TCP_CLOSING = 11
     TCP_NEW_SYN_RECV = 12
 
 
@@ -56,3 +60,19 @@ cdef bint diag_destroy(diag *d, const tcpha_flow *flow, const diag_answer *a) no
 cdef class SockDiag:
     cdef diag d
     cdef object netlink
+
+
+cdef class SockList:
+    cdef object netlink
+    cdef int fd
+    cdef uint32_t states
+    cdef int family        # that is asked for, or was
+    cdef bint asked        # and not all of the answer has come
+    cdef int error         # errno
+    cdef uint32_t at       # in what was received last
+    cdef uint32_t have
+    cdef uint8_t buf[32768]
+    cdef const inet_diag_msg *next(self) noexcept nogil
+    cdef bint _more(self) noexcept nogil
+    cdef bint _ask(self) noexcept nogil
+    cdef int check(self) except -1

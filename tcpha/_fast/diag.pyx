@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Looking up and destroying single sockets by their 4-tuple (NETLINK_SOCK_DIAG)."""
+"""Looking up and destroying single sockets by their 4-tuple, listing all (NETLINK_SOCK_DIAG)."""
+import os
 import socket
 
+from libc.errno cimport EPROTO
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
@@ -37,12 +39,16 @@ cdef extern from "<linux/netlink.h>" nogil:
     enum:
         NLM_F_REQUEST
         NLM_F_ACK
+        NLM_F_DUMP
         NLMSG_ERROR
+        NLMSG_DONE
         NLA_F_NESTED
 
 cdef enum:
     SOCK_DIAG_BY_FAMILY = 20
     SOCK_DESTROY = 21
+    AF_INET = 2
+    AF_INET6 = 10
 
 
 cdef struct request:
@@ -64,7 +70,7 @@ cdef int _ask(diag *d, uint16_t kind, const tcpha_flow *flow, uint32_t device,
     r.head.nlmsg_type = kind
     r.head.nlmsg_flags = NLM_F_REQUEST | (NLM_F_ACK if kind == SOCK_DESTROY else 0)
     r.head.nlmsg_seq = d.seq
-    r.body.sdiag_family = 2    # AF_INET
+    r.body.sdiag_family = AF_INET
     r.body.sdiag_protocol = 6
     r.body.idiag_ext = 1 << (INET_DIAG_INFO - 1)
     r.body.idiag_states = <uint32_t>-1
@@ -203,3 +209,78 @@ cdef class SockDiag:
 
     def close(self):
         self.netlink.close()
+
+
+cdef class SockList:
+    """TCP sockets of this host, IPv4's and then IPv6's. states: a bit for each, 1 << TCP_*. Raises
+    OSError."""
+
+    def __cinit__(self, uint32_t states):
+        self.states = states
+        self.netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC,
+                                     4)  # NETLINK_SOCK_DIAG
+        self.netlink.bind((0, 0))
+        self.fd = self.netlink.fileno()
+
+    cdef const inet_diag_msg *next(self) noexcept nogil:
+        """The next one. NULL: that were all, or it went wrong, see check()."""
+        cdef nlmsghdr *h
+        cdef const uint8_t *body
+        while self.error == 0:
+            if self.at == self.have and not self._more():
+                break
+            h = <nlmsghdr *>(self.buf + self.at)
+            body = self.buf + self.at + sizeof(nlmsghdr)
+            if self.have - self.at < sizeof(nlmsghdr) or h.nlmsg_len > self.have - self.at or \
+                    h.nlmsg_len < sizeof(nlmsghdr) + (
+                        sizeof(inet_diag_msg) if h.nlmsg_type == SOCK_DIAG_BY_FAMILY else
+                        sizeof(int)):
+                self.error = EPROTO
+                break
+            self.at = min(self.at + ((h.nlmsg_len + 3) & ~3u), self.have)
+            if h.nlmsg_type == SOCK_DIAG_BY_FAMILY:
+                return <const inet_diag_msg *>body
+            if h.nlmsg_type == NLMSG_DONE or h.nlmsg_type == NLMSG_ERROR:
+                self.asked = False
+                memcpy(&self.error, body, sizeof(int))
+                self.error = -self.error
+        return NULL
+
+    cdef bint _more(self) noexcept nogil:
+        """Receive what follows. False: there is nothing, or it went wrong."""
+        cdef ssize_t n
+        if not self.asked and not self._ask():
+            return False
+        n = recv(self.fd, self.buf, sizeof(self.buf), 0)
+        while n < 0 and errno == EINTR:
+            n = recv(self.fd, self.buf, sizeof(self.buf), 0)
+        if n < 0:
+            self.error = errno
+        self.at = 0
+        self.have = <uint32_t>max(n, <ssize_t>0)
+        return n > 0
+
+    cdef bint _ask(self) noexcept nogil:
+        """Ask for the sockets of the next family. False: that were both, or it went wrong."""
+        cdef request r
+        if self.family == AF_INET6:
+            return False
+        self.family = AF_INET6 if self.family == AF_INET else AF_INET
+        memset(&r, 0, sizeof(r))
+        r.head.nlmsg_len = sizeof(r)
+        r.head.nlmsg_type = SOCK_DIAG_BY_FAMILY
+        r.head.nlmsg_flags = NLM_F_REQUEST | NLM_F_DUMP
+        r.body.sdiag_family = <uint8_t>self.family
+        r.body.sdiag_protocol = 6
+        r.body.idiag_states = self.states
+        self.asked = True
+        if send(self.fd, &r, sizeof(r), 0) < 0:
+            self.error = errno
+            return False
+        return True
+
+    cdef int check(self) except -1:
+        self.netlink.close()
+        if self.error:
+            raise OSError(self.error, f"cannot list sockets: {os.strerror(self.error)}")
+        return 0

@@ -51,6 +51,7 @@ class BackEndService(Service):
         self.said = 0
         self.silent: set[int] = set()  # links, when we looked last
         self.searched = False  # for what an earlier run adopted
+        self.searching = asyncio.Lock()
         self.registration = Registration(config, self.secret, self.instance)
         self.registering: asyncio.Task[None] | None = None
         self.leaving: asyncio.Task[None] | None = None
@@ -202,18 +203,21 @@ class BackEndService(Service):
     async def _tell(self, index: int, gen: int, peer: int, number: int) -> None:
         """A front end asks for earlier connections. The first time we may not know all of them
         either, but the kernel does."""
-        if not self.searched:
-            try:
-                sockets = await asyncio.to_thread(self.host.connections,
-                                                  {self.config.vaddr, self.application.address})
-                self.core.claim(sockets, peer)
-                self.searched = True
-            except HostError as error:
-                log.warning("%s; what an earlier run adopted is not found", error)
+        async with self.searching:
+            if not self.searched:
+                await self._search(peer)
         at: int | None = 0
         while at is not None:
             begun, at = at, self.core.tell_flows(index, gen, number, at)
             await asyncio.sleep(TICK if at == begun else 0)
+
+    async def _search(self, peer: int) -> None:
+        self.core.catch_up()
+        try:
+            await asyncio.to_thread(self.core.claim, peer)
+            self.searched = True
+        except OSError as error:
+            log.warning("%s; what an earlier run adopted is not found", error)
 
     def on_notice(self) -> None:
         for question in self.core.asked():

@@ -39,9 +39,7 @@ ARPHRD_ETHER = 1
 IFF_UP, IFF_RUNNING = 1, 64
 RTN_LOCAL = 2
 RT_SCOPE_HOST = 254
-TCP_ESTABLISHED, TCP_SYN_RECV, TCP_FIN_WAIT1, TCP_FIN_WAIT2 = 1, 3, 4, 5
-TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_CLOSING = 8, 9, 11
-MAPPED = "::ffff:"
+TCP_SYN_RECV = 3
 PROBES, PROBE_WAIT = 2, 0.15  # seconds; neighbours answer within one
 TAP_PREFIXES = ("tcphafe", "tcphabe", "tcphaln", "tcphafp", "tcphafr")
 # what tells changes of each kind apart
@@ -556,25 +554,6 @@ class Host:
         except (OSError, NetlinkError) as error:
             log.debug("half-open connections: %s", error)
             return 0
-
-    def connections(self, addresses: set[str]) -> list[tuple[str, int, str, int]]:
-        """(peer's address, port, address, port) of TCP sockets with one of these addresses of ours.
-        May be called from another thread. Raises HostError."""
-        states = sum(1 << n for n in (TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_CLOSE_WAIT,
-                                      TCP_LAST_ACK, TCP_CLOSING))
-        found = []
-        try:
-            with DiagSocket() as diag:
-                diag.bind()
-                for family in (socket.AF_INET, socket.AF_INET6):
-                    for s in diag.get_sock_stats(family=family, states=states):
-                        ours = s["idiag_src"].removeprefix(MAPPED)
-                        if ours in addresses:
-                            found.append((s["idiag_dst"].removeprefix(MAPPED), s["idiag_dport"],
-                                          ours, s["idiag_sport"]))
-        except (OSError, NetlinkError) as error:
-            raise HostError(f"cannot list sockets: {error}") from None
-        return found
 
     # Rules
 
