@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from select import select
 from threading import Event, Thread
 from typing import Any
 
@@ -19,6 +20,7 @@ from tcpha.admin.server import Refused, Server, Table, ask, ask_for
 from tcpha.lab.bed import BIN, Cluster, Daemon, wait_for
 
 MANY = 30_000
+CROWD = 350_000
 MB = 1024  # /proc counts in KB
 
 
@@ -39,13 +41,19 @@ def modest(daemon: Daemon, most: int = 10 * MB) -> Iterator[None]:
     assert resident(pid, "VmHWM") - before < most
 
 
-def teller(c: Cluster) -> subprocess.Popen[str]:
-    """Stands for a back end with MANY connections, and says it when it was asked about each."""
+def teller(c: Cluster, count: int = MANY) -> subprocess.Popen[str]:
+    """Stands for a back end with many connections, and says it when it was asked about each."""
     host = c.be_hosts[0]
-    process = host.start(sys.executable, "-m", "tcpha.lab.teller", host.address, c.VIP, str(MANY),
+    process = host.start(sys.executable, "-m", "tcpha.lab.teller", host.address, c.VIP, str(count),
                          stdout=subprocess.PIPE)
-    assert process.stdout and process.stdout.readline() == "listening\n"
+    assert heard(process) == "listening\n"
     return process
+
+
+def heard(process: subprocess.Popen[str]) -> str:
+    """The next line of what it says; '' if it is silent."""
+    assert process.stdout
+    return process.stdout.readline() if select([process.stdout], [], [], 60)[0] else ""
 
 
 def shown(fe: Daemon, *options: str) -> str:
@@ -64,7 +72,7 @@ def test_a_large_table(datapath: str) -> None:
         fe = Daemon(c.fe_host, "fe", c.fe_text())
         wait_for(lambda: fe.ctl("status")["counters"]["restored"] == MANY, "all flows", 60)
         with modest(fe):
-            assert told.stdout and told.stdout.readline() == f"asked about {MANY}\n"
+            assert heard(told) == f"asked about {MANY}\n"
             rows = json.loads(shown(fe, "--json"))
             clients = {r["client"] for r in rows}
             assert len(rows) == len(clients) == MANY and "10.0.0.1:1025" in clients
@@ -79,6 +87,23 @@ def test_a_large_table(datapath: str) -> None:
             told.kill()
             wait_for(lambda: fe.ctl("status")["live"] == 0, "the end of all flows", 60)
         assert fe.ctl("status")["counters"]["expired"] == MANY and fe.ctl("conns") == []
+    finally:
+        c.close()
+
+
+@pytest.mark.parametrize("datapath", ["ebpf", "nfqueue"])
+def test_a_back_end_that_is_started_anew_is_told_of_all(datapath: str) -> None:
+    """They are more than a control connection's queue has room for."""
+    c = Cluster(1, datapath=(datapath, datapath), rules=[(0, ".*")], start=False,
+                fe_conf=f"maxflows = {2 * CROWD}")
+    try:
+        first = teller(c, CROWD)
+        fe = Daemon(c.fe_host, "fe", c.fe_text())
+        wait_for(lambda: fe.ctl("status")["counters"]["restored"] == CROWD, "all flows", 60)
+        first.kill()
+        first.wait()
+        with modest(fe):
+            assert heard(teller(c, CROWD)) == f"asked about {CROWD}\n"
     finally:
         c.close()
 

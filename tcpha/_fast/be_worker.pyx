@@ -14,8 +14,8 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
 from tcpha._fast.core cimport (
-    EV_NETLINK, EV_RING, EV_TAP, LINK_UP, MAX_LINKS, SCRATCH, Core, core, half_closed, link,
-    link_is_busy, link_put, notice, rearm, say_flow, say_more, say_number, watch, worker)
+    EV_NETLINK, EV_RING, EV_TAP, LINK_BUSY, LINK_UP, MAX_LINKS, SCRATCH, Core, core, half_closed,
+    link, link_put, link_queued, notice, rearm, say_flow, say_more, say_number, watch, worker)
 from tcpha._fast.datapath cimport (
     DP_ALIVE, DP_CLOSING, DP_MORE, DP_TIME_WAIT, BeDatapath)
 from tcpha._fast.defs cimport (
@@ -500,7 +500,7 @@ cdef uint32_t _tell_piece(backend_state *b, worker *w, link *l, uint32_t number,
     if at == 0:
         store32(&b.holder, l.peer + 1)
         _on_ring(b, w)
-    while at < end and not link_is_busy(l):
+    while at < end and link_queued(l) <= LINK_BUSY:
         pthread_mutex_lock(&b.lock)
         a = b.buckets[at]
         while a != NULL:

@@ -13,8 +13,9 @@ cdef enum:
     SCRATCH = 1 << 18      # bytes of each worker's scratch buffer
     LINK_IN = 1 << 19      # receive buffer of a control connection: holds any message
     LINK_OUT_MAX = 1 << 30  # bytes that may wait to be sent: some for each of a million flows
-    LINK_BUSY = 1 << 23    # with so many, no more is put there that can wait or go elsewhere,
-    LINK_PAUSE = 1 << 24   # with so many, nothing is read that would be answered,
+    LINK_BUSY = 1 << 18    # with more than so many, nothing is put there that can wait,
+    LINK_FULL = 1 << 23    # nor, with so many, what can go elsewhere,
+    LINK_PAUSE = 1 << 24   # and then nothing is read that would be answered,
     LINK_RESUME = 3 << 22  # until no more than these are left
 
 cdef enum event_kind:      # top byte of epoll's data
@@ -108,7 +109,7 @@ cdef void say_number(core *c, uint32_t level, const tcpha_flow *flow, const char
 cdef void notice(core *c) noexcept nogil
 cdef bint half_closed(int fd) noexcept nogil
 cdef void rearm(core *c, int fd, int kind, uint32_t index) noexcept nogil
-cdef bint link_is_busy(link *l) noexcept nogil
+cdef uint32_t link_queued(link *l) noexcept nogil
 cdef int link_put(core *c, worker *w, link *l, const uint8_t *a, uint32_t an, const uint8_t *b,
                   uint32_t bn) noexcept nogil
 cdef void link_break(core *c, worker *w, link *l, bint gone) noexcept nogil

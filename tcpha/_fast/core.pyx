@@ -40,7 +40,8 @@ MOST_LINKS = MAX_LINKS
 cdef enum:
     EVENTS = 64
     TURN = 4               # reads of a control connection before it is others' turn
-    LINK_OUT_MIN = 1 << 16
+    LINK_OUT_MIN = 1 << 16  # bytes for the queue of a control connection; it grows,
+    LINK_LONG = 1 << 20     # and shrinks again where it grew beyond these
     LINK_EVENTS = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
 
 
@@ -140,19 +141,19 @@ cdef int _next_bytes(link *l, uint8_t **data) noexcept nogil:
     return <int>(l.sealed_len - l.sealed_sent)
 
 
-cdef bint link_is_busy(link *l) noexcept nogil:
-    """Whether what can wait, or go elsewhere, should."""
-    cdef bint busy
+cdef uint32_t link_queued(link *l) noexcept nogil:
+    """Bytes that wait for its socket to take them."""
+    cdef uint32_t n
     pthread_mutex_lock(&l.lock)
-    busy = l.out_len - l.out_sent > LINK_BUSY
+    n = l.out_len - l.out_sent
     pthread_mutex_unlock(&l.lock)
-    return busy
+    return n
 
 
 cdef void _shrink(link *l) noexcept nogil:
     """Give back what a long queue took, now that it is empty. l.lock is held."""
     cdef uint8_t *smaller
-    if l.out_cap > LINK_BUSY:
+    if l.out_cap > LINK_LONG:
         smaller = <uint8_t *>realloc(l.out, LINK_OUT_MIN)
         if smaller != NULL:
             l.out = smaller
@@ -627,6 +628,14 @@ cdef class Core:
                 getsockopt(self.c.links[index].fd, IPPROTO_TCP, 11, &info, &n) < 0:  # TCP_INFO
             return 0
         return info.tcpi_unacked
+
+    def is_busy(self, uint32_t index):
+        """Whether what can wait should not be put on a link."""
+        cdef link *l = &self.c.links[index]
+        cdef bint busy
+        with nogil:
+            busy = link_queued(l) > LINK_BUSY
+        return busy
 
     def break_link(self, uint32_t index):
         """Close a link (its peer is dead or stalled). What it carried is offered elsewhere."""

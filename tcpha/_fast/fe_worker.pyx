@@ -15,8 +15,9 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp, memcpy, memset, strlen, strstr
 
 from tcpha._fast.core cimport (
-    EV_CLIENT, EV_FAST, EV_LISTENER, EV_TAP, LINK_UP, MAX_LINKS, SCRATCH, Core, core, half_closed,
-    link, link_is_busy, link_put, notice, rearm, say_flow, say_more, say_number, watch, worker)
+    EV_CLIENT, EV_FAST, EV_LISTENER, EV_TAP, LINK_FULL, LINK_UP, MAX_LINKS, SCRATCH, Core, core,
+    half_closed, link, link_put, link_queued, notice, rearm, say_flow, say_more, say_number, watch,
+    worker)
 from tcpha._fast.datapath cimport DP_GONE, FeDatapath
 from tcpha._fast.defs cimport (
     TCPHA_CHOICES, TCPHA_F_FIN, TCPHA_FAST_EARLY, TCPHA_FAST_FIRST, TCPHA_FAST_SEND,
@@ -41,7 +42,7 @@ from tcpha._fast.meter cimport (
 from tcpha._fast.packet cimport address_bytes, flow_text
 from tcpha._fast.repair cimport repair_received
 from tcpha._fast.rewrite cimport get32, tcp_view
-from tcpha._fast.scan cimport Questions, Scan, is_doubtful, question
+from tcpha._fast.scan cimport Questions, Scan, question
 from tcpha._fast.snapshot cimport SNAP_FIN, snapshot
 from tcpha._fast.sys cimport (
     EAGAIN, EINTR, EMFILE, ENFILE, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLRDHUP, EPOLL_CTL_ADD,
@@ -375,7 +376,8 @@ cdef bint _send_offer(frontend *f, worker *w, conn *k, const uint8_t *data) noex
         if n >= MAX_LINKS:
             continue
         l = &f.c.links[n]
-        if load32(&l.state) != LINK_UP or l.peer != k.entry.backend or link_is_busy(l):
+        if load32(&l.state) != LINK_UP or l.peer != k.entry.backend or \
+                link_queued(l) > LINK_FULL:
             continue
         set32(&k.link, n)
         set32(&k.link_gen, l.gen)
@@ -1329,7 +1331,8 @@ cdef class FrontEnd(Core):
             self.flush_outsider()
 
     def ask(self, Questions questions):
-        """Have back ends say whether they have the flows that were found last."""
+        """Have back ends say whether they have the flows that were found last. Those of requests
+        that have reached them need no answer: they take note of them, if they were started anew."""
         cdef worker *w = self.outsider()
         cdef uint32_t i
         with nogil:
@@ -1571,23 +1574,6 @@ cdef class FrontEnd(Core):
     def drop_strangers(self, bint drop):
         """See datapath.pxd."""
         self.f.dp.drop_strangers(self.f.dp.self, drop)
-
-    def send_owned(self, uint32_t b, uint32_t link_index):
-        """Tell a back end that was started anew which connections it has; of requests of the packet
-        path that nothing has answered, ask it."""
-        cdef worker *w = self.outsider()
-        cdef Scan scan = Scan(self.datapath)
-        cdef uint8_t buf[MSG_OWNED_SIZE]
-        cdef uint32_t length
-        with nogil:
-            while scan.next():
-                if not scan.entry.live or scan.entry.backend != b:
-                    continue
-                length = message_doubt(buf, scan.entry.live, scan.key) \
-                    if is_doubtful(scan.entry) else message_owned(buf, scan.entry.live, scan.key)
-                link_put(self.c, w, &self.c.links[link_index], buf, length, NULL, 0)
-            self.flush_outsider()
-        scan.check()
 
     def counters(self):
         cdef fe_counters n

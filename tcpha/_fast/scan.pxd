@@ -33,9 +33,11 @@ cdef struct question:
 cdef class Questions:
     cdef Scan scan
     cdef uint64_t before
+    cdef int backend       # -1: any
     cdef bint doubtful
     cdef question list[ASKED]
     cdef uint32_t count
+    cdef bint _is_asked(self, const tcpha_entry *e) noexcept nogil
 
 
 cdef bint is_doubtful(const tcpha_entry *e) noexcept nogil

@@ -55,12 +55,20 @@ cdef class Questions:
     """Flows about which back ends are to be asked, ASKED at a time, for FrontEnd.ask(): those that
     have been silent for so many seconds. doubtful: only those of the packet path of which nothing
     shows that the back end has them, or has them still: its client, which may be gone, has
-    acknowledged nothing, or reset it."""
+    acknowledged nothing, or reset it. backend: instead, all of one that was started anew."""
 
-    def __cinit__(self, FeDatapath datapath, double seconds, bint doubtful):
+    def __cinit__(self, FeDatapath datapath, double seconds=0, bint doubtful=False,
+                  int backend=-1):
         self.scan = Scan(datapath)
         self.before = now_ns() - min(<uint64_t>(seconds * 1e9), now_ns())
-        self.doubtful = doubtful
+        self.backend = backend
+        self.doubtful = doubtful or backend >= 0
+
+    cdef bint _is_asked(self, const tcpha_entry *e) noexcept nogil:
+        if not e.live or self.backend >= 0:
+            return e.live and e.backend == <uint32_t>self.backend
+        return e.last_ns <= self.before and (
+            not self.doubtful or e.flags & TCPHA_F_FAST and e.flags & TCPHA_F_RST or is_doubtful(e))
 
     def find(self):
         """How many there are now; 0: there are no more. Raises OSError."""
@@ -70,8 +78,7 @@ cdef class Questions:
         with nogil:
             while self.count < ASKED and self.scan.next():
                 e = self.scan.entry
-                if not e.live or e.last_ns > self.before or (self.doubtful and not (
-                        e.flags & TCPHA_F_FAST and e.flags & TCPHA_F_RST or is_doubtful(e))):
+                if not self._is_asked(e):
                     continue
                 q = &self.list[self.count]
                 self.count += 1

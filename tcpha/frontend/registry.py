@@ -11,9 +11,11 @@ import socket
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from tcpha._fast.match import Matcher, PatternError
+from tcpha._fast.scan import Questions
 from tcpha.admin.server import Refused
 from tcpha.beside import beside
 from tcpha.config import ANY, MAX_BACKENDS, Config, Rule, Server, patterns_of, too_many
@@ -44,6 +46,7 @@ REBUILD = 20.0  # seconds after which a back end that does not say what it has i
 REJOIN = 5.0
 UNHEARD = 20.0  # seconds without an acknowledgement by a back end's kernel, detection or not
 MISSED = 2  # detection intervals without a sign of life
+BUSY_WAIT = 0.01  # seconds for what can wait, at a time, where a link is busy
 NOBODY_LISTENS = "nothing listens on its redirectport that can take connections"
 HOST, PROCESS, UNUSABLE = "host dead", "process dead", "unusable"
 # errors that a host's network stack, not its daemon, is to blame for
@@ -335,12 +338,14 @@ class Registry:
             before = self.core.backend_stats(entry.index)
             index = self.core.add_link(sock, entry.index, hello.clock, channel)
             self.core.backend_add_link(entry.index, index)
-            if entry.missed or entry.instance not in ("", hello.instance):
+            forgetful = entry.missed or entry.instance not in ("", hello.instance)
+            asked = not before["links"] and self.holding and (
+                self.shared or (self.datapath.fresh and not before["told"]))
+            if forgetful:
                 entry.missed = False
-                self.core.send_owned(entry.index, index)
-            if not before["links"] and self.holding and (
-                    self.shared or (self.datapath.fresh and not before["told"])):
-                self._ask(entry)  # by now it knows the ids of what is ours
+                self.spawn("remind", partial(self._remind, entry, asked))
+            elif asked:
+                self._ask(entry)
             entry.instance = hello.instance
             entry.fastpath = hello.fastpath
             if self.keys and entry.fastpath:
@@ -487,10 +492,23 @@ class Registry:
 
     def _list_owned(self, entry: BackEndEntry) -> None:
         """A back end took links for alive that we had given up."""
-        for index, peer, up, _ in self.core.links():
-            if up and peer == entry.index:
-                self.core.send_owned(entry.index, index)
-                return
+        self.spawn("remind", partial(self._remind, entry, False))
+
+    async def _remind(self, entry: BackEndEntry, asked: bool) -> None:
+        """Tell a back end which connections it has: it was started anew, or does not know that we
+        have not heard of their ends. They may be more than a link's queue has room for. asked: then
+        have it tell what else it has, since it knows the ids of what is ours."""
+        owned = Questions(self.datapath.table, backend=entry.index)
+        while await asyncio.to_thread(owned.find):
+            self.core.ask(owned)
+            while self._is_busy(entry):
+                await asyncio.sleep(BUSY_WAIT)
+        if asked:
+            self._ask(entry)
+
+    def _is_busy(self, entry: BackEndEntry) -> bool:
+        return any(up and peer == entry.index and self.core.is_busy(i)
+                   for i, peer, up, _ in self.core.links())
 
     # Detection
 
