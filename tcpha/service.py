@@ -222,7 +222,8 @@ class Service:
         try:
             fresh = await beside(lambda: load(self.role, now.file, now.directory, now.matcher))
         except ConfigError as error:
-            log.error("reload refused, nothing was changed: %s", error)
+            for fault in error.faults:
+                log.error("reload refused, nothing was changed: %s", fault)
             raise Refused(str(error)) from None
         fixed = [k for k in fresh.values
                  if k not in self.reloadable and fresh.values[k] != now.values[k]]

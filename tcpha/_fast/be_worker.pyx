@@ -59,6 +59,8 @@ cdef enum:
     SWEEP = 64             # buckets that are looked through at one turn of the timer
     MANY_ENDS = 32         # in one turn of the timer
 
+FAST = TCPHA_MAX_FAST      # for Python
+
 cdef uint64_t SETTLED_NS = 1000000000  # older connections surely have a socket, or none any more
 cdef int64_t PATIENCE_NS = 3000000000  # of the front end, until it has our answer to an offer
 cdef uint64_t YOUNG_NS = 20000000   # an adoption so recent may have no socket yet
@@ -461,6 +463,24 @@ cdef bint _is_there(backend_state *b, uint32_t peer) noexcept nogil:
         if load32(&b.c.links[i].state) == LINK_UP and b.c.links[i].peer == peer:
             return True
     return False
+
+
+cdef bint _has_any(backend_state *b, uint32_t peer) noexcept nogil:
+    """Whether a front end has connections here. The table is read in pieces."""
+    cdef uint32_t at = 0, end
+    cdef adopted *a
+    cdef bint found = False
+    while at <= b.mask and not found:
+        end = min(at + PIECE, b.mask + 1)
+        pthread_mutex_lock(&b.lock)
+        while at < end and not found:
+            a = b.buckets[at]
+            at += 1
+            while a != NULL and not found:
+                found = a.peer == peer
+                a = a.next
+        pthread_mutex_unlock(&b.lock)
+    return found
 
 
 cdef inline void _again(backend_state *b, const tcpha_flow *flow) noexcept nogil:
@@ -956,6 +976,21 @@ cdef class BackEnd(Core):
             at = _tell_piece(self.b, w, l, number, at)
             self.flush_outsider()
         return at if at <= self.b.mask else None
+
+    def release(self, uint32_t peer):
+        """Free the place of a front end without links, for another one. False: it has connections
+        here, of which it may want to hear."""
+        cdef bint found
+        self.catch_up()
+        with nogil:
+            found = _has_any(self.b, peer)
+        if found:
+            return False
+        if load32(&self.b.holder) == peer + 1:
+            store32(&self.b.holder, 0)
+        if self.b.dp.keys != NULL and peer < TCPHA_MAX_FAST:
+            store32(&self.b.dp.keys[peer].used, 0)
+        return True
 
     def leave_fast_path(self):
         """Tell front ends to send no more requests that nobody has offered."""

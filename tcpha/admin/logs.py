@@ -2,6 +2,7 @@
 """Where messages go: stderr in the foreground, else syslog; and a file if 'logfile' says so."""
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import io
@@ -10,13 +11,51 @@ import logging.handlers
 import os
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from typing import Any
 
 from tcpha.admin.troubles import QUIET
 
 KEPT = 50  # messages
 log = logging.getLogger("tcpha")
+MINUTE = 60.0   # seconds
+SAME = 5        # times that one line is written in a minute
+LINES = 30      # that are written in a minute
+MEMBERS = 1000  # of those about peers that belong here, of which each may come and go
+
+
+class Sparing:
+    """Lines that others can cause, as often as they like. In a minute each is written SAME times,
+    and 'most' of all; how many were left out is said when it is over. what: names them in that
+    line. Used in the loop's thread only."""
+
+    def __init__(self, what: str, level: int = logging.WARNING, most: int = LINES):
+        self.what = what
+        self.level = level
+        self.most = most
+        self.written: Counter[str] = Counter()
+        self.left_out = 0
+        self.counting = False
+
+    def say(self, text: str) -> None:
+        if not self.counting:
+            self.counting = True
+            asyncio.get_running_loop().call_later(MINUTE, self._over)
+        if self.written[text] >= SAME or self.written.total() >= self.most:
+            self.left_out += 1
+            return
+        self.written[text] += 1
+        log.log(self.level, "%s", text)
+
+    def _over(self) -> None:
+        if self.left_out:
+            log.log(self.level, "%s: %d more lines in the last minute", self.what, self.left_out)
+        self.written.clear()
+        self.left_out = 0
+        self.counting = False
+
+
+warnings = Sparing("workers")
 
 
 class WholeLines(io.FileIO):
@@ -65,6 +104,18 @@ class LogFile(logging.handlers.WatchedFileHandler):
                       self.baseFilename, why)
 
 
+def printable(text: str) -> str:
+    """Text of which others may have written a part, on one line, for people and their terminals."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _as_one_line(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
+
+
 class Recent(logging.Handler):
     """The latest messages that are no debug lines, for who looks at a running daemon."""
 
@@ -86,6 +137,7 @@ def set_up(name: str, foreground: bool, logfile: str | None) -> None:
     """Configure the logger. Raises OSError if the log file cannot be opened."""
     log.setLevel(logging.DEBUG)
     log.propagate = False
+    log.addFilter(_as_one_line)
     logging.raiseExceptions = False  # no traceback when syslog is gone
     for handler in list(log.handlers):
         log.removeHandler(handler)
@@ -121,10 +173,10 @@ def reopen() -> None:
 def forward(pipe: Any) -> None:
     """Log what the workers have written to their pipe: a digit for the level, then the text."""
     data = os.read(pipe.fileno(), 65536)
-    for line in data.decode(errors="replace").splitlines():
+    for line in data.decode(errors="replace").split("\n"):
         if line[:1] == "0":
-            log.warning("%s", line[1:])
-        else:
+            warnings.say(line[1:])
+        elif line:
             log.debug("%s", line[1:])
 
 

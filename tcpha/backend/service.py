@@ -8,10 +8,11 @@ import socket
 from functools import partial
 from typing import Any
 
-from tcpha._fast.be_worker import BackEnd
+from tcpha._fast.be_worker import FAST, BackEnd
 from tcpha._fast.core import MOST_LINKS
 from tcpha._fast.message import clock
 from tcpha._fast.rows import ADOPTED, AdoptedRows
+from tcpha.admin.logs import MEMBERS, Sparing
 from tcpha.admin.rundir import RunDir
 from tcpha.admin.server import Command, Table
 from tcpha.admin.web import Pages
@@ -29,6 +30,7 @@ from tcpha.control.hello import (
     give_up_after,
     new_instance,
 )
+from tcpha.control.strangers import Strangers
 from tcpha.datapath import allow_adoption, open_backend
 from tcpha.net.host import HostError
 from tcpha.service import TICK, Service
@@ -48,6 +50,9 @@ class BackEndService(Service):
         self.core = BackEnd(config.maxclients)
         self.instance = new_instance()
         self.frontends: list[tuple[str, str]] = []  # (instance, address) by peer index
+        self.strangers = Strangers("hello", self.spawn)
+        self.members = Sparing("front ends", logging.INFO, MEMBERS)
+        self.losses = Sparing("front ends lost", most=MEMBERS)
         self.said = 0
         self.silent: set[int] = set()  # links, when we looked last
         self.searched = False  # for what an earlier run adopted
@@ -148,7 +153,7 @@ class BackEndService(Service):
         return 0 if index is None else self.host.mtu(index)
 
     def _meet(self, sock: socket.socket, address: str) -> None:
-        self.spawn("hello", lambda: self._greet(sock, address), again=False)
+        self.strangers.meet(sock, address, self._greet)
 
     async def _judge(self, hello: Hello) -> None:
         if self.unloading:
@@ -170,26 +175,15 @@ class BackEndService(Service):
             async with asyncio.timeout(PATIENCE):
                 hello, channel = await answer(sock, mine, self.secret, self._judge)
         except (TimeoutError, OSError, HelloError) as error:
-            log.warning("control connection from %s refused: %s", address, error or "no HELLO")
-            sock.close()
+            self.strangers.refuse(address, error or "no HELLO")
             return
-        except BaseException:
-            sock.close()
-            raise
-        peer = (hello.instance, address)
-        known = [a for _, a in self.frontends]
-        if peer in self.frontends:
-            index = self.frontends.index(peer)
-        elif address in known:  # the front end was started anew
-            index = known.index(address)
-            self.frontends[index] = peer
-            log.info("front end %s: a new run", address)
-        else:
-            index = len(self.frontends)
-            self.frontends.append(peer)
-            log.info("front end %s: connected", address)
+        index = self._place(hello.instance, address)
+        try:
+            self.core.add_link(sock, index, hello.clock, channel)
+        except RuntimeError as error:
+            self.strangers.refuse(address, error)
+            return
         self.datapath.allow(address, True)
-        self.core.add_link(sock, index, hello.clock, channel)
         if self.checking:
             self.checking.cancel()  # who comes now is told of all, too
         self.checking = self.spawn("check", self._check)
@@ -199,6 +193,26 @@ class BackEndService(Service):
         while at is not None:
             at = self.core.check(at)
             await asyncio.sleep(0)
+
+    def _place(self, instance: str, address: str) -> int:
+        """The index of a front end. The packet path has FAST of them: there, one that is gone, and
+        has left no connection here, gives way to a new one, or to one that had to go without."""
+        known = [a for _, a in self.frontends]
+        news = "" if (instance, address) in self.frontends else \
+            "a new run" if address in known else "connected"
+        linked = {peer for _, peer, _, _ in self.core.links()}
+        index = known.index(address) if address in known else len(known)
+        if index >= FAST and index not in linked:
+            index = next((i for i in range(FAST)
+                          if i not in linked and self.core.release(i)), index)
+            if index < FAST:
+                self.datapath.allow(known[index], False)
+            elif self.datapath.fastpath:
+                news = f"{news}; {FAST} others have the packet path, it has to go without"
+        self.frontends[index:index + 1] = [(instance, address)]
+        if news:
+            self.members.say(f"front end {address}: {news}")
+        return index
 
     async def _tell(self, index: int, gen: int, peer: int, number: int) -> None:
         """A front end asks for earlier connections. The first time we may not know all of them
@@ -224,7 +238,7 @@ class BackEndService(Service):
             self.spawn("tell", partial(self._tell, *question))
         for _, peer in self.core.reap_links():
             if not any(up and p == peer for _, p, up, _ in self.core.links()):
-                log.warning("front end %s: control connections lost", self.frontends[peer][1])
+                self.losses.say(f"front end {self.frontends[peer][1]}: control connections lost")
 
     def live(self) -> int:
         if self.unloading:  # what the packet path has adopted up to now counts

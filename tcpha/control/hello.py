@@ -33,6 +33,9 @@ STRANGER = "the peer does not speak TCPHA's control protocol"
 NO_SECRET = "one side has a shared secret and the other has none; set 'secret' on both"
 WRONG_SECRET = "the shared secrets differ; install the same file on both"
 PATIENCE = 3.0  # seconds for the whole exchange
+TEXT = 256  # characters, in what is no rule
+# what its numbers may be, if it is less than 64 bits hold
+BELOW = {"port": 1 << 16, "version": 1 << 8, "clock": 1 << 62, "mtu": 1 << 32}
 KEEPALIVE = 5, 2, 3  # seconds of silence, between probes, and how many of those
 TCP_USER_TIMEOUT = 18
 
@@ -146,18 +149,31 @@ class _Wire:
         return self.ahead[:1]
 
 
+def _check_text(text: object, name: str, most: int) -> None:
+    """What a peer says is shown to people, and must not pass for anything else there."""
+    if not isinstance(text, str) or not text.isprintable() or len(text) > most:
+        raise ValueError(f"{name} is no line of text, or too long")
+
+
+def _check_fields(hello: Hello) -> None:
+    for name, default in asdict(Hello("", "")).items():
+        value = getattr(hello, name)
+        if type(value) is not type(default):
+            raise TypeError(f"{name} is no {type(default).__name__}")
+        if type(value) is int and not 0 <= value < BELOW.get(name, 1 << 64):
+            raise ValueError(f"{name} is out of range")
+        if type(value) is str:
+            _check_text(value, name, TEXT)
+    for rule in hello.rule:
+        _check_text(rule, "a rule", LIMIT)
+
+
 def _read(body: bytes, version: int) -> Hello:
     try:
         values: dict[str, Any] = json.loads(body)
         hello = Hello(**{k: v for k, v in values.items() if k in Hello.__dataclass_fields__})
-        for name, default in asdict(Hello("", "")).items():
-            if type(getattr(hello, name)) is not type(default):
-                raise TypeError(f"{name} is no {type(default).__name__}")
-        if not all(isinstance(rule, str) for rule in hello.rule):
-            raise TypeError("a rule is no text")
-        if not 0 <= hello.clock < 1 << 64:
-            raise ValueError("clock is out of range")
-    except (ValueError, TypeError, AttributeError) as error:
+        _check_fields(hello)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise HelloError(f"the peer's HELLO is malformed: {error}") from None
     if hello.error:
         raise HelloError(f"the peer refuses: {hello.error}")
@@ -222,6 +238,7 @@ async def accept_each(listener: socket.socket,
             await asyncio.sleep(1)  # out of descriptors: others must go first
             continue
         serve(sock, peer[0])
+        await asyncio.sleep(0)  # where more of them wait, nothing else has its turn before that
 
 
 def keep_alive(sock: socket.socket) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tcpha._fast.match import PatternError, check_patterns
+from tcpha.admin.logs import MEMBERS, Sparing
 from tcpha.admin.server import Refused
 from tcpha.beside import beside
 from tcpha.config import Config, Rule, Server
@@ -27,11 +28,11 @@ from tcpha.control.hello import (
     keep_alive,
     until_closed,
 )
+from tcpha.control.strangers import Strangers
 from tcpha.frontend.registry import Registry
 from tcpha.tasks import died
 
 log = logging.getLogger("tcpha")
-MOST = 64         # connections that have not registered yet
 
 
 class Registrar:
@@ -43,44 +44,37 @@ class Registrar:
         self.registry = registry
         self.config = config
         self.secret = secret
-        self.spawn = spawn
-        self.strangers = 0
+        self.strangers = Strangers("registration", spawn)
+        self.members = Sparing("registrations", logging.INFO, MEMBERS)
 
     async def run(self) -> None:
         await accept_each(self.listener, self._meet)
 
     def _meet(self, sock: socket.socket, address: str) -> None:
-        if self.strangers < MOST:
-            self.strangers += 1
-            self.spawn("registration", lambda: self._serve(sock, address), again=False)
-        else:
-            sock.close()
+        self.strangers.meet(sock, address, self._serve)
 
     async def _serve(self, sock: socket.socket, address: str) -> None:
-        with sock:
-            try:
-                hello = await self._greet(sock, address)
-            finally:
-                self.strangers -= 1
-            if hello is not None:
-                await self._keep(sock, address, hello)
+        hello = await self._greet(sock, address)
+        if hello is not None:
+            self.strangers.known()
+            await self._keep(sock, address, hello)
 
     async def _keep(self, sock: socket.socket, address: str, hello: Hello) -> None:
         """The registration lasts as long as this, however it ends."""
         try:
             await self.registry.register(Server(address, hello.port),
                                          [Rule(address, p) for p in hello.rule], sock)
-            log.info("back end %s: registered, %d rules", address, len(hello.rule))
+            self.members.say(f"back end {address}: registered, {len(hello.rule)} rules")
             await until_closed(sock)
         except Refused as error:
-            log.warning("registration of %s refused: %s", address, error)
+            self.strangers.refuse(address, error)
         except OSError as error:
             log.debug("back end %s: %s", address, error)
         except Exception as error:
             died("registration", error)
         sock.close()
         if await self.registry.unregister(address, sock):
-            log.info("back end %s: its registration has ended", address)
+            self.members.say(f"back end {address}: its registration has ended")
 
     async def _greet(self, sock: socket.socket, address: str) -> Hello | None:
         async def judge(hello: Hello) -> None:
@@ -106,9 +100,8 @@ class Registrar:
             async with asyncio.timeout(PATIENCE):
                 return (await answer(sock, mine, self.secret, judge))[0]
         except (TimeoutError, OSError) as error:
-            log.debug("connection from %s: %s", address, error or "no HELLO")
+            self.strangers.refuse(address, error or "no HELLO", noise=True)
         except HelloError as error:
-            # strangers may come here: this is a port that clients find, too
-            say = log.debug if str(error) == STRANGER else log.warning
-            say("registration of %s refused: %s", address, error)
+            # this is a port that clients find, too
+            self.strangers.refuse(address, error, noise=str(error) == STRANGER)
         return None
