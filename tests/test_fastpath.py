@@ -634,6 +634,22 @@ def test_cached_verdicts_end_with_what_they_stand_on(equal: Cluster) -> None:
     assert shares() == [0, 20]
 
 
+def test_known_halves_of_a_head_that_is_too_long(equal: Cluster) -> None:
+    """Each has come in a head that was short enough."""
+    assert equal.fe
+    text = equal.fe.config.read_text()
+    equal.fe.config.write_text(f"{text}\nheadlimit = 512\n")
+    equal.fe.ctl("reload")
+    target, field = b"/1k?" + b"t" * 380, b"X: " + b"f" * 380
+    one, two = REQUEST.replace(b"/1k", target), with_field(REQUEST, field)
+    for _ in range(5):  # the key may change in between
+        for data in (one, two):
+            assert once(equal, data).startswith(b"HTTP/1.1 200 ")
+        both = once(equal, with_field(one, field))
+        assert both.startswith(b"HTTP/1.1 431 ")
+    warm(equal)
+
+
 def test_the_cache_can_be_turned_off(equal: Cluster) -> None:
     assert equal.fe
     fe = equal.fe

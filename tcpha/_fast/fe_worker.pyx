@@ -780,10 +780,14 @@ cdef void _keep_verdict(frontend *f, fe_worker *fw, conn *k, const tcp_view *v,
     """Have the program decide requests like this one, from the second on: see verdict.bpf.h."""
     cdef tcpha_cache *c = f.dp.cache
     cdef uint32_t line = k.head.target + k.head.target_len, i
+    cdef uint32_t limit = load32(&f.headlimit)
     cdef uint64_t target, rest
     cdef tcpha_verdict t
     if c == NULL or not load32(&c.on) or k.head.pos != v.data_len or \
             v.data_len > TCPHA_HEAD_MAX or line >= TCPHA_LINE_MAX:
+        return
+    # the program knows a head by its halves, and any two of those that are known may come together
+    if limit < TCPHA_HEAD_MAX and max(line, v.data_len - line) > limit // 2:
         return
     for i in range(TRIED_WORDS):
         if k.tried[i]:
