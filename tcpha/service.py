@@ -151,7 +151,7 @@ class Service:
             return
         address, _, port = self.config.admin.rpartition(":")
         try:
-            self.admin = Admin(address, int(port), self.pages())
+            self.admin = Admin(address, int(port), self.pages(), self.config.adminname)
         except OSError as error:
             raise HostError(f"admin: cannot listen on {self.config.admin}: {error.strerror}; mend "
                             "the address or stop what holds the port") from None

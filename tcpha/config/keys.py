@@ -118,6 +118,7 @@ SHARED = {
     "maxflows": Key(integer(64, 16 * 2 ** 20), 262144),
     "queuelen": Key(integer(16, 2 ** 20), 8192),
     "admin": Key(endpoint),
+    "adminname": Key(text, repeated=True),
     "interface": Key(text, repeated=True),
 }
 
