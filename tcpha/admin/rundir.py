@@ -31,6 +31,22 @@ def make_directory(path: Path) -> None:
         directory.chmod(0o755)
 
 
+def check_owners(path: Path) -> None:
+    """Raise RunDirError unless nobody but root and us can have put a run directory, or what is in
+    it, there: a journal is obeyed."""
+    for each in (path, path.resolve(), *path.rglob("*")):
+        try:
+            status = each.lstat()
+        except FileNotFoundError:  # another daemon's, which runs
+            continue
+        if status.st_uid not in (0, os.geteuid()):
+            raise RunDirError(f"{each}: belongs to user {status.st_uid}, who may have written "
+                              "anything there; remove it or choose another --run-dir")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not stat.S_ISLNK(status.st_mode):
+            raise RunDirError(f"{each}: others can write there; 'chmod go-w {each}' if you trust "
+                              "what is there, or choose another --run-dir")
+
+
 class RunDir:
     """DIR/NAME.pid, locked for the life of the daemon. name: tcphafe or tcphabe."""
 
@@ -42,6 +58,7 @@ class RunDir:
         self.journal = path / f"{name}.journal"
         try:
             make_directory(path)
+            check_owners(path)
             self.fd = os.open(self.pid_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise RunDirError(f"{path}: {error.strerror}; choose another --run-dir") from None

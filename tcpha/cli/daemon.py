@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,7 @@ def main(name: str, argv: list[str] | None = None) -> int:
         return 1
     args.run_dir = args.run_dir.absolute()
     config.file = os.path.abspath(config.file)
+    os.umask(os.umask(0o077) | stat.S_IWGRP | stat.S_IWOTH)  # nobody else writes what is ours
     report: Callable[[str], None] = (lambda _: None) if args.foreground else daemonise()
     try:
         logs.set_up(name, args.foreground, config.logfile)

@@ -360,7 +360,10 @@ class Host:
             return ""
 
     def _undo_sysctl(self, change: dict[str, Any]) -> None:
-        path = Path("/proc/sys") / change["name"]
+        parts = change["name"].split("/")
+        if parts[0] != "net" or ".." in parts:
+            raise KeyError(change["name"])  # none that we change
+        path = Path("/proc/sys", *parts)
         if path.exists():
             path.write_text(change["old"])
 
