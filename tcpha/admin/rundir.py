@@ -34,16 +34,16 @@ def make_directory(path: Path) -> None:
 def check_owners(path: Path) -> None:
     """Raise RunDirError unless nobody but root and us can have put a run directory, or what is in
     it, there: a journal is obeyed."""
-    for each in (path, path.resolve(), *path.rglob("*")):
+    for entry in (path, path.resolve(), *path.rglob("*")):
         try:
-            status = each.lstat()
+            status = entry.lstat()
         except FileNotFoundError:  # another daemon's, which runs
             continue
         if status.st_uid not in (0, os.geteuid()):
-            raise RunDirError(f"{each}: belongs to user {status.st_uid}, who may have written "
+            raise RunDirError(f"{entry}: belongs to user {status.st_uid}, who may have written "
                               "anything there; remove it or choose another --run-dir")
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not stat.S_ISLNK(status.st_mode):
-            raise RunDirError(f"{each}: others can write there; 'chmod go-w {each}' if you trust "
+            raise RunDirError(f"{entry}: others can write there; 'chmod go-w {entry}' if you trust "
                               "what is there, or choose another --run-dir")
 
 
