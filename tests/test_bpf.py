@@ -56,6 +56,7 @@ class Packet:
     tunnel: tuple[str, str] | None = None  # addresses of an outer header
     outer_fragment: int = 0
     outer_tos: int = 0
+    outer_options: bytes = b""
     body: bytes | None = None  # instead of the TCP segment
 
     def ip(self) -> bytes:
@@ -72,8 +73,9 @@ class Packet:
     def frame(self) -> bytes:
         ip = self.ip()
         if self.tunnel:
-            ip = ip_header(4, 5, 20 + len(ip), self.outer_fragment, IPIP, *self.tunnel,
-                           self.outer_tos) + ip
+            more = self.outer_options
+            ip = ip_header(4, 5 + len(more) // 4, 20 + len(more + ip), self.outer_fragment, IPIP,
+                           *self.tunnel, self.outer_tos) + more + ip
         return (bytes(12) + struct.pack("!H", self.ethertype) + ip)[:self.cut]
 
 
@@ -194,7 +196,9 @@ def fe(daemons: Cluster) -> Bpf:
 
 @pytest.fixture(scope="module")
 def be(daemons: Cluster) -> Bpf:
-    return Bpf(daemons.be_hosts[0], ("be_ingress", "be_tap"))
+    bpf = Bpf(daemons.be_hosts[0], ("be_ingress", "be_tap"))
+    bpf.put("frontends", mapped(FE), number(1))  # as if it had said that it tunnels
+    return bpf
 
 
 def number(index: int) -> bytes:
@@ -450,10 +454,21 @@ GUARDED: dict[str, tuple[Packet, int]] = {
     "a tunnel, not for the VIP": (Packet(destination="10.0.0.1", tunnel=(FE, BE)), STACK),
     "a tunnel to another address": (Packet(tunnel=(FE, "10.0.0.2")), STACK),
     "a tunnel in fragments": (Packet(tunnel=(FE, BE), outer_fragment=0x2000), STACK),
-    "a tunnel with a fragment": (Packet(tunnel=(FE, BE), fragment=0x2000), STACK),
+    "its later fragments": (Packet(tunnel=("10.9.9.9", BE), outer_fragment=0x0005), STACK),
+    "a tunnel of a stranger in fragments": (
+        Packet(tunnel=("10.9.9.9", BE), outer_fragment=0x2000), DROP),
+    "a tunnel in fragments that hide what for": (
+        Packet(tunnel=(FE, BE), outer_fragment=0x2000, cut=14 + 20 + 12), DROP),
+    "a tunnel in fragments that hide the ports": (
+        Packet(tunnel=(FE, BE), outer_fragment=0x2000, cut=14 + 40 + 12), DROP),
+    "a tunnel with a fragment": (Packet(tunnel=(FE, BE), fragment=0x2000), DROP),
+    "a tunnel with a later fragment": (Packet(tunnel=(FE, BE), fragment=0x0005), DROP),
+    "a tunnel with options": (Packet(tunnel=(FE, BE), outer_options=b"\1" * 4), DROP),
+    "a tunnel with options, not for the VIP": (
+        Packet(destination="10.0.0.1", tunnel=(FE, BE), outer_options=b"\1" * 4), STACK),
     "a tunnel that ends in the inner header": (Packet(tunnel=(FE, BE), cut=14 + 20 + 12), STACK),
-    "a tunnel that ends in the TCP header": (Packet(tunnel=(FE, BE), cut=14 + 40 + 12), STACK),
-    "a tunnel with inner ihl 15": (Packet(tunnel=(FE, BE), ihl=15), STACK),
+    "a tunnel that ends in the TCP header": (Packet(tunnel=(FE, BE), cut=14 + 40 + 12), DROP),
+    "a tunnel with inner ihl 15": (Packet(tunnel=(FE, BE), ihl=15), DROP),
 }
 
 

@@ -20,7 +20,7 @@
 
 const volatile struct tcpha_be_conf conf SEC(".rodata.conf");
 
-/* Front ends that may send us tunnelled packets; the value is not used. */
+/* Front ends that send us tunnelled packets, as they said; the value is not used. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 256);
@@ -393,28 +393,59 @@ static __always_inline int decapsulate(struct __sk_buff *skb)
 	return 0;
 }
 
-/*
- * The first fragment of an outer packet that a router has cut. Our stack puts the fragments together, and the
- * mark, which the whole keeps, sends that to user space, from where what was in it comes back.
- */
-static __always_inline void mark_fragment(struct __sk_buff *skb, const __u8 from[16])
+/* Whether a header begins a TCP segment for the VIP, or a fragment of one. */
+static __always_inline bool is_for_vip(const struct iphdr *ip)
 {
-	struct headers h;
+	return ip->version == 4 && ip->protocol == IPPROTO_TCP && ip->daddr == unmap_v4(conf.vaddr);
+}
 
-	if (parse_tcp(skb, sizeof(struct iphdr), &h) == 0 && h.ip->daddr == unmap_v4(conf.vaddr) &&
-	    is_ours(from))
+#define UNWRAPPED 1000 /* no TC_ACT_* */
+
+/*
+ * What is wrapped up, for us by a front end, or so it says. Whatever holds a segment for the VIP and is not as
+ * a front end of ours would send it ends here: a tunnel device of this host would unwrap that, too, for
+ * anybody. A front end sends no fragments; but if a router has cut what is around a segment, our stack puts
+ * that together, and the mark, which the whole keeps, sends it to user space, from where what was in it comes
+ * back. What is not whole never gets anywhere, so it is enough to judge the first fragment.
+ */
+static __always_inline int tunnelled(struct __sk_buff *skb, const struct iphdr *outer)
+{
+	__be16 fragment = outer->frag_off & bpf_htons(IP_MF | IP_OFFSET);
+	__u32 offset = outer->ihl * 4;
+	struct tcpha_flow flow;
+	struct headers h;
+	struct iphdr inner;
+	__u8 from[16];
+	bool whole;
+
+	if (fragment & bpf_htons(IP_OFFSET))
+		return TC_ACT_UNSPEC;
+	map_v4(from, outer->saddr);
+	if (bpf_skb_load_bytes(skb, ETH_HLEN + offset, &inner, sizeof(inner)) < 0)
+		return fragment ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+	if (!is_for_vip(&inner)) {
+		/* an ICMP error is for our own stack to judge: it has the connection */
+		if (fragment || offset != sizeof(inner) ||
+		    parse_icmp_error(skb, sizeof(inner), unmap_v4(conf.vaddr), &flow) < 0)
+			return TC_ACT_UNSPEC;
+		return is_ours(from) && decapsulate(skb) == 0 ? TC_ACT_UNSPEC : TC_ACT_SHOT;
+	}
+	whole = offset == sizeof(inner) && parse_tcp(skb, sizeof(inner), &h) == 0;
+	if (!is_ours(from) || !whole)
+		return TC_ACT_SHOT;
+	if (fragment) {
 		skb->mark = TCPHA_MARK_FRAGMENT;
+		return TC_ACT_UNSPEC;
+	}
+	return decapsulate(skb) == 0 ? UNWRAPPED : TC_ACT_SHOT;
 }
 
 SEC("tc")
 int be_ingress(struct __sk_buff *skb)
 {
-	__u8 from[16];
 	struct headers h;
 	struct iphdr *ip;
-	struct tcpha_flow flow;
-	__u32 offset = 0;
-	__be16 fragment;
+	int verdict;
 
 	if (!is_for_us(skb))
 		return TC_ACT_UNSPEC;
@@ -423,25 +454,13 @@ int be_ingress(struct __sk_buff *skb)
 	ip = (void *)(long)skb->data + ETH_HLEN;
 	if ((void *)(ip + 1) > (void *)(long)skb->data_end)
 		return TC_ACT_UNSPEC;
-	if (ip->protocol == IPPROTO_IPIP && ip->ihl == 5 && ip->daddr == unmap_v4(conf.raddr)) {
-		map_v4(from, ip->saddr);
-		fragment = ip->frag_off & bpf_htons(IP_MF | IP_OFFSET);
-		if (fragment == bpf_htons(IP_MF))
-			mark_fragment(skb, from);
-		if (fragment)
-			return TC_ACT_UNSPEC;
-		offset = sizeof(*ip);
+	if (ip->protocol == IPPROTO_IPIP && ip->daddr == unmap_v4(conf.raddr)) {
+		verdict = tunnelled(skb, ip);
+		if (verdict != UNWRAPPED)
+			return verdict;
 	}
-	if (parse_tcp(skb, offset, &h) < 0) {
-		/* an ICMP error is for our own stack to judge: it has the connection */
-		if (!offset || parse_icmp_error(skb, offset, unmap_v4(conf.vaddr), &flow) < 0)
-			return TC_ACT_UNSPEC;
-		return is_ours(from) && decapsulate(skb) == 0 ? TC_ACT_UNSPEC : TC_ACT_SHOT;
-	}
-	if (h.ip->daddr != unmap_v4(conf.vaddr))
+	if (parse_tcp(skb, 0, &h) < 0 || h.ip->daddr != unmap_v4(conf.vaddr))
 		return TC_ACT_UNSPEC;
-	if (offset && (!is_ours(from) || decapsulate(skb) < 0 || parse_tcp(skb, 0, &h) < 0))
-		return TC_ACT_SHOT;
 	return guard(skb, &h, false);
 }
 

@@ -1031,3 +1031,10 @@ cdef class BackEnd(Core):
         out["refusals"] = {text.decode(): n.refused[i] for i, text in enumerate(REFUSALS)
                            if n.refused[i]}
         return out
+
+    def has_any_of(self, uint32_t peer):
+        """Whether a connection lives that a front end knows, or may know."""
+        cdef bint found
+        with nogil:
+            found = _has_any(self.b, peer)
+        return bool(found)

@@ -71,6 +71,7 @@ cdef enum:
     TIMESTAMPS = 12        # bytes of a forged segment's options
     WINDOW = 64240         # of a SYN-ACK: 44 segments of 1460 bytes, as Linux offers
     RING = 1 << 22         # bytes in the events' ring buffer
+    FRONTENDS = 256        # that may tunnel to a back end: max_entries in be.bpf.c
     RING_HEAD = 8          # before each record: length and flags (struct bpf_ringbuf_hdr)
     RING_BUSY = 1u << 31
     RING_DISCARD = 1u << 30
@@ -1200,6 +1201,17 @@ cdef class BeEbpf(BeDatapath):
             bpf_map_update_elem(self.obj.map_fd("frontends"), key, &one, BPF_ANY)
         else:
             bpf_map_delete_elem(self.obj.map_fd("frontends"), key)
+
+    def allowed(self):
+        """Front ends whose tunnelled packets are accepted; also those of an earlier run."""
+        cdef uint8_t keys[FRONTENDS * 16]
+        cdef uint32_t values[FRONTENDS]
+        cdef uint32_t cursor, i, count = FRONTENDS
+        cdef int rc = bpf_map_lookup_batch(self.obj.map_fd("frontends"), NULL, &cursor, keys,
+                                           values, &count, NULL)
+        if rc < 0 and rc != -ENOENT:  # ENOENT: that was all
+            raise OSError(-rc, "cannot read the table of front ends")
+        return [address_text(keys + 16 * i) for i in range(count)]
 
     def counters(self):
         out = _counters(self.obj)

@@ -180,38 +180,56 @@ cdef bint _unwrap(be_nfqueue *d, uint8_t *outer, uint32_t outer_src) noexcept no
     return True
 
 
-cdef int _on_fragment(be_nfqueue *d, packet *p, uint32_t outer_src) noexcept nogil:
-    """Of an outer packet that a router has cut. Our stack puts it together; see be.bpf.c."""
+cdef inline bint _is_for_vip(const be_nfqueue *d, const uint8_t *ip) noexcept nogil:
+    """Whether a header begins a TCP segment for the VIP, or a fragment of one."""
+    return ip[0] >> 4 == 4 and ip[9] == 6 and memcmp(ip + 16, d.vaddr + 12, 4) == 0
+
+
+cdef int _tunnelled(be_nfqueue *d, packet *p) noexcept nogil:
+    """What is wrapped up, for us by a front end, or so it says; see be.bpf.c. V_CHANGED: what is in
+    it may go on by itself."""
+    cdef uint32_t outer_src, size = (p.data[0] & 15) * 4u
+    cdef uint16_t fragment = get16(p.data + 6) & 0x3fff
+    cdef uint8_t *inner = p.data + size
     cdef tcp_view v
-    if get16(p.data + 6) & 0x3fff == 0x2000 and \
-            tcp_parse(p.data + IP_SIZE, p.len - IP_SIZE, &v) == 0 and \
-            memcmp(v.ip + 16, d.vaddr + 12, 4) == 0 and _is_frontend(d, outer_src):
-        p.mark = TCPHA_MARK_FRAGMENT
-        return V_NUMBERS
-    return V_ACCEPT
+    cdef icmp_view error
+    cdef bint whole
+    if fragment & 0x1fff:
+        return V_ACCEPT    # the first one is judged
+    if p.len < size + IP_SIZE:
+        return V_DROP if fragment else V_ACCEPT
+    memcpy(&outer_src, p.data + 12, 4)
+    if not _is_for_vip(d, inner):
+        if fragment or size != IP_SIZE or icmp_parse(inner, p.len - size, &error) < 0 or \
+                memcmp(inner + 16, d.vaddr + 12, 4) != 0:
+            return V_ACCEPT
+        return V_CHANGED if _unwrap(d, p.data, outer_src) else V_DROP
+    whole = size == IP_SIZE and tcp_parse(inner, p.len - size, &v) == 0
+    if not fragment:
+        return V_CHANGED if whole and _unwrap(d, p.data, outer_src) else V_DROP
+    if not _is_frontend(d, outer_src) or not whole:
+        return V_DROP
+    p.mark = TCPHA_MARK_FRAGMENT
+    return V_NUMBERS
 
 
 cdef int _inward(be_nfqueue *d, packet *p) noexcept nogil:
     """From the network: tunnelled by a front end, or to the VIP."""
     cdef uint8_t *inner = p.data
-    cdef uint32_t length = p.len, outer_src
+    cdef uint32_t length = p.len
     cdef uint16_t word
-    cdef bint tunnelled = False
+    cdef int verdict
+    cdef bint tunnelled = length >= IP_SIZE and inner[9] == 4  # IPIP
     cdef be_flow *f
     cdef tcp_view v
     cdef icmp_view error
-    if length >= IP_SIZE and inner[9] == 4:  # IPIP
-        memcpy(&outer_src, inner + 12, 4)
-        if inner[0] != 0x45 or length < 2 * IP_SIZE:
-            return V_ACCEPT  # no front end of ours sends options there
-        if get16(inner + 6) & 0x3fff:
-            return _on_fragment(d, p, outer_src)
+    if tunnelled:
+        verdict = _tunnelled(d, p)
+        if verdict != V_CHANGED:
+            return verdict
         inner += IP_SIZE
         length -= IP_SIZE
-        tunnelled = True
     if icmp_parse(inner, length, &error) == 0 and memcmp(inner + 16, d.vaddr + 12, 4) == 0:
-        if tunnelled and not _unwrap(d, p.data, outer_src):
-            return V_DROP
         if not _icmp_inward(d, &error):
             return V_DROP if tunnelled else V_ACCEPT
         if tunnelled and error.icmp - error.ip > IP_SIZE:
@@ -221,22 +239,19 @@ cdef int _inward(be_nfqueue *d, packet *p) noexcept nogil:
         return V_CHANGED
     if tcp_parse(inner, length, &v) < 0 or memcmp(v.ip + 16, d.vaddr + 12, 4) != 0:
         return V_ACCEPT    # none of ours
-    if tunnelled:
-        if not _unwrap(d, p.data, outer_src):
-            return V_DROP
-        if v.tcp - v.ip > IP_SIZE:
-            # The kernel has noted where the outer packet's payload begins. So the inner header must
-            # have the same size: its options, which nobody reads here, go.
-            inner = v.tcp - IP_SIZE
-            length -= <uint32_t>(inner - v.ip)
-            memmove(inner, v.ip, IP_SIZE)
-            inner[0] = 0x45
-            word = htons(<uint16_t>length)
-            memcpy(inner + 2, &word, 2)
-            memset(inner + 10, 0, 2)
-            word = ip_checksum(inner, IP_SIZE)
-            memcpy(inner + 10, &word, 2)
-            tcp_parse(inner, length, &v)
+    if tunnelled and v.tcp - v.ip > IP_SIZE:
+        # The kernel has noted where the outer packet's payload begins. So the inner header must
+        # have the same size: its options, which nobody reads here, go.
+        inner = v.tcp - IP_SIZE
+        length -= <uint32_t>(inner - v.ip)
+        memmove(inner, v.ip, IP_SIZE)
+        inner[0] = 0x45
+        word = htons(<uint16_t>length)
+        memcpy(inner + 2, &word, 2)
+        memset(inner + 10, 0, 2)
+        word = ip_checksum(inner, IP_SIZE)
+        memcpy(inner + 10, &word, 2)
+        tcp_parse(inner, length, &v)
     f = _flow_to(d, &v)
     if f == NULL:
         return V_DROP
@@ -993,7 +1008,7 @@ cdef class BeNfqueue(BeDatapath):
         return not ours
 
     def allow(self, str address, bint allowed):
-        """Accept tunnelled packets from a front end, or no longer."""
+        """As BeEbpf.allow()."""
         cdef uint8_t addr[16]
         cdef uint32_t v, i
         address_bytes(address, addr)
@@ -1009,6 +1024,10 @@ cdef class BeNfqueue(BeDatapath):
                 self.d.frontends[self.d.nfrontends] = v
                 self.d.nfrontends += 1
             pthread_rwlock_unlock(&self.d.lock)
+
+    def allowed(self):
+        """As BeEbpf.allowed(): nobody, when it begins."""
+        return []
 
     def counters(self):
         cdef tcpha_counters n

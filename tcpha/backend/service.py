@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from tcpha.admin.web import Pages
 from tcpha.application import Application
 from tcpha.backend import arp
 from tcpha.backend.registration import Registration
+from tcpha.backend.tunnels import Tunnels
 from tcpha.config import Config
 from tcpha.control.hello import (
     PATIENCE,
@@ -77,6 +79,7 @@ class BackEndService(Service):
         self.listener = self._listen()
         try:
             self.datapath = open_backend(config, host)
+            self.tunnels = Tunnels(self.datapath, time.monotonic())
             # only now, behind the guard
             host.add_address(config.vaddr, lambda: socket.if_nametoindex("lo"))
             self.core.start(self.datapath.table)
@@ -120,10 +123,20 @@ class BackEndService(Service):
         """One that is gone, or hangs, must not pass for alive. It answers our PING each second. Two
         looks have to find it silent: if it was we who stood still, there is something to read by
         the second one."""
-        silent = {i for i, _, up, age in self.core.links() if up and age > SILENT}
+        links = self.core.links()
+        silent = {i for i, _, up, age in links if up and age > SILENT}
         for index in silent & self.silent:
             self.core.break_link(index)
         self.silent = silent
+        self.tunnels.look({self.frontends[peer][1] for _, peer, up, _ in links if up}, self._owns,
+                          time.monotonic())
+
+    def _owns(self, address: str) -> bool:
+        """Whether a front end has, or may have, connections here. Nobody has told us yet of one
+        that an earlier run met."""
+        self.core.catch_up()
+        met = [n for n, (_, a) in enumerate(self.frontends) if a == address]
+        return not met or any(self.core.has_any_of(n) for n in met)
 
     def every_tick(self) -> None:
         if not self.application.usable:  # its clients are being turned away
@@ -183,7 +196,7 @@ class BackEndService(Service):
         except RuntimeError as error:
             self.strangers.refuse(address, error)
             return
-        self.datapath.allow(address, True)
+        self.tunnels.meet(address, hello.forward == "tunnel", time.monotonic())
         if self.checking:
             self.checking.cancel()  # who comes now is told of all, too
         self.checking = self.spawn("check", self._check)
@@ -206,7 +219,7 @@ class BackEndService(Service):
             index = next((i for i in range(FAST)
                           if i not in linked and self.core.release(i)), index)
             if index < FAST:
-                self.datapath.allow(known[index], False)
+                self.tunnels.forget(known[index])
             elif self.datapath.fastpath:
                 news = f"{news}; {FAST} others have the packet path, it has to go without"
         self.frontends[index:index + 1] = [(instance, address)]
@@ -292,7 +305,7 @@ class BackEndService(Service):
             "trouble": self.application.found.trouble if self.application.found else "",
             "live": self.live(), "counters": self.core.counters(),
             "packets": self.datapath.counters(),
-            "frontends": [{"address": a, "connections": sum(
+            "frontends": [{"address": a, "tunnel": a in self.tunnels.seen, "connections": sum(
                 1 for _, p, up, _ in self.core.links() if up and p == n)}
                 for n, (_, a) in enumerate(self.frontends)]}
 

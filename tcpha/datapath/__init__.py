@@ -80,7 +80,10 @@ class Backend(Protocol):
     chosen: str
     fastpath: bool
 
-    def allow(self, address: str, allowed: bool) -> None: ...
+    def allow(self, address: str, allowed: bool) -> None:
+        """Accept tunnelled packets from a front end, or no longer."""
+    def allowed(self) -> list[str]:
+        """Whose are accepted; also by what an earlier run has left."""
     def follow(self, device: int) -> None:
         """The application's listener is bound to a device, and takes only what comes by that.
         Raises OSError or NetlinkError. It may become another one later, or none."""

@@ -208,6 +208,9 @@ class EbpfBackend(_Adopter):
     def allow(self, address: str, allowed: bool) -> None:
         self.table.allow(address, allowed)
 
+    def allowed(self) -> list[str]:
+        return list(self.table.allowed())
+
     def close(self) -> None:
         each(("rules", lambda: rules.remove(self.rules)), ("datapath", super().close))
 
@@ -229,6 +232,9 @@ class EbpfLocal(_Adopter):
 
     def allow(self, address: str, allowed: bool) -> None:
         """Nobody tunnels to us."""
+
+    def allowed(self) -> list[str]:
+        return []
 
     def close(self) -> None:
         each(("datapath", super().close), ("sock_diag", self.sockets.close))

@@ -282,6 +282,9 @@ class _Adopter(_Nfqueue):
     def allow(self, address: str, allowed: bool) -> None:
         self.table.allow(address, allowed)
 
+    def allowed(self) -> list[str]:
+        return list(self.table.allowed())
+
     def follow(self, device: int) -> None:
         host = self.host
         programs = Object(program_file("detour"), struct.pack("=2I", MARK, device),

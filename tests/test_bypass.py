@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What reaches a back end without having passed a front end: from hosts of its segment, or from
+anybody who writes a front end's address as source."""
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from test_bpf import ip_header
+from test_edges import first_frame, send_again
+from test_fastpath import ask, with_data
+
+from tcpha.backend.tunnels import AWAY, Tunnels
+from tcpha.lab.bed import Cluster, Host, wait_for
+from test_serve import REQUEST, read_all
+
+IPIP, ACK, FRAGMENTS = 4, 16, 0x2000
+DIRECT = pytest.mark.modes("direct", "nfqueue-direct")
+TUNNEL = pytest.mark.modes("tunnel", "fast-tunnel", "nfqueue-tunnel")
+
+
+@pytest.fixture
+def c(mode: dict[str, Any]) -> Iterator[Cluster]:
+    cluster = Cluster(1, **mode, rules=[(0, ".*")], start=False)
+    try:
+        cluster.bed.host("stranger", "192.168.1.66")
+        cluster.nginx[0].file("1k", size=1024)
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def stranger(c: Cluster) -> Host:
+    return c.bed.hosts[-1]
+
+
+def packets(c: Cluster) -> dict[str, int]:
+    found: dict[str, int] = c.be[0].ctl("status")["packets"]
+    return found
+
+
+def send(c: Cluster, ip: bytes, *more: bytes) -> None:
+    """Packets from the stranger to the back end, whoever they say that they are from."""
+    to, own = (bytes.fromhex(h.mac().replace(":", "")) for h in (c.be_hosts[0], stranger(c)))
+    for packet in (ip, *more):
+        send_again(stranger(c), to + own + b"\x08\x00" + packet)
+
+
+def wrapped(c: Cluster, ip: bytes, source: str = "") -> bytes:
+    """As a front end would tunnel it."""
+    return ip_header(4, 5, 20 + len(ip), 0x4000, IPIP, source or c.fe_host.address,
+                     c.be_hosts[0].address) + ip
+
+
+def in_fragments(ip: bytes) -> tuple[bytes, bytes]:
+    """Cut behind 40 bytes of payload."""
+    head, data = ip[:20], ip[20:]
+    source, destination = (socket.inet_ntoa(head[at:at + 4]) for at in (12, 16))
+    return tuple(ip_header(4, 5, 20 + len(part), fragment, head[9], source, destination) + part
+                 for part, fragment in ((data[:40], FRAGMENTS), (data[40:], 5)))  # type: ignore
+
+
+def reassembled(host: Host) -> int:
+    return int(host.run("nstat", "-asz", "IpReasmOKs").stdout.split()[-2])
+
+
+def test_when_a_tunnel_ends() -> None:
+    """With its front end: unless that had its process killed, and its kernel goes on."""
+    class Datapath:
+        def __init__(self) -> None:
+            self.accepted = {"left"}
+
+        def allowed(self) -> list[str]:
+            return list(self.accepted)
+
+        def allow(self, address: str, allowed: bool) -> None:
+            (self.accepted.add if allowed else self.accepted.remove)(address)
+    datapath = Datapath()
+    tunnels = Tunnels(datapath, 0.0)  # type: ignore[arg-type]
+    owners = {"a", "left"}
+    for address, tunnel in (("a", True), ("b", True), ("c", False)):
+        tunnels.meet(address, tunnel, 0.0)
+    steps = (({"a", "b", "c"}, 9.0, {"a", "b", "left"}), (set(), 9.0 + AWAY, {"a", "b", "left"}),
+             (set(), 9.1 + AWAY, {"a", "left"}), ({"a"}, 50.0, {"a", "left"}))
+    for present, now, accepted in steps:
+        tunnels.look(present, owners.__contains__, now)
+        assert datapath.accepted == accepted
+    owners.clear()
+    tunnels.look(set(), owners.__contains__, 50.0 + AWAY)
+    assert datapath.accepted == {"a"}
+    tunnels.meet("a", False, 50.0 + AWAY)
+    assert datapath.accepted == set()
+
+
+def smuggle(c: Cluster) -> tuple[dict[str, int], dict[str, int]]:
+    """Another request on a client's live connection, wrapped up as if by the front end. What the
+    back end had counted before and after."""
+    with first_frame(c.client, lambda frame: frame[47] == ACK) as frames, \
+            c.client.connect(c.VIP) as s:
+        ask(s)
+        wait_for(lambda: frames, "an ACK")
+        wait_for(lambda: c.be[0].ctl("status")["live"] == 1, "the connection")
+        before = packets(c)
+        send(c, wrapped(c, with_data(frames[0], REQUEST)[14:]))
+        wait_for(lambda: sum(packets(c)[k] - before[k] for k in ("foreign", "decapsulated")) == 1,
+                 "the packet to be judged")
+        return before, packets(c)
+
+
+@DIRECT
+def test_nobody_tunnels_to_those_who_are_reached_directly(c: Cluster) -> None:
+    assert c.be[0].ctl("status")["frontends"][0]["tunnel"] is False
+    before, after = smuggle(c)
+    assert after["foreign"] == before["foreign"] + 1
+    with c.client.connect(c.VIP) as s:
+        s.sendall(REQUEST)
+        read_all(s)
+    assert len(c.nginx[0].seen()) == 2
+
+
+@TUNNEL
+def test_a_tunnel_ends_with_its_front_end(c: Cluster) -> None:
+    assert c.fe
+    host = c.be_hosts[0]
+    other = with_address(c, "192.168.1.67")
+    whole = wrapped(c, other)
+    before, parts = packets(c), reassembled(host)
+    send(c, wrapped(c, other, "192.168.1.66"), *in_fragments(wrapped(c, other, "192.168.1.66")))
+    wait_for(lambda: packets(c)["foreign"] == before["foreign"] + 2, "the stranger's packets")
+    send(c, whole)
+    wait_for(lambda: packets(c)["decapsulated"] == before["decapsulated"] + 1, "the front end's")
+    c.fe.stop()
+    wait_for(lambda: not c.be[0].ctl("status")["frontends"][0]["tunnel"], "the end of the tunnel")
+    send(c, whole)
+    wait_for(lambda: packets(c)["foreign"] == before["foreign"] + 3, "that in its name")
+    assert packets(c)["decapsulated"] == before["decapsulated"] + 1
+    assert reassembled(host) == parts
+
+
+def with_address(c: Cluster, source: str) -> bytes:
+    """An ACK of a client that nobody knows."""
+    tcp = struct.pack("!HHIIBBHHH", 4000, 80, 1000, 1, 5 << 4, ACK, 1000, 0, 0) + bytes(60)
+    return ip_header(4, 5, 20 + len(tcp), 0x4000, socket.IPPROTO_TCP, source, c.VIP) + tcp
