@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 from test_bpf import ip_header
 from test_edges import first_frame, send_again
-from test_fastpath import ask, with_data
+from test_fastpath import ask, handshake_ack, retransmitted, with_data
 
 from tcpha.backend.tunnels import AWAY, Tunnels
 from tcpha.lab.bed import Cluster, Host, wait_for
-from test_serve import REQUEST, read_all
+from test_serve import REQUEST, body, read_all, settle
 
 IPIP, ACK, FRAGMENTS = 4, 16, 0x2000
 DIRECT = pytest.mark.modes("direct", "nfqueue-direct")
+FAST = pytest.mark.modes("fast-direct", "fast-tunnel")
 TUNNEL = pytest.mark.modes("tunnel", "fast-tunnel", "nfqueue-tunnel")
 
 
@@ -145,3 +146,38 @@ def with_address(c: Cluster, source: str) -> bytes:
     """An ACK of a client that nobody knows."""
     tcp = struct.pack("!HHIIBBHHH", 4000, 80, 1000, 1, 5 << 4, ACK, 1000, 0, 0) + bytes(60)
     return ip_header(4, 5, 20 + len(tcp), 0x4000, socket.IPPROTO_TCP, source, c.VIP) + tcp
+
+
+@FAST
+def test_a_cookie_is_for_the_front_end(c: Cluster) -> None:
+    """A client that has got it, and goes straight to a back end of its choice, is not heard."""
+    with handshake_ack(c.client) as frames:
+        s = c.client.connect(c.VIP)
+        wait_for(lambda: frames, "the end of the handshake")
+    request = with_data(frames[0], REQUEST)[14:]
+    ways = [request, wrapped(c, request)] if c.forward == "tunnel" else [request]
+    before = packets(c)
+    send(c, *ways)
+    wait_for(lambda: packets(c)["guarded"] == before["guarded"] + len(ways), "them to be judged")
+    assert packets(c)["adopted"] == before["adopted"]
+    s.sendall(REQUEST)
+    assert len(body(read_all(s))) == 1024
+    assert packets(c)["adopted"] == before["adopted"] + 1
+
+
+@FAST
+def test_a_long_first_segment_that_is_cut(c: Cluster) -> None:
+    """It is one packet to the front end and many to the back end; none of them is lost."""
+    assert c.fe
+    c.fe_host.run("ethtool", "-K", "eth0", "tso", "off", "gso", "off")
+    data = b"x" * 12000
+    before = retransmitted(c.client), c.be_hosts[0].counter("rx_packets")
+    with c.client.connect(c.VIP) as s:
+        s.sendall(b"PUT /up/long HTTP/1.1\r\nHost: lab\r\nConnection: close\r\n"
+                  b"Content-Length: %d\r\n\r\n" % len(data) + data)
+        assert read_all(s).split()[1] in (b"201", b"204")
+    assert (c.nginx[0].root / "up/long").read_bytes() == data
+    settle(c)
+    assert c.fe.ctl("status")["counters"]["fast"] == 1
+    assert c.be_hosts[0].counter("rx_packets") > before[1] + len(data) // 1500
+    assert retransmitted(c.client) == before[0]

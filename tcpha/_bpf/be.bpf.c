@@ -112,42 +112,99 @@ static __always_inline void report(struct tcpha_event *event, const struct tcpha
 	bpf_ringbuf_submit(event, result == TCPHA_R_OK ? BPF_RB_NO_WAKEUP : BPF_RB_FORCE_WAKEUP);
 }
 
+/* The tag of a front end on a segment. */
+struct tagged {
+	__s32 by;  /* index of the front end; -1: it bears none */
+	__u32 ack; /* what it acknowledges, without the tag */
+	__u32 at;  /* where its TCP header is in the packet */
+};
+
 /*
- * A segment that no socket of ours expects. If it has the cookie of one of our front ends, it becomes
- * the socket. old: the sequence number that would end an older socket on the tuple, if there is one. last:
- * user space has looked for room, and there is none.
+ * Whether a front end has put its tag on a segment of a connection that began with isn, the client's. A
+ * function of its own for the verifier: what follows need not be looked at for each front end.
+ */
+__noinline int find_tag(struct tagged *tag, const struct tcpha_flow *flow, __u32 isn, __u32 ack, __u32 urgent)
+{
+	struct tcpha_keys *k;
+	__u64 hash;
+	__u32 i, n;
+
+	if (!tag || !flow)
+		return 0;
+	for (i = 0; i < TCPHA_MAX_FAST; i++) {
+		n = i;
+		k = bpf_map_lookup_elem(&keys, &n);
+		if (!k || !k->used)
+			continue;
+		hash = tag_hash(flow, k, isn, (ack - 1) & META_MASK);
+		if (tag_urgent(hash) != urgent)
+			continue;
+		tag->by = i;
+		tag->ack = tag_ack(ack, hash);
+		return 1;
+	}
+	return 0;
+}
+
+/*
+ * The first segment of a connection bears a tag; if it is long, what was cut off from it on its way does,
+ * too, and says in no other way what the connection began with.
+ */
+static __always_inline void read_tag(struct tagged *tag, const struct headers *h,
+				     const struct tcpha_flow *flow)
+{
+	__u32 seq = bpf_ntohl(h->tcp->seq), ack = bpf_ntohl(h->tcp->ack_seq);
+	struct tcpha_adoption *a;
+
+	tag->by = -1;
+	tag->ack = ack;
+	tag->at = ETH_HLEN + h->ip->ihl * 4;
+	if (!conf.fast || !h->tcp->urg_ptr || h->tcp->urg || !h->tcp->ack || h->tcp->syn || h->tcp->rst ||
+	    find_tag(tag, flow, seq - 1, ack, h->tcp->urg_ptr))
+		return;
+	a = bpf_map_lookup_elem(&adoptions, flow);
+	if (a)
+		find_tag(tag, flow, a->isn, ack, h->tcp->urg_ptr);
+}
+
+/* To a socket, as the client has sent it. */
+static __always_inline int let_pass(struct __sk_buff *skb, const struct tagged *tag)
+{
+	if (tag->by >= 0 && write_tag(skb, tag->at, tag->ack, 0))
+		return TC_ACT_SHOT;
+	return TC_ACT_UNSPEC;
+}
+
+/*
+ * A segment that no socket of ours expects. If it has the cookie and the tag of one of our front ends, it
+ * becomes the socket. old: the sequence number that would end an older socket on the tuple, if there is one.
+ * last: user space has looked for room, and there is none.
  */
 static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct headers *h,
-					   const struct tcpha_flow *flow, const struct options *o,
-					   const __u32 *old, bool last)
+					   const struct tcpha_flow *flow, const struct tagged *tag,
+					   const struct options *o, const __u32 *old, bool last)
 {
 	struct bpf_sock_tuple t = {};
-	struct tcpha_keys *k = 0;
+	struct tcpha_keys *k;
 	__u8 room[3] = {TCPHA_MAC_ROOM >> 8, TCPHA_MAC_ROOM & 0xff};
 	struct tcpha_event *event;
 	struct tcpha_gate *g;
 	struct cookie c = {};
 	struct tcpha_adoption *before, now = {};
 	struct headers again;
-	__u32 i, n = 0, zero = 0, seq, ack, rtt, mark, reused;
+	__u32 n = tag->by, zero = 0, seq, rtt, mark, reused;
 	int result;
 
-	if (!conf.fast || h->tcp->syn || h->tcp->rst || !h->tcp->ack || h->tcp->doff < 5)
+	if (tag->by < 0 || h->tcp->doff < 5)
 		return TC_ACT_SHOT;
 	seq = bpf_ntohl(h->tcp->seq);
-	ack = bpf_ntohl(h->tcp->ack_seq);
 	rtt = bpf_ntohs(h->ip->id);
 	g = bpf_map_lookup_elem(&gate, &zero);
 	if (!g)
 		return TC_ACT_SHOT;
 	c.opt = *o;
-	for (i = 0; i < TCPHA_MAX_FAST; i++) {
-		n = i;
-		k = bpf_map_lookup_elem(&keys, &n);
-		if (k && k->used && cookie_check(flow, k, seq, ack, &c))
-			break;
-	}
-	if (i == TCPHA_MAX_FAST || !k)
+	k = bpf_map_lookup_elem(&keys, &n);
+	if (!k || !cookie_check(flow, k, seq, tag->ack, &c))
 		return TC_ACT_SHOT;
 	before = bpf_map_lookup_elem(&adoptions, flow);
 	/* a late copy, of a handshake before the last one on the tuple: that connection is over long since */
@@ -211,6 +268,10 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct h
 	t.ipv4.sport = flow->cport;
 	t.ipv4.daddr = unmap_v4(g->listen_addr);
 	t.ipv4.dport = g->listen_port;
+	if (let_pass(skb, tag) == TC_ACT_SHOT) {
+		bpf_ringbuf_discard(event, 0);
+		return TC_ACT_SHOT;
+	}
 	result = cookie_accept(skb, &t, &c, k->wscale, rtt);
 	if (result) {
 		report(event, flow, &c, n, result, 0);
@@ -286,12 +347,18 @@ static __always_inline int guard(struct __sk_buff *skb, const struct headers *h,
 	struct bpf_sock *skc;
 	struct tcp_sock *tp;
 	struct options o = {};
+	struct tagged tag;
 	struct tcpha_flow flow;
-	__u32 state = 0, old = 0, ack = bpf_ntohl(h->tcp->ack_seq), seq = bpf_ntohl(h->tcp->seq);
+	__u32 state = 0, old = 0, seq = bpf_ntohl(h->tcp->seq);
 	__u32 ts_recent = 0;
 	int pass = 0, other = 0, verdict;
 	bool control = h->tcp->syn || h->tcp->rst;
 
+	map_v4(flow.caddr, h->ip->saddr);
+	map_v4(flow.vaddr, h->ip->daddr);
+	flow.cport = h->tcp->source;
+	flow.vport = h->tcp->dest;
+	read_tag(&tag, h, &flow);
 	t.ipv4.saddr = h->ip->saddr;
 	t.ipv4.daddr = h->ip->daddr;
 	t.ipv4.sport = h->tcp->source;
@@ -310,8 +377,8 @@ static __always_inline int guard(struct __sk_buff *skb, const struct headers *h,
 			tp = bpf_skc_to_tcp_sock(skc);
 			if (tp) { /* what it acknowledges was never sent by that one */
 				old = tp->rcv_nxt;
-				other = !began_with(tp, seq) && ((__s32)(ack - tp->write_seq) > 0 ||
-								 (__s32)(tp->snd_una - ack) > (1 << 20));
+				other = !began_with(tp, seq) && ((__s32)(tag.ack - tp->write_seq) > 0 ||
+								 (__s32)(tp->snd_una - tag.ack) > (1 << 20));
 			}
 		}
 		bpf_sk_release(skc);
@@ -320,25 +387,21 @@ static __always_inline int guard(struct __sk_buff *skb, const struct headers *h,
 	if (pass && !other) {
 		if (is_again(skb))
 			skb->mark = 0;
-		return TC_ACT_UNSPEC;
+		return let_pass(skb, &tag);
 	}
 	if (conf.fast && h->tcp->doff >= 5 &&
 	    read_options(skb, ETH_HLEN + h->ip->ihl * 4 + sizeof(struct tcphdr),
 			 h->tcp->doff * 4 - sizeof(struct tcphdr), &o) < 0)
 		return TC_ACT_SHOT;
-	map_v4(flow.caddr, h->ip->saddr);
-	map_v4(flow.vaddr, h->ip->daddr);
-	flow.cport = h->tcp->source;
-	flow.vport = h->tcp->dest;
 	if (state == BPF_TCP_TIME_WAIT && pass && belongs_to_past(&flow, seq, old, &o, ts_recent))
-		return TC_ACT_UNSPEC;
-	verdict = adopt_by_cookie(skb, h, &flow, &o, other ? &old : 0, last);
+		return let_pass(skb, &tag);
+	verdict = adopt_by_cookie(skb, h, &flow, &tag, &o, other ? &old : 0, last);
 	if (verdict == TC_ACT_SHOT && conf.fast && !control)
 		verdict = behind_first(skb, &flow, seq, state);
 	/* what the socket cannot expect would be answered with a RST, should it end before this gets there */
 	if (verdict == TC_ACT_SHOT && pass &&
 	    (!conf.fast || control || (state == BPF_TCP_TIME_WAIT && (__s32)(seq - old) <= 0)))
-		return TC_ACT_UNSPEC;
+		return let_pass(skb, &tag);
 	if (verdict == TC_ACT_SHOT)
 		COUNT(guarded, 1);
 	return verdict;
@@ -402,8 +465,8 @@ static __always_inline bool is_for_vip(const struct iphdr *ip)
 #define UNWRAPPED 1000 /* no TC_ACT_* */
 
 /*
- * What is wrapped up, for us by a front end, or so it says. Whatever holds a segment for the VIP and is not as
- * a front end of ours would send it ends here: a tunnel device of this host would unwrap that, too, for
+ * What is wrapped up, for us by a front end, or so it says. Whatever holds a segment for the VIP and is not
+ * as a front end of ours would send it ends here: a tunnel device of this host would unwrap that, too, for
  * anybody. A front end sends no fragments; but if a router has cut what is around a segment, our stack puts
  * that together, and the mark, which the whole keeps, sends it to user space, from where what was in it comes
  * back. What is not whole never gets anywhere, so it is enough to judge the first fragment.

@@ -188,6 +188,50 @@ static __always_inline int cookie_check(const struct tcpha_flow *flow, const str
 	return 1;
 }
 
+/*
+ * The tag of a front end, on a client's first segment that it sends on to a back end. The client has the
+ * cookie, and so has whoever is a client for once; but it is the front end that decides which back end gets a
+ * request, and whether any does. So what the segment acknowledges is changed in those 22 bits that the back
+ * end can tell anyhow, and its urgent pointer, which means nothing without URG, proves another 16. All
+ * segments of a GSO packet have the tag then. Later ones need none: they are for a socket that is there.
+ */
+#define META_TAG (1U << META_BITS) /* no cookie is made of this */
+
+static __always_inline __u64 tag_hash(const struct tcpha_flow *flow, const struct tcpha_keys *keys, __u32 isn,
+				      __u32 meta)
+{
+	return cookie_hash(flow, keys->key[meta & META_KEY][0], keys->key[meta & META_KEY][1], isn,
+			   meta | META_TAG);
+}
+
+/* Of a number to be acknowledged: what it is with the tag, or without it. */
+static __always_inline __u32 tag_ack(__u32 ack, __u64 hash)
+{
+	return ((ack - 1) ^ ((__u32)hash & ~META_MASK)) + 1;
+}
+
+static __always_inline __be16 tag_urgent(__u64 hash)
+{
+	return (__be16)(hash >> 32) ?: 1;
+}
+
+/* Change what a segment acknowledges, and its urgent pointer; 'at': its TCP header. 0, or an error. */
+static __always_inline int write_tag(struct __sk_buff *skb, __u32 at, __u32 ack, __be16 urgent)
+{
+	const __u32 at_ack = at + __builtin_offsetof(struct tcphdr, ack_seq);
+	const __u32 at_check = at + __builtin_offsetof(struct tcphdr, check);
+	const __u32 at_urgent = at + __builtin_offsetof(struct tcphdr, urg_ptr);
+	__be32 old_ack, new_ack = bpf_htonl(ack);
+	__be16 old_urgent;
+
+	return bpf_skb_load_bytes(skb, at_ack, &old_ack, sizeof(old_ack)) ||
+	       bpf_skb_load_bytes(skb, at_urgent, &old_urgent, sizeof(old_urgent)) ||
+	       bpf_l4_csum_replace(skb, at_check, old_ack, new_ack, sizeof(new_ack)) ||
+	       bpf_l4_csum_replace(skb, at_check, old_urgent, urgent, sizeof(urgent)) ||
+	       bpf_skb_store_bytes(skb, at_ack, &new_ack, sizeof(new_ack), 0) ||
+	       bpf_skb_store_bytes(skb, at_urgent, &urgent, sizeof(urgent), 0);
+}
+
 struct bpf_tcp_req_attrs { /* include/net/tcp.h of the kernel, since 6.9 */
 	__u32 rcv_tsval;
 	__u32 rcv_tsecr;

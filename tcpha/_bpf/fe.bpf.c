@@ -271,8 +271,27 @@ static __always_inline bool fits(struct __sk_buff *skb, __u32 room)
 	       (skb->gso_size && h.ip->ihl * 4 + h.tcp->doff * 4 + skb->gso_size <= room);
 }
 
+/*
+ * The first segment of a connection is about to leave for its back end: make it ours. A client that is told
+ * that its segment is too big must not see that.
+ */
+static __always_inline int put_tag(struct __sk_buff *skb, const struct tcpha_flow *flow,
+				   const struct tcpha_entry *e)
+{
+	__u32 zero = 0, ack = e->first_ack;
+	struct tcpha_state *own = bpf_map_lookup_elem(&state, &zero);
+	struct iphdr *ip = (void *)(long)skb->data + ETH_HLEN;
+	__u64 hash;
+
+	if (!own || (void *)(ip + 1) > (void *)(long)skb->data_end)
+		return -1;
+	hash = tag_hash(flow, &own->keys, e->first_seq - 1, (ack - 1) & META_MASK);
+	return write_tag(skb, ETH_HLEN + ip->ihl * 4, tag_ack(ack, hash), tag_urgent(hash));
+}
+
+/* first: it makes the connection. */
 static __always_inline int forward(struct __sk_buff *skb, const struct tcpha_flow *flow,
-				   struct tcpha_entry *e)
+				   struct tcpha_entry *e, bool first)
 {
 	struct tcpha_backend *be;
 	__u32 index = *(volatile __u32 *)&e->backend;
@@ -291,6 +310,8 @@ static __always_inline int forward(struct __sk_buff *skb, const struct tcpha_flo
 	room = be->mtu - (be->mode == TCPHA_TUNNEL ? sizeof(struct iphdr) : 0);
 	if (be->mtu && !fits(skb, room))
 		return tell_too_big(skb, room);
+	if (first && put_tag(skb, flow, e))
+		return TC_ACT_SHOT;
 	__sync_fetch_and_add(&e->packets, segments);
 	__sync_fetch_and_add(&e->bytes, bytes);
 	ret = to_backend(skb, be);
@@ -311,7 +332,7 @@ static __always_inline int hold(struct __sk_buff *skb, const struct tcpha_flow *
 	__u32 slot = e->slot, held = __sync_fetch_and_add(&e->held, 1);
 
 	if (held & TCPHA_FLOWING)
-		return held & TCPHA_OURS ? to_stack(skb) : forward(skb, flow, e);
+		return held & TCPHA_OURS ? to_stack(skb) : forward(skb, flow, e, false);
 	__builtin_memcpy(mac + 2, &slot, sizeof(slot));
 	if (bpf_skb_store_bytes(skb, 0, mac, sizeof(mac), 0) < 0)
 		return TC_ACT_SHOT;
@@ -355,7 +376,7 @@ static __always_inline int follow_entry(struct __sk_buff *skb, const struct tcph
 					struct tcpha_entry *e)
 {
 	if (e->state == TCPHA_FORWARD)
-		return forward(skb, flow, e);
+		return forward(skb, flow, e, false);
 	if (e->state == TCPHA_HOLD)
 		return hold(skb, flow, e);
 	/* it was given back a moment ago */
@@ -775,7 +796,8 @@ static __always_inline int fast_flow(struct __sk_buff *skb, const struct tcpha_f
 		return TC_ACT_SHOT; /* a late copy: it must not be served a second time */
 	if (ack != e->first_ack && !(e->flags & TCPHA_F_ANSWERED))
 		e->flags |= TCPHA_F_ANSWERED; /* once: another CPU may be about to change another flag */
-	if (first && !(e->flags & TCPHA_F_ANSWERED)) {
+	first = first && !(e->flags & TCPHA_F_ANSWERED);
+	if (first) {
 		be = bpf_map_lookup_elem(&backends, &index);
 		if (be && be->down) { /* it was not served: another back end may */
 			if (!__sync_lock_test_and_set(&e->live, 0))
@@ -791,7 +813,7 @@ static __always_inline int fast_flow(struct __sk_buff *skb, const struct tcpha_f
 	} else if (!passed && is_crowded(e)) {
 		return to_worker_later(skb, e);
 	}
-	return forward(skb, flow, e);
+	return forward(skb, flow, e, first);
 }
 
 /*
@@ -1044,7 +1066,7 @@ int fe_tap(struct __sk_buff *skb)
 		if (!kept || e->state != TCPHA_HOLD)
 			return follow_entry(skb, &flow, e);
 		if (e->live)
-			return forward(skb, &flow, e);
+			return forward(skb, &flow, e, false);
 	}
 	return to_stack(skb);
 }
