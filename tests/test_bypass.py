@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from test_bpf import ip_header
 from test_edges import first_frame, send_again
-from test_fastpath import ask, handshake_ack, retransmitted, with_data
+from test_fastpath import ask, handshake_ack, internet_sum, retransmitted, with_data
 
 from tcpha.backend.tunnels import AWAY, Tunnels
 from tcpha.lab.bed import Cluster, Host, wait_for
 from test_serve import REQUEST, body, read_all, settle
 
-IPIP, ACK, FRAGMENTS = 4, 16, 0x2000
+IPIP, SYN, ACK, FRAGMENTS = 4, 2, 16, 0x2000
 DIRECT = pytest.mark.modes("direct", "nfqueue-direct")
 FAST = pytest.mark.modes("fast-direct", "fast-tunnel")
 TUNNEL = pytest.mark.modes("tunnel", "fast-tunnel", "nfqueue-tunnel")
@@ -139,6 +139,22 @@ def test_a_tunnel_ends_with_its_front_end(c: Cluster) -> None:
     send(c, whole)
     wait_for(lambda: packets(c)["foreign"] == before["foreign"] + 3, "that in its name")
     assert packets(c)["decapsulated"] == before["decapsulated"] + 1
+    assert reassembled(host) == parts
+
+
+@DIRECT
+def test_a_handshake_in_fragments(c: Cluster) -> None:
+    """Nobody sees of it what it is, until the back end's stack has put it together."""
+    host = c.be_hosts[0]
+    tcp = bytearray(struct.pack("!HHIIBBHHH", 4000, 80, 1000, 0, 14 << 4, SYN, 1000, 0, 0))
+    tcp += b"\1" * 36
+    source, vip = socket.inet_aton(stranger(c).address), socket.inet_aton(c.VIP)
+    tcp[16:18] = struct.pack("!H", internet_sum(source + vip + struct.pack("!HH", 6, len(tcp))
+                                                + tcp))
+    before, parts = packets(c)["guarded"], reassembled(host)
+    send(c, *in_fragments(ip_header(4, 5, 20 + len(tcp), 0, socket.IPPROTO_TCP,
+                                    stranger(c).address, c.VIP) + tcp))
+    wait_for(lambda: packets(c)["guarded"] > before or reassembled(host) > parts, "a judgement")
     assert reassembled(host) == parts
 
 

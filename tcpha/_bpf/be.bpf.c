@@ -462,6 +462,20 @@ static __always_inline bool is_for_vip(const struct iphdr *ip)
 	return ip->version == 4 && ip->protocol == IPPROTO_TCP && ip->daddr == unmap_v4(conf.vaddr);
 }
 
+/*
+ * Whether a packet whose TCP header cannot be seen must not get to our stack, which would answer for the VIP
+ * when it has put the fragments together. Front ends send none.
+ */
+static __always_inline bool keeps_out(struct __sk_buff *skb)
+{
+	struct iphdr ip;
+
+	if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)) < 0 || !is_for_vip(&ip))
+		return false;
+	COUNT(guarded, 1);
+	return true;
+}
+
 #define UNWRAPPED 1000 /* no TC_ACT_* */
 
 /*
@@ -522,7 +536,9 @@ int be_ingress(struct __sk_buff *skb)
 		if (verdict != UNWRAPPED)
 			return verdict;
 	}
-	if (parse_tcp(skb, 0, &h) < 0 || h.ip->daddr != unmap_v4(conf.vaddr))
+	if (parse_tcp(skb, 0, &h) < 0)
+		return keeps_out(skb) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+	if (h.ip->daddr != unmap_v4(conf.vaddr))
 		return TC_ACT_UNSPEC;
 	return guard(skb, &h, false);
 }

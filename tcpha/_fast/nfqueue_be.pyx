@@ -237,8 +237,11 @@ cdef int _inward(be_nfqueue *d, packet *p) noexcept nogil:
         p.data = inner
         p.len = length
         return V_CHANGED
-    if tcp_parse(inner, length, &v) < 0 or memcmp(v.ip + 16, d.vaddr + 12, 4) != 0:
+    if length < IP_SIZE or not _is_for_vip(d, inner):
         return V_ACCEPT    # none of ours
+    if tcp_parse(inner, length, &v) < 0:
+        add64(<uint64_t *>&d.n.guarded, 1)
+        return V_DROP      # our stack would put fragments together, and front ends send none
     if tunnelled and v.tcp - v.ip > IP_SIZE:
         # The kernel has noted where the outer packet's payload begins. So the inner header must
         # have the same size: its options, which nobody reads here, go.
