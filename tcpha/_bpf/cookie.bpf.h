@@ -6,7 +6,8 @@
  *
  * Of SipHash-2-4 over the flow, the client's initial sequence number and the metadata, 22 bits are the
  * upper part of our initial sequence number; the lower 10 are the metadata. 32 other bits are the offset of
- * our timestamp clock, so that a TSecr that lies in the last TCPHA_COOKIE_MS proves another 15. Whoever has
+ * our timestamp clock, so that a TSecr that lies in the last TCPHA_COOKIE_MS proves another 15. Whether there
+ * are timestamps is hashed, too: where they were agreed, no segment without them is good. Whoever has
  * the key and the client's segment behind the handshake can tell all of it: the front end that made the
  * cookie, and the back end that adopts.
  */
@@ -24,6 +25,7 @@
 #define META_SACK (1U << 8)
 #define META_ECN (1U << 9)
 #define NO_WSCALE 15U
+#define META_TIMED (2U << META_BITS) /* timestamps were agreed: hashed only, as each segment shows it */
 
 /* What is negotiated. The client's MSS is rounded down to one of these. */
 const volatile __u16 MSS_VALUES[8] SEC(".rodata.mss") = {536, 1220, 1360, 1400, 1440, 1452, 1460, 8960};
@@ -176,7 +178,7 @@ static __always_inline int cookie_check(const struct tcpha_flow *flow, const str
 	c->meta = c->ours & META_MASK;
 	c->rtt_ms = 0;
 	h = cookie_hash(flow, keys->key[c->meta & META_KEY][0], keys->key[c->meta & META_KEY][1], c->isn,
-			c->meta);
+			c->meta | (c->opt.found & OPT_TS ? META_TIMED : 0));
 	if (((__u32)h ^ c->ours) >> META_BITS)
 		return 0;
 	if (c->opt.found & OPT_TS) {

@@ -80,6 +80,14 @@ struct {
 	__type(value, __u64);
 } strangers SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct tcpha_guesses);
+} guesses SEC(".maps");
+
 #define GSO_SEGMENTS 64 /* of a packet, about, where nobody has counted them */
 
 /* Room for an entry in the making; the stack has too little. */
@@ -417,6 +425,52 @@ static __always_inline bool is_sound(struct __sk_buff *skb, const struct tcpha_f
 	return summed == CHECKSUM_UNNECESSARY || summed == CHECKSUM_PARTIAL;
 }
 
+#define SECOND_NS 1000000000ULL
+
+static __always_inline bool is_wary(void)
+{
+	__u32 zero = 0;
+	struct tcpha_guesses *g = bpf_map_lookup_elem(&guesses, &zero);
+
+	return g && now_ns() < *(volatile __u64 *)&g->until_ns;
+}
+
+/* Somebody without timestamps has a wrong cookie. CPUs share this: under a flood it is read, and no more. */
+static __always_inline void note_guess(void)
+{
+	__u32 zero = 0;
+	struct tcpha_guesses *g = bpf_map_lookup_elem(&guesses, &zero);
+	__u64 now = now_ns();
+
+	if (!g)
+		return;
+	if (now - g->since_ns >= SECOND_NS) {
+		g->since_ns = now;
+		g->count = 0;
+	}
+	if (*(volatile __u32 *)&g->count < TCPHA_GUESSES)
+		__sync_fetch_and_add(&g->count, 1);
+	else if (g->until_ns < now + TCPHA_WARY_NS - SECOND_NS / 2)
+		g->until_ns = now + TCPHA_WARY_NS;
+}
+
+/*
+ * Whether a segment has our cookie. Of a client without timestamps it does not count while we are wary,
+ * unless the end of its handshake was seen before; by that, a RST is known, too, which may come without them
+ * (RFC 7323 section 3.2).
+ */
+static __always_inline bool has_cookie(const struct tcpha_flow *flow, const struct tcpha_keys *k, __u32 seq,
+				       __u32 ack, bool reset, const struct tcpha_shaken *before,
+				       struct cookie *c)
+{
+	bool good = cookie_check(flow, k, seq, ack, c);
+	bool known = before && before->isn == c->isn && before->ours == c->ours;
+
+	if (known && reset)
+		return true;
+	return good && (known || c->opt.found & OPT_TS || !is_wary());
+}
+
 /*
  * Answer a SYN with a cookie, in place, if the way back is sure. No IP options in it. The checksum is left to
  * whoever would have completed that of the SYN, if it was not complete: our TCP header stands where that one
@@ -457,6 +511,10 @@ static __always_inline int answer_syn(struct __sk_buff *skb, const struct header
 	if (o.mss < MSS_VALUES[0])
 		return TC_ACT_UNSPEC; /* the kernel's adoption takes no such connection */
 	found = o.found & conf.options;
+	if (!(found & OPT_TS) && is_wary()) {
+		COUNT(wary, 1);
+		return TC_ACT_UNSPEC;
+	}
 #pragma unroll
 	for (i = 1; i < 8; i++)
 		if (o.mss >= MSS_VALUES[i])
@@ -464,7 +522,8 @@ static __always_inline int answer_syn(struct __sk_buff *skb, const struct header
 	meta |= (found & OPT_WSCALE ? o.wscale : NO_WSCALE) << META_WSCALE;
 	meta |= found & OPT_SACK ? META_SACK : 0;
 	meta |= ecn ? META_ECN : 0;
-	hash = cookie_hash(flow, k->key[key][0], k->key[key][1], isn, meta);
+	hash = cookie_hash(flow, k->key[key][0], k->key[key][1], isn,
+			   meta | (found & OPT_TS ? META_TIMED : 0));
 
 	if (!mtu || mtu > kernel->dev->mtu)
 		mtu = kernel->dev->mtu;
@@ -647,7 +706,7 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 			 &c.opt) < 0)
 		return TC_ACT_SHOT;
 	before = bpf_map_lookup_elem(&shaken, &flow);
-	if (!cookie_check(&flow, k, seq, ack, &c)) {
+	if (!has_cookie(&flow, k, seq, ack, flags & TCPHA_T_RST, before, &c)) {
 		if (before && seq - before->isn < TCPHA_LEAP) /* or a keep-alive probe */
 			return seq != before->isn && length ? to_worker(skb, TCPHA_FAST_EARLY) : TC_ACT_SHOT;
 		/*
@@ -660,6 +719,8 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 		if (fresh && fresh != e)
 			return DECIDED;
 		COUNT(forged, 1);
+		if (!(c.opt.found & OPT_TS))
+			note_guess();
 		if ((length || flags & TCPHA_T_FIN) && may_be_early(&flow))
 			return TC_ACT_SHOT;
 		return TC_ACT_UNSPEC; /* which says so with a RST */

@@ -207,6 +207,7 @@ struct tcpha_counters {
 	__u64 icmp;	/* front end: ICMP errors sent on to the back end that they concern */
 	__u64 too_big;	/* front end: no room on the way to the back end, and the client was told */
 	__u64 not_ect;	/* back end: met congestion in the tunnel, and cannot tell: dropped */
+	__u64 wary;	/* front end: SYNs without timestamps, left to the listener: see tcpha_guesses */
 };
 
 /* A route, as the key of a longest-prefix match: the address and its length are the v4-mapped ones. */
@@ -259,6 +260,21 @@ struct tcpha_offer {
 	__u32 old;    /* out: back end of an older flow, whose end is known by this; + 1 */
 	__u32 alone;  /* nothing follows the request before it is answered: there is no order to keep */
 	char target[TCPHA_TARGET_MAX];
+};
+
+#define TCPHA_GUESSES 256	     /* in a second, that are no reason to be wary */
+#define TCPHA_WARY_NS 10000000000ULL /* for so long after the last second with more than that */
+
+/*
+ * Wrong cookies of clients that have no timestamps, in memory shared with user space. Of such a cookie 22
+ * bits are to be guessed. So where many are wrong, we are wary: these clients' SYNs are the listener's, and
+ * their cookies mean nothing.
+ */
+struct tcpha_guesses {
+	__u64 since_ns; /* the present second's begin */
+	__u64 until_ns; /* we are wary */
+	__u32 count;	/* in the present second */
+	__u32 pad;
 };
 
 /* The verdict cache, in memory shared with user space. */

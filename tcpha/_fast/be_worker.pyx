@@ -465,8 +465,9 @@ cdef bint _is_there(backend_state *b, uint32_t peer) noexcept nogil:
     return False
 
 
-cdef bint _has_any(backend_state *b, uint32_t peer) noexcept nogil:
-    """Whether a front end has connections here. The table is read in pieces."""
+cdef bint _has_any(backend_state *b, uint32_t peer, bint living) noexcept nogil:
+    """Whether a front end has connections here. living: they are not over, and it knows of them, or
+    may. The table is read in pieces."""
     cdef uint32_t at = 0, end
     cdef adopted *a
     cdef bint found = False
@@ -477,7 +478,7 @@ cdef bint _has_any(backend_state *b, uint32_t peer) noexcept nogil:
             a = b.buckets[at]
             at += 1
             while a != NULL and not found:
-                found = a.peer == peer
+                found = not a.over and (a.peer == peer or a.shared) if living else a.peer == peer
                 a = a.next
         pthread_mutex_unlock(&b.lock)
     return found
@@ -983,7 +984,7 @@ cdef class BackEnd(Core):
         cdef bint found
         self.catch_up()
         with nogil:
-            found = _has_any(self.b, peer)
+            found = _has_any(self.b, peer, False)
         if found:
             return False
         if load32(&self.b.holder) == peer + 1:
@@ -1036,5 +1037,5 @@ cdef class BackEnd(Core):
         """Whether a connection lives that a front end knows, or may know."""
         cdef bint found
         with nogil:
-            found = _has_any(self.b, peer)
+            found = _has_any(self.b, peer, True)
         return bool(found)

@@ -158,6 +158,10 @@ cdef extern from "tcpha.h" nogil:
         uint64_t icmp
         uint64_t too_big
         uint64_t not_ect
+        uint64_t wary
+
+    struct tcpha_guesses:
+        uint64_t until_ns
 
     struct tcpha_keys:
         uint64_t key[2][2]

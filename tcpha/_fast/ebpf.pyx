@@ -30,8 +30,8 @@ from tcpha._fast.defs cimport (
     TCPHA_R_ASSIGN, TCPHA_R_BACKLOG, TCPHA_R_LIVE, TCPHA_R_NONE, TCPHA_R_NO_LISTENER,
     TCPHA_R_NO_SOCKET, TCPHA_R_OK, TCPHA_R_TIME_WAIT, TCPHA_STATE_VERSION, TCPHA_TUNNEL,
     tcpha_adoption, tcpha_backend, tcpha_be_conf, tcpha_cache, tcpha_counters, tcpha_entry,
-    tcpha_event, tcpha_fe_conf, tcpha_flow, tcpha_gate, tcpha_keys, tcpha_load, tcpha_offer,
-    tcpha_op, tcpha_route, tcpha_shaken, tcpha_state, tcpha_tag, tcpha_verdict)
+    tcpha_event, tcpha_fe_conf, tcpha_flow, tcpha_gate, tcpha_guesses, tcpha_keys, tcpha_load,
+    tcpha_offer, tcpha_op, tcpha_route, tcpha_shaken, tcpha_state, tcpha_tag, tcpha_verdict)
 from tcpha._fast.diag cimport SockDiag, diag, diag_refusal
 from tcpha._fast.ledger cimport (
     PUT_NEW, ledger, ledger_close, ledger_divert, ledger_drop_pending, ledger_forget,
@@ -556,7 +556,7 @@ cdef dict _counters(Object obj):
     total = dict.fromkeys(("forwarded", "forwarded_bytes", "held", "live_syn", "unreachable",
                            "guarded", "foreign", "decapsulated", "cookies", "requests", "cached",
                            "forged", "adopted", "yielded", "again", "icmp",
-                           "too_big", "not_ect"), 0)
+                           "too_big", "not_ect", "wary"), 0)
     if bpf_map_lookup_elem(obj.map_fd("counters"), &zero, c) == 0:
         for i in range(cpus):
             total["forwarded"] += c[i].forwarded
@@ -576,6 +576,7 @@ cdef dict _counters(Object obj):
             total["again"] += c[i].again
             total["too_big"] += c[i].too_big
             total["not_ect"] += c[i].not_ect
+            total["wary"] += c[i].wary
             total["icmp"] += c[i].icmp
     free(c)
     return total
@@ -655,6 +656,7 @@ cdef class FeEbpf(FeDatapath):
     cdef readonly Object obj
     cdef readonly bint taken_over  # the connections of that run go on
     cdef readonly bint fresh       # not all of them are known, if there are any
+    cdef tcpha_guesses *guesses    # NULL: no packet path
 
     def __cinit__(self, str path, tap, str vaddr, int port, int slots, int maxflows, bint tunnel,
                   uint32_t instance, fast=None, dict left=None):
@@ -742,6 +744,7 @@ cdef class FeEbpf(FeDatapath):
             self.table.rule_hits = <uint64_t *>self.obj.map_memory(
                 "rule_hits", TCPHA_MAX_RULES * sizeof(uint64_t))
             self.table.keep_verdict = _keep_verdict
+            self.guesses = <tcpha_guesses *>self.obj.map_memory("guesses", sizeof(tcpha_guesses))
 
     cdef dict _reusable(self, dict left, tcpha_fe_conf *conf):
         cdef tcpha_state state
@@ -846,6 +849,10 @@ cdef class FeEbpf(FeDatapath):
 
     def counters(self):
         return _counters(self.obj)
+
+    def wary(self):
+        """Whether cookies of clients without timestamps mean nothing: see struct tcpha_guesses."""
+        return self.guesses != NULL and now_ns() < load64(&self.guesses.until_ns)
 
     def take_silent(self, double seconds):
         """Make sockets of connections whose client has said nothing for so long since the

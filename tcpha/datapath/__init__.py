@@ -64,6 +64,8 @@ class Frontend(Protocol):
         """The least MTU of the ways to back ends, for packets that are put together here."""
     def set_down(self, index: int, down: bool) -> None:
         """Packet path: requests that this back end has not answered may go to another one."""
+    def wary(self) -> bool:
+        """Packet path: somebody may be guessing cookies, so not all count."""
     def open_local(self, address: str, port: int) -> Backend:
         """Open the way to the Local Node's server, at an address of this host."""
     def counters(self) -> dict[str, Any]: ...

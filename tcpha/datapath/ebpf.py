@@ -152,6 +152,9 @@ class EbpfFrontend(_Ebpf):
     def set_down(self, index: int, down: bool) -> None:
         self.table.set_down(index, down)
 
+    def wary(self) -> bool:
+        return bool(self.table.wary())
+
     def close(self) -> None:
         each(("datapath", super().close), *(("queue", partial(os.close, fd)) for fd in self.queues))
 

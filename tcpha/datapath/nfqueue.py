@@ -171,6 +171,9 @@ class NfqueueFrontend(_Nfqueue):
     def set_down(self, index: int, down: bool) -> None:
         """There is no packet path."""
 
+    def wary(self) -> bool:
+        return False
+
     def set_backend(self, index: int, path: Path | None) -> None:
         if path is None:
             self.paths.pop(index, None)

@@ -65,7 +65,7 @@ class FrontEndService(Service):
         super().__init__(config, run, foreground)
         self.core = FrontEnd(config.maxclients, config.headlimit, config.headtimeout)
         self.dtcinterval = config.dtcinterval
-        self.expiring = self.asking = False
+        self.expiring = self.asking = self.wary = False
         self.table_full = 0
         self.asked = time.monotonic()
         self.taking = False
@@ -287,6 +287,7 @@ class FrontEndService(Service):
         self.registry.look_rebuilt()
         self.local.look()
         self.registry.change_keys()
+        self._look_at_guesses()
         self.registry.detect(self.dtcinterval)
         self.registry.look_at_mtus()
         self.datapath.refresh()
@@ -296,6 +297,19 @@ class FrontEndService(Service):
         if not self.expiring:
             self.expiring = True
             self.spawn("expire", self._expire, again=False)
+
+    def _look_at_guesses(self) -> None:
+        """Say when cookies of clients without timestamps do not count, and when they do again."""
+        wary = self.datapath.wary()
+        if wary == self.wary:
+            return
+        self.wary = wary
+        if wary:
+            log.warning("hundreds of segments in a second with a wrong cookie: somebody may be "
+                        "guessing; until it is calm, clients without timestamps take the socket "
+                        "path")
+        else:
+            log.info("it is calm: clients without timestamps take the packet path again")
 
     async def _take_silent(self) -> None:
         """The packet path keeps no state of a client that says nothing; so we do after a while."""
@@ -408,7 +422,7 @@ class FrontEndService(Service):
             "datapath": self.datapath.name, "chosen": self.datapath.chosen,
             "forward": config.forward,
             "fastpath": "on" if self.datapath.fastpath else "off",
-            "packet_path": self.core.answers_syns(),
+            "packet_path": self.core.answers_syns(), "wary": self.datapath.wary(),
             "dtcinterval": self.dtcinterval, "awaiting": self.registry.rebuilding,
             "in_hand": self.core.in_hand(),
             "live": self.registry.live() + self.local.live(), "localnode": self.local.status(),
