@@ -52,6 +52,8 @@ class Two(Cluster):
 
     def cable(self, host: Host, state: str) -> None:
         sh("ip", "-n", self.bed.switch, "link", "set", host.port, state)
+        if state == "up":  # what is sent before its kernel has noticed is lost
+            host.link_up("eth0")
 
     def settled(self) -> None:
         """All have forgotten all connections."""
