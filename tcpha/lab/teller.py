@@ -56,12 +56,15 @@ class Teller:
         with sock:
             sock.setblocking(False)
             try:
-                await answer(sock, mine, None, lambda hello: check(hello, "fe", self.vaddr))
+                await answer(sock, mine, None, self._judge)
                 heard = b""
                 while data := await loop.sock_recv(sock, 65536):
                     heard = await self._listen(sock, heard + data)
             except (OSError, HelloError):
                 pass  # the front end has ended
+
+    async def _judge(self, hello: Hello) -> None:
+        check(hello, "fe", self.vaddr)
 
     async def _listen(self, sock: socket.socket, heard: bytes) -> bytes:
         """Returns what is left of it: a message that is not whole."""
