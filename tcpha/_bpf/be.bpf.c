@@ -119,6 +119,17 @@ struct tagged {
 	__u32 at;  /* where its TCP header is in the packet */
 };
 
+/* Whether there is a cookie behind a tag: the urgent pointers of two front ends may be the same by chance. */
+static __always_inline bool is_cookie(const struct tcpha_flow *flow, const struct tcpha_keys *k, __u32 isn,
+				      __u32 ours)
+{
+	__u64 key0 = k->key[ours & META_KEY][0], key1 = k->key[ours & META_KEY][1];
+	__u32 meta = ours & META_MASK;
+
+	return !(((__u32)cookie_hash(flow, key0, key1, isn, meta) ^ ours) >> META_BITS) ||
+	       !(((__u32)cookie_hash(flow, key0, key1, isn, meta | META_TIMED) ^ ours) >> META_BITS);
+}
+
 /*
  * Whether a front end has put its tag on a segment of a connection that began with isn, the client's. A
  * function of its own for the verifier: what follows need not be looked at for each front end.
@@ -137,7 +148,7 @@ __noinline int find_tag(struct tagged *tag, const struct tcpha_flow *flow, __u32
 		if (!k || !k->used)
 			continue;
 		hash = tag_hash(flow, k, isn, (ack - 1) & META_MASK);
-		if (tag_urgent(hash) != urgent)
+		if (tag_urgent(hash) != urgent || !is_cookie(flow, k, isn, tag_ack(ack, hash) - 1))
 			continue;
 		tag->by = i;
 		tag->ack = tag_ack(ack, hash);
