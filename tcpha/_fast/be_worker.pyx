@@ -571,6 +571,11 @@ cdef void _take_event(backend_state *b, worker *w, const tcpha_event *e) noexcep
     if e.result == TCPHA_R_OK:
         pthread_mutex_lock(&b.lock)
         a = _find(b, &e.flow)
+        if a != NULL and a.found and a.id != id:
+            a.found = False    # the search for what an earlier run adopted has seen it before us
+            a.id = id
+            a.fast = True
+            a.peer = e.frontend
         if a != NULL and a.id != id:
             _ended(b, w, a, END_GONE)  # the client could not have connected anew otherwise
             if a.over:

@@ -11,13 +11,13 @@ from functools import partial
 from libc.math cimport INFINITY
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
-from libc.stdlib cimport calloc, free, realloc
+from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset, strlen, strstr
 
 from tcpha._fast.core cimport (
-    EV_CLIENT, EV_FAST, EV_LISTENER, EV_TAP, LINK_FULL, LINK_UP, MAX_LINKS, SCRATCH, Core, core,
-    half_closed, link, link_put, link_queued, notice, rearm, say_flow, say_more, say_number, watch,
-    worker)
+    EV_CLIENT, EV_FAST, EV_LISTENER, EV_TAP, LINK_FULL, LINK_OUT_MAX, LINK_UP, MAX_LINKS, SCRATCH,
+    Core, core, half_closed, link, link_put, link_queued, notice, rearm, say_flow, say_more,
+    say_number, watch, worker)
 from tcpha._fast.datapath cimport DP_GONE, FeDatapath
 from tcpha._fast.defs cimport (
     TCPHA_CHOICES, TCPHA_F_FIN, TCPHA_FAST_EARLY, TCPHA_FAST_FIRST, TCPHA_FAST_SEND,
@@ -365,8 +365,10 @@ cdef void _undo_offer(frontend *f, conn *k, uint32_t reason) noexcept nogil:
     _refused(f, k.entry.backend, &k.snap.flow, reason)
 
 
-cdef bint _send_offer(frontend *f, worker *w, conn *k, const uint8_t *data) noexcept nogil:
-    """Queue the HANDOFF on one of the back end's links. False: none takes it."""
+cdef bint _send_offer(frontend *f, worker *w, conn *k, const uint8_t *data,
+                      uint32_t most) noexcept nogil:
+    """Queue the HANDOFF on one of the back end's links, with at most so many bytes queued. False:
+    none takes it."""
     cdef backend *be = &f.backends[k.entry.backend]
     cdef uint8_t head[MSG_HANDOFF_FIXED]
     cdef uint32_t i, n, at = add32(&be.next_link, 1)
@@ -376,8 +378,7 @@ cdef bint _send_offer(frontend *f, worker *w, conn *k, const uint8_t *data) noex
         if n >= MAX_LINKS:
             continue
         l = &f.c.links[n]
-        if load32(&l.state) != LINK_UP or l.peer != k.entry.backend or \
-                link_queued(l) > LINK_FULL:
+        if load32(&l.state) != LINK_UP or l.peer != k.entry.backend or link_queued(l) > most:
             continue
         set32(&k.link, n)
         set32(&k.link_gen, l.gen)
@@ -464,7 +465,7 @@ cdef void _offer(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
         set32(&k.state, CONN_SENT)
         k.offered_ns = now_ns()
         set64(&k.deadline_ns, k.offered_ns + f.offer_ns)
-        if _send_offer(f, w, k, buf):
+        if _send_offer(f, w, k, buf, LINK_FULL):
             say_more(f.c, 3, &k.snap.flow, b"offered to %s, %ld bytes",
                      f.backends[k.entry.backend].name, k.snap.len)
             return
@@ -1074,11 +1075,18 @@ cdef bint _waits(frontend *f, conn *k, uint32_t b) noexcept nogil:
 
 cdef bint _ask_again(frontend *f, worker *w, conn *k) noexcept nogil:
     """Repeat an offer on another control connection: the back end may have adopted it, and then no
-    other one must. k.lock is held. False: there is no other one now."""
+    other one must. k.lock is held. False: there is no other one now. A link may break while a
+    message for it is queued, and then the worker's own buffer is in use."""
     cdef int one = TCP_RECV_QUEUE
+    cdef uint8_t *data = <uint8_t *>malloc(max(k.snap.len, <uint32_t>1))
+    cdef bint asked
+    if data == NULL:
+        return False
     setsockopt(k.fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, &one, sizeof(one))
-    if recv(k.fd, w.scratch, SCRATCH, MSG_PEEK | MSG_DONTWAIT) < <ssize_t>k.snap.len or \
-            not _send_offer(f, w, k, w.scratch):
+    asked = recv(k.fd, data, k.snap.len, MSG_PEEK | MSG_DONTWAIT) == <ssize_t>k.snap.len and \
+        _send_offer(f, w, k, data, LINK_OUT_MAX)
+    free(data)
+    if not asked:
         return False
     set64(&k.deadline_ns, now_ns() + f.offer_ns)
     say_more(f.c, 1, &k.snap.flow, b"asked %s again, as a control connection broke",

@@ -484,7 +484,7 @@ class Registry:
                 self._ask(entry)  # the question, or the answer, may be lost
             if self.core.backend_stats(entry.index)["links"] < self.config.connperbe:
                 entry.wake.set()
-        if broken and not self.rebuilding and self._cut_off():
+        if not self.rebuilding and self._cut_off():  # by now: a worker may be at it still
             self._rebuild()
         for entry in self._all():
             if self.core.backend_missed(entry.index):
