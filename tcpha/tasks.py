@@ -52,6 +52,7 @@ class _Pauses:
 
 async def persist(name: str, work: Work, again: bool = True) -> None:
     """Do something to its end. again: it is begun anew when it fails."""
+    _deaths[name] += 0  # what is counted from nothing shows when it grows
     pauses = _Pauses()
     while True:
         try:

@@ -126,7 +126,7 @@ def test_ebpf_alone_is_refused(hosts: Cluster, refused: dict[str, Path], role: s
     said = str(error.value)
     assert f"cannot serve: datapath ebpf: [Errno 13] {role}.bpf.o does not load" in said
     assert "'datapath = auto' takes what works" in said
-    assert re.search(r"\n +\d+: \(71\) r\d = \*\(u8 \*\)", said), said  # the instruction
+    assert re.search(rf"tcpha{role}: +\d+: \(71\) r\d = \*\(u8 \*\)", said), said  # the instruction
     assert (host.run("sysctl", "-a", "-e").stdout.count("\n"), host.ip("addr"),
             host.ip("link")) == before
     assert not os.listdir(host.dir / f"run-{role}") or not any(

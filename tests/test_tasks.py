@@ -156,7 +156,8 @@ def test_a_reload_counts_the_back_ends_of_before(mode: dict[str, Any]) -> None:
                 fe.ctl("reload")
             return len(fe.ctl("servers")) == 201
         wait_for(reloaded, "the other list")
-        assert fe.ctl("servers")[0]["state"] == "up" and fe.ctl("status")["deaths"] == {}
+        assert fe.ctl("servers")[0]["state"] == "up" and not any(
+            fe.ctl("status")["deaths"].values())
     finally:
         c.close()
 
@@ -192,7 +193,7 @@ def test_control_connections_for_which_there_is_no_room(mode: dict[str, Any]) ->
         with pytest.raises(HelloError, match="1024 control connections already"):
             c.client.inside(lambda: asyncio.run(connect(be)))
         assert len(made) == 1022  # two are the front end's
-        assert be.ctl("status")["deaths"] == {}
+        assert not any(be.ctl("status")["deaths"].values())
         for s in made:
             s.close()
         wait_for(lambda: len(be.ctl("status")["frontends"]) == 2 and

@@ -103,7 +103,8 @@ async def _serve(role: str, config: Config, run: RunDir, foreground: bool,
 
 
 def _failed(name: str, reason: str, foreground: bool, report: Callable[[str], None]) -> int:
-    logging.getLogger("tcpha").error("cannot serve: %s", reason)
+    for line in f"cannot serve: {reason}".splitlines():  # the verifier has said more than one
+        logging.getLogger("tcpha").error("%s", line)
     if not foreground:
         with contextlib.suppress(OSError):  # it was serving already
             report(f"{name}: {reason}")
