@@ -93,7 +93,7 @@ def test_much_to_say(pair: Cluster) -> None:
     settle(pair)
 
 
-def test_bypass(pair: Cluster) -> None:
+def test_strangers(pair: Cluster) -> None:
     """Whatever comes to the control port, those who belong there go on."""
     assert pair.fe
     other = Channel(b"another secret of ours", False)

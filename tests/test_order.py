@@ -27,6 +27,8 @@ def parse(ip: bytes) -> tuple[int, Packet] | None:
         return parse(ip[at:])
     source, port, seq, ack, offset, flags = struct.unpack_from("!HHIIBB", ip, at)
     length = int.from_bytes(ip[2:4]) - at - (offset >> 4) * 4
+    if length:
+        ack = 0  # a first segment bears a front end's tag there
     return (source, (seq, ack, flags, length)) if ip[9] == 6 and port == 80 else None
 
 
@@ -75,7 +77,8 @@ def overtaken(packets: list[Packet]) -> list[tuple[Packet, Packet]]:
         if before(end, x[0] + x[3] + (x[2] & FIN)):
             end = x[0] + x[3] + (x[2] & FIN)
         again = (y[3] or y[2] & FIN) and y[0] in known
-        if not (x[2] | y[2]) & RST and (before(y[1], x[1]) or (before(y[0], end) and not again)):
+        acknowledges_less = not x[3] and not y[3] and before(y[1], x[1])
+        if not (x[2] | y[2]) & RST and (acknowledges_less or (before(y[0], end) and not again)):
             found.append((x, y))
     return found
 
