@@ -3,7 +3,10 @@
 behind rules that send its port elsewhere."""
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 from hooks import names_on
 
-from tcpha.lab.bed import Cluster, Nginx, program, wait_for
+from tcpha.lab.bed import Cluster, Nginx, freeze, program, wait_for
 from test_clients import connect_from
 from test_serve import REQUEST, body, digest, read_all, settle, upload_many
 
@@ -368,8 +371,9 @@ def test_published_port_alone(published: Cluster) -> None:
     settle(published)
 
 
-def test_published_later(published: Cluster) -> None:
-    """As by docker that is started, or restarted, while the daemon runs."""
+@contextlib.contextmanager
+def unpublished(published: Cluster) -> Iterator[None]:
+    """The first back end begins on a host without such rules, and is the only one that serves."""
     host, be = published.be_hosts[0], published.be[0]
     assert be.stop() == 0
     host.run("nft", "delete", "table", "ip", "nat")
@@ -379,16 +383,9 @@ def test_published_later(published: Cluster) -> None:
     published.nginx[1].stop()
     try:
         assert published.get("/a.jpg") == "be1\n"
-        host.run("nft", "-f", "-", input=PUBLISHED)
-        if published.datapath[1] == "nfqueue":
-            wait_for(lambda: "type nat hook output priority -101" in host.run(
-                "nft", "list", "ruleset").stdout, "rules of our own")
-        for _ in range(10):
-            assert published.get("/a.jpg") == "be1\n"
+        yield
     finally:
         published.nginx[1].start()
-    assert published.curl(f"http://{host.address}/").stdout == "container\n"
-    assert "somebody took it away" not in be.log.read_text()
     settle(published)
     assert be.stop() == 0
     host.run("nft", "delete", "table", "ip", "nat")
@@ -396,3 +393,37 @@ def test_published_later(published: Cluster) -> None:
     host.run("nft", "-f", "-", input=PUBLISHED)
     be.start()
     published.connected()
+
+
+def test_published_later(published: Cluster) -> None:
+    """As by docker that is started, or restarted, while the daemon runs."""
+    host, be = published.be_hosts[0], published.be[0]
+    with unpublished(published):
+        host.run("nft", "-f", "-", input=PUBLISHED)
+        if published.datapath[1] == "nfqueue":
+            wait_for(lambda: "type nat hook output priority -101" in host.run(
+                "nft", "list", "ruleset").stdout, "rules of our own")
+        for _ in range(10):
+            assert published.get("/a.jpg") == "be1\n"
+        assert published.curl(f"http://{host.address}/").stdout == "container\n"
+        assert "somebody took it away" not in be.log.read_text()
+
+
+@pytest.mark.socket_path
+def test_published_in_the_midst_of_a_handover(published: Cluster) -> None:
+    """It meets their rules before ours are there, and conntrack remembers."""
+    be, fe = published.be[0], published.fe
+    assert fe and be.process
+    with unpublished(published):
+        before = fe.ctl("status")["counters"]["lost"]
+        freeze(be.process.pid)
+        try:
+            s = published.client.connect(published.VIP)
+            s.sendall(REQUEST)
+            wait_for(lambda: fe.ctl("status")["in_hand"] == 1, "an offer")
+            published.be_hosts[0].run("nft", "-f", "-", input=PUBLISHED)
+        finally:
+            os.kill(be.process.pid, signal.SIGCONT)
+        assert len(body(read_all(s))) == 1024
+        status = be.ctl("status")["counters"]
+        assert fe.ctl("status")["counters"]["lost"] == before and not status["refusals"]

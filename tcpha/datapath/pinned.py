@@ -3,13 +3,15 @@
 
 A port that is published for a container (docker) has a rule that sends new connections elsewhere,
 and the handshake that we forge looks like one. The kernel asks rules for NAT until one of them
-decides: ours comes first, and decides for the address that the packet has.
+decides: ours comes first, and decides for the address that the packet has. What came between the
+others' rules and ours is forgotten by conntrack, and the next packet of its handshake is met anew.
 """
 from __future__ import annotations
 
+import contextlib
 import logging
 
-from tcpha.net import rules
+from tcpha.net import conntrack, rules
 from tcpha.net.host import NFT, Host, HostError, Kept
 from tcpha.net.rules import Rule
 
@@ -22,7 +24,7 @@ class Pinned:
     kernel tracks all connections of a host that has any. name: of the table."""
 
     def __init__(self, host: Host, name: str, address: str, port: int, mark: int, outside: bool):
-        self.host, self.name = host, name
+        self.host, self.name, self.address, self.port = host, name, address, port
         self.rules = [Rule("pin_out", mark=mark, destination=address, pin=True)]
         if outside:
             self.rules.append(Rule("pin_in", destination=address, dport=port, pin=True))
@@ -38,7 +40,11 @@ class Pinned:
         return ("rules", self.name) not in self.host.kept and rules.others_translate()
 
     def _put(self) -> None:
-        rules.keep(self.host, self.name, self.rules)
+        rules.keep(self.host, self.name, self.rules, then=self._forget)
+
+    def _forget(self) -> None:
+        with contextlib.suppress(OSError):  # a kernel whose conntrack cannot be asked
+            conntrack.forget_translated(self.address, self.port)
 
     def close(self) -> None:
         self.host.kept.pop(("pinned", self.name), None)

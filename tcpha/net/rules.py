@@ -22,7 +22,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pyroute2.netlink import NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, nlmsg
 from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.netlink.nfnetlink import nfgen_msg
+from pyroute2.netlink.nfnetlink.nftsocket import (
+    NFNL_SUBSYS_NFTABLES,
+    NFT_MSG_DELTABLE,
+    NFT_MSG_GETCHAIN,
+    NFT_MSG_NEWCHAIN,
+    NFT_MSG_NEWRULE,
+    NFT_MSG_NEWTABLE,
+    nft_chain_msg,
+    nft_rule_msg,
+    nft_table_msg,
+)
 from pyroute2.nftables.expressions import genex, verdict
 from pyroute2.nftables.main import NFTables
 
@@ -36,10 +49,14 @@ NFT, WAYS = (NATIVE, COMPAT), (NATIVE, COMPAT, IPTABLES)
 IPIP = 4
 NF_DROP, NF_ACCEPT = 0, 1
 LOOPBACK = "127.0.0.0/8"
-# netfilter's name of each hook, and the priority: raw, before conntrack; mangle, after it
-HOOKS = {"prerouting": ("prerouting", -300), "postrouting": ("postrouting", -150),
-         "numbers": ("postrouting", -149), "input": ("input", -150), "output": ("output", -300),
-         "pin_in": ("prerouting", -101), "pin_out": ("output", -101)}  # before others' NAT
+NF_INET_PRE_ROUTING, NF_INET_LOCAL_IN, NF_INET_LOCAL_OUT, NF_INET_POST_ROUTING = 0, 1, 3, 4
+NF_ARP_OUT = 1
+# netfilter's number of each hook, and the priority: raw, before conntrack; mangle, after it
+HOOKS = {"prerouting": (NF_INET_PRE_ROUTING, -300), "postrouting": (NF_INET_POST_ROUTING, -150),
+         "numbers": (NF_INET_POST_ROUTING, -149), "input": (NF_INET_LOCAL_IN, -150),
+         "output": (NF_INET_LOCAL_OUT, -300), "pin_in": (NF_INET_PRE_ROUTING, -101),
+         "pin_out": (NF_INET_LOCAL_OUT, -101)}  # before others' NAT
+ARRIVING = (NF_INET_PRE_ROUTING, NF_INET_LOCAL_IN)
 IPTABLES_CHAIN = {"prerouting": ("raw", "PREROUTING", "-i"), "input": ("filter", "INPUT", "-i"),
                   "postrouting": ("mangle", "POSTROUTING", "-o"), "output": ("raw", "OUTPUT", "-o"),
                   "pin_in": ("nat", "PREROUTING", "-i"), "pin_out": ("nat", "OUTPUT", "-o")}
@@ -50,9 +67,9 @@ NETWORK, TRANSPORT = 1, 2
 NFPROTO_ARP = 3
 ARP_OPERATION, ARP_SENDER, ARP_TARGET = 6, 14, 24  # offsets, for Ethernet and IPv4
 ARP_RULES = 3
-NETLINK_NETFILTER, NLM_F_REQUEST = 12, 1
-NFT_MSG_NEWCHAIN, NFT_MSG_GETCHAIN = 0x0A03, 0x0A04
-NFPROTO_INET, NF_INET_PRE_ROUTING, NF_INET_LOCAL_OUT = 1, 0, 3
+NETLINK_NETFILTER = 12
+NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 0x10, 0x11
+NFPROTO_INET = 1
 NFT_NAT_DNAT = 1
 NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME, NFTA_CHAIN_USE = 1, 3, 6
 ANSWER = 5.0  # seconds; the kernel answers within the call
@@ -105,16 +122,20 @@ def install(host: Host, name: str, rules: list[Rule],
                     "NETFILTER_XT_TARGET_NFQUEUE")
 
 
-def keep(host: Host, name: str, rules: list[Rule], ways: tuple[str, ...] = WAYS) -> str:
-    """Put rules in force as install() does, and keep them so."""
+def keep(host: Host, name: str, rules: list[Rule], ways: tuple[str, ...] = WAYS,
+         then: Callable[[], None] = lambda: None) -> str:
+    """Put rules in force as install() does, and keep them so. then: each time that they were put
+    in force."""
     way = install(host, name, rules, ways)
+    then()
 
     def again() -> None:
         if way == IPTABLES:
             remove(name)
             _iptables(name, rules)
         else:
-            _in_thread(partial(_nft_again, name, rules, way == NATIVE))
+            _in_thread(partial(_nft, name, rules, way == NATIVE))
+        then()
     if way == IPTABLES:
         host.keep(("rules", name), Kept(f"chains {name} of iptables", SLOW,
                                         lambda: not _iptables_stand(name, rules), again))
@@ -159,30 +180,27 @@ def hide_in_arp(host: Host, name: str, address: str, instead: str) -> None:
     hidden, shown = socket.inet_aton(address), socket.inet_aton(instead)
     sender = _compare(_payload(NETWORK, ARP_SENDER, 4), hidden)
 
-    def work(nft: Any) -> None:
-        nft.table("add", name=name)
-        nft.chain("add", table=name, name="output", hook="input",  # 1, which is NF_ARP_OUT
-                  type="filter", policy=NF_ACCEPT, priority=0)
-        for expressions in (
-                [sender, _compare(_payload(NETWORK, ARP_OPERATION, 2), b"\0\2"), verdict(NF_DROP)],
-                [sender, _compare(_payload(NETWORK, ARP_TARGET, 4), hidden), verdict(NF_DROP)],
-                [sender, [genex("immediate", {"dreg": 1, "data": _data(shown)}),
-                          genex("payload", {"sreg": 1, "base": NETWORK, "offset": ARP_SENDER,
-                                            "len": 4, "csum_type": 0, "csum_offset": 0})]]):
-            nft.rule("add", table=name, chain="output", expressions=expressions)
-    def again() -> None:
-        show_in_arp(name)
-        _in_thread(work, NFPROTO_ARP)
+    rules = [
+        [sender, _compare(_payload(NETWORK, ARP_OPERATION, 2), b"\0\2"), verdict(NF_DROP)],
+        [sender, _compare(_payload(NETWORK, ARP_TARGET, 4), hidden), verdict(NF_DROP)],
+        [sender, [genex("immediate", {"dreg": 1, "data": _data(shown)}),
+                  genex("payload", {"sreg": 1, "base": NETWORK, "offset": ARP_SENDER,
+                                    "len": 4, "csum_type": 0, "csum_offset": 0})]]]
+
+    def work() -> None:
+        chain = _chain(NFPROTO_ARP, name, "output", "filter", NF_ARP_OUT, 0)
+        _in_thread(partial(_put_table, NFPROTO_ARP, name, [
+            chain, *(_rule(NFPROTO_ARP, name, "output", r) for r in rules)]))
     if host.inherit(what="arp", name=name):
         host.restore_to(len(host.undo) - 1)
     host.will_undo(what="arp", name=name)
     try:
-        _in_thread(work, NFPROTO_ARP)
+        work()
     except NetlinkError as error:
         raise HostError(f"the kernel cannot filter ARP by nft: {error}") from None
     host.keep(("arp", name), Kept(f"nft table {name} (ARP)", BY_NFT,
                                   lambda: _chain_use(NFPROTO_ARP, name, "output") != ARP_RULES,
-                                  again))
+                                  work))
 
 
 def _drop_table(name: str, nft: Any) -> None:
@@ -238,19 +256,54 @@ def _chain_use(family: int, table: str, chain: str) -> int:
                                        (NFTA_CHAIN_NAME, chain.encode() + b"\0")))
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as s:
         s.settimeout(ANSWER)
-        s.send(struct.pack("=IHHII BBH", 20 + len(names), NFT_MSG_GETCHAIN, NLM_F_REQUEST, 0, 0,
-                           family, 0, 0) + names)
+        s.send(struct.pack("=IHHII BBH", 20 + len(names), _kind(NFT_MSG_GETCHAIN), NLM_F_REQUEST,
+                           0, 0, family, 0, 0) + names)
         answer = s.recv(65536)
     length, kind = struct.unpack_from("=IH", answer)
-    for attribute, begin, _ in attributes(answer, 20, length) if kind == NFT_MSG_NEWCHAIN else ():
+    for attribute, begin, _ in attributes(answer, 20, length) if kind == _kind(NFT_MSG_NEWCHAIN) \
+            else ():
         if attribute == NFTA_CHAIN_USE:
             return int(struct.unpack_from("!I", answer, begin)[0])
     return -1
 
 
-def _nft_again(name: str, rules: list[Rule], native: bool, nft: Any) -> None:
-    _drop_table(name, nft)
-    _nft(name, rules, native, nft)
+def _kind(message: int) -> int:
+    return int(NFNL_SUBSYS_NFTABLES) << 8 | message
+
+
+def _message(family: int, of: type[nlmsg], kind: int, flags: int, **attributes: Any) -> nlmsg:
+    message = of()
+    message["attrs"] = [[of.name2nla(name), value] for name, value in attributes.items()]
+    message["header"]["type"], message["header"]["flags"] = kind, NLM_F_REQUEST | flags
+    message["nfgen_family"] = family
+    return message
+
+
+def _chain(family: int, table: str, name: str, kind: str, hook: int, priority: int) -> nlmsg:
+    place = {"attrs": [["NFTA_HOOK_HOOKNUM", hook], ["NFTA_HOOK_PRIORITY", priority]]}
+    return _message(family, nft_chain_msg, _kind(NFT_MSG_NEWCHAIN), NLM_F_ACK | NLM_F_CREATE,
+                    table=table, name=name, hook=place, policy=NF_ACCEPT, type=kind)
+
+
+def _rule(family: int, table: str, chain: str, steps: list[list[dict[str, Any]]]) -> nlmsg:
+    return _message(family, nft_rule_msg, _kind(NFT_MSG_NEWRULE),
+                    NLM_F_ACK | NLM_F_CREATE | NLM_F_APPEND, table=table, chain=chain,
+                    expressions=[e for step in steps for e in step])
+
+
+def _put_table(family: int, name: str, content: list[nlmsg], nft: Any) -> None:
+    """A table takes the place of the one of its name, if there is one, in one transaction: no
+    packet meets a part of it, and none gets by while it is replaced."""
+    def edge(kind: int) -> nlmsg:
+        message = _message(0, nfgen_msg, kind, 0)
+        message["res_id"] = NFNL_SUBSYS_NFTABLES
+        return message
+
+    def table(kind: int, flags: int = 0) -> nlmsg:
+        return _message(family, nft_table_msg, _kind(kind), NLM_F_ACK | flags, name=name)
+    nft.nlm_request_batch([
+        edge(NFNL_MSG_BATCH_BEGIN), table(NFT_MSG_NEWTABLE, NLM_F_CREATE), table(NFT_MSG_DELTABLE),
+        table(NFT_MSG_NEWTABLE, NLM_F_CREATE), *content, edge(NFNL_MSG_BATCH_END)])
 
 
 def _compare(load: dict[str, Any], value: bytes, equal: bool = True,
@@ -277,8 +330,7 @@ def _meta(key: int) -> dict[str, Any]:
 
 def _expressions(rule: Rule, native: bool) -> list[list[list[dict[str, Any]]]]:
     """The rule as nft knows it; or several, if queues share the load."""
-    arriving = HOOKS[rule.hook][0] in ("prerouting", "input")
-    device = META_IIFNAME if arriving else META_OIFNAME
+    device = META_IIFNAME if HOOKS[rule.hook][0] in ARRIVING else META_OIFNAME
     steps = [_compare(_meta(device), b"lo".ljust(16, b"\0"), equal=rule.lo)]
     if rule.protocol is not None:
         steps.append(_compare(_payload(NETWORK, 9, 1), bytes([rule.protocol])))
@@ -351,14 +403,11 @@ def _queue(num: int, bypass: bool, native: bool) -> dict[str, Any]:
 
 
 def _nft(name: str, rules: list[Rule], native: bool, nft: Any) -> None:
-    nft.table("add", name=name)
-    for hook in dict.fromkeys(r.hook for r in rules):
-        netfilter, priority = HOOKS[hook]
-        nft.chain("add", table=name, name=hook, hook=netfilter, policy=NF_ACCEPT,
-                  type="nat" if hook.startswith("pin") else "filter", priority=priority)
-    for rule in rules:
-        for expressions in _expressions(rule, native):
-            nft.rule("add", table=name, chain=rule.hook, expressions=expressions)
+    chains = [_chain(socket.AF_INET, name, hook, "nat" if hook.startswith("pin") else "filter",
+                     *HOOKS[hook]) for hook in dict.fromkeys(r.hook for r in rules)]
+    _put_table(socket.AF_INET, name, [*chains, *(
+        _rule(socket.AF_INET, name, rule.hook, steps)
+        for rule in rules for steps in _expressions(rule, native))], nft)
 
 
 # iptables
