@@ -8,7 +8,6 @@ ignores. The generator takes a CPU of its own in both cases, so the ratio is wha
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 import socket
@@ -17,6 +16,8 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from typing import Self
 
 from tcpha.lab.bed import Cluster, Host
 
@@ -48,15 +49,12 @@ def frame(macs: bytes, to: bytes, kind: str) -> bytes:
     return macs + b"\x08\0" + ip + tcp
 
 
-class Flood:
+class Sender:
     """Sends frames as fast as it can, from a host beside the client."""
 
-    def __init__(self, host: Host, fe: Host, to: str, kind: str):
-        def mac(h: Host) -> bytes:
-            link, = json.loads(h.ip("-j", "link", "show", "eth0"))
-            return bytes.fromhex(link["address"].replace(":", ""))
-        macs, address = mac(fe) + mac(host), socket.inet_aton(to)
-        self.frames = [frame(macs, address, kind) for _ in range(20000)]
+    def __init__(self, host: Host, fe: Host, to: str):
+        self.macs = bytes.fromhex((fe.mac() + host.mac()).replace(":", ""))
+        self.to = socket.inet_aton(to)
         self.socket = host.inside(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
         self.socket.bind(("eth0", 0))
         self.socket.setsockopt(263, 20, 1)  # SOL_PACKET, PACKET_QDISC_BYPASS
@@ -64,18 +62,21 @@ class Flood:
         self.ended = False
         self.thread = threading.Thread(target=self._run)
 
+    def frames(self) -> Iterator[bytes]:
+        """The next ones, some thousands at most."""
+        raise NotImplementedError
+
     def _run(self) -> None:
         send = self.socket.send
         while not self.ended:
-            for f in self.frames[:1000]:
+            for frame in self.frames():
                 try:
-                    send(f)
+                    send(frame)
                 except OSError:
                     continue
                 self.sent += 1
-            self.frames = self.frames[1000:] + self.frames[:1000]
 
-    def __enter__(self) -> Flood:
+    def __enter__(self) -> Self:
         self.begin = time.monotonic()
         self.thread.start()
         return self
@@ -85,6 +86,16 @@ class Flood:
         self.thread.join()
         self.rate = self.sent / (time.monotonic() - self.begin)
         self.socket.close()
+
+
+class Flood(Sender):
+    def __init__(self, host: Host, fe: Host, to: str, kind: str):
+        super().__init__(host, fe, to)
+        self.ready = [frame(self.macs, self.to, kind) for _ in range(20000)]
+
+    def frames(self) -> Iterator[bytes]:
+        self.ready = self.ready[1000:] + self.ready[:1000]
+        return iter(self.ready[:1000])
 
 
 def honest(c: Cluster, seconds: float) -> float:
