@@ -235,9 +235,10 @@ struct tcpha_keys {
 
 /*
  * The front end's keys, and of whom the maps are that outlive a daemon: flows, backends, shaken and this one.
- * In memory shared with user space. The version changes with the layout of any of these.
+ * In memory shared with user space. The version changes with the layout of any of these, and with what a
+ * cookie is made of: clients have cookies of the earlier run in their hands. (So does MSG_VERSION.)
  */
-#define TCPHA_STATE_VERSION 4
+#define TCPHA_STATE_VERSION 5
 struct tcpha_state {
 	struct tcpha_keys keys;
 	__u64 key_number; /* of the cookie key in use */

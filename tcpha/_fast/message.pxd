@@ -6,7 +6,7 @@ from tcpha._fast.snapshot cimport snapshot
 
 cdef enum:
     MSG_MAGIC = 0x5443          # "TC"
-    MSG_VERSION = 6
+    MSG_VERSION = 7             # changes with what cookies and tags are made of, too
     MSG_HEADER = 16
     MSG_HANDOFF_FIXED = MSG_HEADER + 8 + 36 + 7 * 4 + 2 + 2 + 2
     MSG_CLOSED_SIZE = MSG_HEADER + 36 + 4
