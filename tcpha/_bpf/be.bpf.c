@@ -145,7 +145,7 @@ __noinline int find_tag(struct tagged *tag, const struct tcpha_flow *flow, __u32
 	for (i = 0; i < TCPHA_MAX_FAST; i++) {
 		n = i;
 		k = bpf_map_lookup_elem(&keys, &n);
-		if (!k || !k->used)
+		if (!k || !(k->used & 1 << ((ack - 1) & META_KEY)))
 			continue;
 		hash = tag_hash(flow, k, isn, (ack - 1) & META_MASK);
 		if (tag_urgent(hash) != urgent || !is_cookie(flow, k, isn, tag_ack(ack, hash) - 1))

@@ -221,7 +221,7 @@ struct tcpha_route {
 struct tcpha_keys {
 	__u64 key[2][2];
 	__u32 current; /* front end: the one for new cookies */
-	__u32 used;    /* front end: SYNs are answered; back end: the keys are known */
+	__u32 used;    /* front end: SYNs are answered; back end: 1, 2: the first, the second key is known */
 	__u32 wscale;  /* that the front end offers */
 	__u32 pad;
 	__u64 clock; /* back end: see TCPHA_CLOCK; front end: 0 */

@@ -34,7 +34,7 @@ from tcpha._fast.message cimport (
 from tcpha._fast.peerclock cimport clock_oldest, clock_word, clock_youngest
 from tcpha._fast.sys cimport (
     EINTR, ENOBUFS, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLL_CTL_ADD, EPOLL_CTL_MOD, MSG_DONTWAIT,
-    add32, add64, errno, load32, now_ns, pthread_mutex_destroy,
+    add32, add64, errno, load32, now_ns, or32, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock,
     read_counters, recv, set32, store32, store64, xchg32)
 
@@ -349,7 +349,8 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
             memcpy(b.dp.keys[l.peer].key[m.id >> 8 & 1], m.data, 16)
             store64(&b.dp.keys[l.peer].clock, clock_word(&l.clock))
             store32(&b.dp.keys[l.peer].wscale, m.id & 0xff)
-            store32(&b.dp.keys[l.peer].used, 1)
+            # they come one by one; until the other one does, a stranger may know what is in its place
+            or32(&b.dp.keys[l.peer].used, <uint32_t>1 << (m.id >> 8 & 1))
             link_put(c, w, l, buf, message_short(buf, MSG_KEYED, m.id), NULL, 0)
         return 0
     if m.type != MSG_HANDOFF:
