@@ -52,6 +52,7 @@ class Packet:
     version: int = 4
     tos: int = 0
     doff: int | None = None
+    urgent: int = 0
     cut: int | None = None    # bytes that are there, if not all
     tunnel: tuple[str, str] | None = None  # addresses of an outer header
     outer_fragment: int = 0
@@ -62,7 +63,7 @@ class Packet:
     def ip(self) -> bytes:
         doff = 5 + len(self.tcp_options) // 4 if self.doff is None else self.doff
         tcp = struct.pack("!HHIIBBHHH", self.sport, self.dport, self.seq, self.ack, doff << 4,
-                          self.flags, 1000, 0, 0) + self.tcp_options + self.data
+                          self.flags, 1000, 0, self.urgent) + self.tcp_options + self.data
         if self.body is not None:
             tcp = self.body
         ihl = 5 + len(self.options) // 4 if self.ihl is None else self.ihl

@@ -69,7 +69,10 @@ def test_many_guesses(c: Cluster) -> None:
     guess(c, bpf)
     wait_for(lambda: wary(c), "the front end to be wary")
     wait_for(lambda: "may be guessing" in fe.log.read_text(), "a word of it")
-    assert bpf.run("fe_ingress", right)[0] == DROP
+    with bpf.memory("guesses") as memory:
+        memory[:8], memory[16:20] = struct.pack("=Q", c.fe_host.now_ns()), bytes(4)
+        assert bpf.run("fe_ingress", right)[0] == DROP
+        assert memory[16:20] == bytes(4)  # it was none
     assert bpf.run("fe_ingress", Packet(SYN, sport=4021))[0] == STACK
     settled, status = fast(c), fe.ctl("status")["packets"]
     with c.client.connect(c.VIP) as s:

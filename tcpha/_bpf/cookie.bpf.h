@@ -50,6 +50,7 @@ struct cookie {
 	__u32 ours;   /* our initial sequence number */
 	__u32 rtt_ms; /* between SYN-ACK and the segment, if it has timestamps; else 0 */
 	__u32 meta;
+	bool good;	    /* front end: it is ours, whether it counts or not */
 	struct options opt; /* of the segment */
 };
 

@@ -279,9 +279,28 @@ static __always_inline bool fits(struct __sk_buff *skb, __u32 room)
 	       (skb->gso_size && h.ip->ihl * 4 + h.tcp->doff * 4 + skb->gso_size <= room);
 }
 
+/* Where urgent data end, in bytes from a segment's first one on (RFC 6093); 0: it does not bear URG. */
+static __always_inline __u32 urgent_end(const struct headers *h)
+{
+	return h->tcp->urg ? bpf_ntohs(h->tcp->urg_ptr) ?: 1 : 0;
+}
+
+/* 'at': the TCP header. 0, or an error. */
+static __always_inline int clear_urg(struct __sk_buff *skb, __u32 at)
+{
+	__be16 old, new; /* data offset and flags */
+
+	if (bpf_skb_load_bytes(skb, at + 12, &old, sizeof(old)))
+		return -1;
+	new = old & ~bpf_htons(TCPHA_T_URG);
+	return new != old &&
+	       (bpf_l4_csum_replace(skb, at + __builtin_offsetof(struct tcphdr, check), old, new, sizeof(new)) ||
+		bpf_skb_store_bytes(skb, at + 12, &new, sizeof(new), 0));
+}
+
 /*
  * The first segment of a connection is about to leave for its back end: make it ours. A client that is told
- * that its segment is too big must not see that.
+ * that its segment is too big must not see that. Of urgent data behind the segment, the next one tells, too.
  */
 static __always_inline int put_tag(struct __sk_buff *skb, const struct tcpha_flow *flow,
 				   const struct tcpha_entry *e)
@@ -289,12 +308,14 @@ static __always_inline int put_tag(struct __sk_buff *skb, const struct tcpha_flo
 	__u32 zero = 0, ack = e->first_ack;
 	struct tcpha_state *own = bpf_map_lookup_elem(&state, &zero);
 	struct iphdr *ip = (void *)(long)skb->data + ETH_HLEN;
+	__u32 at;
 	__u64 hash;
 
 	if (!own || (void *)(ip + 1) > (void *)(long)skb->data_end)
 		return -1;
+	at = ETH_HLEN + ip->ihl * 4;
 	hash = tag_hash(flow, &own->keys, e->first_seq - 1, (ack - 1) & META_MASK);
-	return write_tag(skb, ETH_HLEN + ip->ihl * 4, tag_ack(ack, hash), tag_urgent(hash));
+	return clear_urg(skb, at) || write_tag(skb, at, tag_ack(ack, hash), tag_urgent(hash));
 }
 
 /* first: it makes the connection. */
@@ -463,12 +484,13 @@ static __always_inline bool has_cookie(const struct tcpha_flow *flow, const stru
 				       __u32 ack, bool reset, const struct tcpha_shaken *before,
 				       struct cookie *c)
 {
-	bool good = cookie_check(flow, k, seq, ack, c);
-	bool known = before && before->isn == c->isn && before->ours == c->ours;
+	bool known;
 
+	c->good = cookie_check(flow, k, seq, ack, c);
+	known = before && before->isn == c->isn && before->ours == c->ours;
 	if (known && reset)
 		return true;
-	return good && (known || c->opt.found & OPT_TS || !is_wary());
+	return c->good && (known || c->opt.found & OPT_TS || !is_wary());
 }
 
 /*
@@ -719,7 +741,7 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 		if (fresh && fresh != e)
 			return DECIDED;
 		COUNT(forged, 1);
-		if (!(c.opt.found & OPT_TS))
+		if (!c.good && !(c.opt.found & OPT_TS)) /* or clients whom we left out would keep us wary */
 			note_guess();
 		if ((length || flags & TCPHA_T_FIN) && may_be_early(&flow))
 			return TC_ACT_SHOT;
@@ -837,11 +859,12 @@ static __always_inline bool is_crowded(const struct tcpha_entry *e)
 }
 
 /*
- * A packet of a flow that took the packet path; passed: by a worker, so nothing is before it. A function of
- * its own for the verifier, too.
+ * A packet of a flow that took the packet path; urgent: see urgent_end(); passed: by a worker, so nothing is
+ * before it. A function of its own for the verifier, too.
  */
 static __always_inline int fast_flow(struct __sk_buff *skb, const struct tcpha_flow *flow,
-				     struct tcpha_entry *e, __u32 seq, __u32 ack, __u32 length, bool passed)
+				     struct tcpha_entry *e, __u32 seq, __u32 ack, __u32 length, __u32 urgent,
+				     bool passed)
 {
 	struct tcpha_backend *be;
 	__u32 index;
@@ -870,10 +893,17 @@ static __always_inline int fast_flow(struct __sk_buff *skb, const struct tcpha_f
 			e->state = TCPHA_PENDING;
 			return to_worker(skb, TCPHA_FAST_FIRST);
 		}
-		tell_rtt(skb, e->rtt_ms);
-	} else if (!passed && is_crowded(e)) {
-		return to_worker_later(skb, e);
 	}
+	/*
+	 * A copy with an urgent byte in it: of that, the server would read other bytes than we did. The back
+	 * end's socket may have it, if there is one; if not, the connection comes back to us (DOUBT).
+	 */
+	if (urgent && urgent <= length)
+		first = false;
+	if (first)
+		tell_rtt(skb, e->rtt_ms);
+	else if (!passed && is_crowded(e))
+		return to_worker_later(skb, e);
 	return forward(skb, flow, e, first);
 }
 
@@ -973,7 +1003,8 @@ int fe_ingress(struct __sk_buff *skb)
 			return TC_ACT_SHOT;
 	}
 	if (e->flags & TCPHA_F_FAST)
-		return fast_flow(skb, &flow, e, seq, h.tcp->ack ? ack : e->first_ack, length, false);
+		return fast_flow(skb, &flow, e, seq, h.tcp->ack ? ack : e->first_ack, length, urgent_end(&h),
+				 false);
 	return follow_entry(skb, &flow, e);
 }
 
@@ -1235,7 +1266,7 @@ int fe_fast(struct __sk_buff *skb)
 	if (kind == TCPHA_FAST_SEND) {
 		if (!e || seq != e->first_seq || !take_offer(o, e) || !is_of(skb, &flow, e, &h))
 			return TC_ACT_SHOT;
-		return fast_flow(skb, &flow, e, seq, ack, length, passed);
+		return fast_flow(skb, &flow, e, seq, ack, length, urgent_end(&h), passed);
 	}
 	if (kind == TCPHA_FAST_SOCKET) {
 		own = bpf_map_lookup_elem(&state, &zero);
@@ -1265,7 +1296,7 @@ int fe_fast(struct __sk_buff *skb)
 		}
 	} else if (e && is_of(skb, &flow, e, &h)) {
 		if (e->flags & TCPHA_F_FAST && e->state == TCPHA_FORWARD)
-			return fast_flow(skb, &flow, e, seq, ack, length, passed);
+			return fast_flow(skb, &flow, e, seq, ack, length, urgent_end(&h), passed);
 		return follow_entry(skb, &flow, e);
 	} else if (kind == TCPHA_FAST_EARLY && socket == BPF_TCP_LISTEN) {
 		return TC_ACT_SHOT; /* there was no room for a socket; the listener would answer with a RST */

@@ -39,7 +39,7 @@ from tcpha._fast.message cimport (
     refusal_text)
 from tcpha._fast.meter cimport (
     histogram_add, histogram_read, slow_close, slow_note, slow_open, slow_read)
-from tcpha._fast.packet cimport address_bytes, flow_text
+from tcpha._fast.packet cimport TCP_URG, address_bytes, flow_text
 from tcpha._fast.repair cimport repair_received
 from tcpha._fast.rewrite cimport get32, tcp_view
 from tcpha._fast.scan cimport Questions, Scan, question
@@ -834,7 +834,9 @@ cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint
     say_number(f.c, 6, &k.snap.flow, b"a first segment of %ld bytes", v.data_len)
     o.old = o.result = 0
     be = NULL
-    chosen = http_parse(&k.head, v.data, min(v.data_len, f.headlimit)) == HTTP_DONE and \
+    # of urgent data, a server reads other bytes than there are in the segment: so does our socket
+    chosen = not v.tcp[13] & TCP_URG and \
+        http_parse(&k.head, v.data, min(v.data_len, f.headlimit)) == HTTP_DONE and \
         _choose(f, w, k, v.data)
     if chosen:
         be = &f.backends[k.entry.backend]

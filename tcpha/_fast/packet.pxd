@@ -15,6 +15,7 @@ cdef enum:
     TCP_RST = 4
     TCP_PSH = 8
     TCP_ACK = 16
+    TCP_URG = 32
     TCP_ECE = 64
     TCP_CWR = 128
 
