@@ -9,13 +9,15 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 import time
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from tcpha.admin import capabilities, logs
+from tcpha.admin import capabilities, landlock, logs
 from tcpha.admin.files import ControlFiles
 from tcpha.admin.rundir import RunDir
 from tcpha.admin.server import Command, Refused, Server
@@ -38,6 +40,9 @@ TICK = 0.05
 PING_EVERY = 1.0
 WAIT, WAIT_STEP = 5.0, 0.25  # seconds for addresses to come, without a service manager; a look
 EXTEND_US = 30_000_000       # by which the manager is to wait longer, at each look
+LOCK = "/run/xtables.lock"
+# what is written beside run directory and logs
+WRITABLE = ("/proc/sys/net", "/dev/net/tun", "/dev/null", "/var/log", LOCK)
 ADMIN_PATIENCE = 5.0  # seconds for the loop to answer a page
 CANCELLED = 1.0       # seconds for tasks to end when we stop
 
@@ -265,7 +270,7 @@ class Service:
         undoing.push("this host", self.host.restore)
         self.host.recover()
         capabilities.lock_memory()
-        capabilities.restrict()  # before there is a second thread
+        self._restrict()
         if not await self._wait_until_possible():
             return
         self._listen_admin()
@@ -326,6 +331,20 @@ class Service:
         if self.admin:
             admin, self.admin = self.admin, None
             await beside(admin.close)
+
+    def _restrict(self) -> None:
+        """Before there is a second thread. Root can write most files without any capability, those
+        of the kernel's settings among them."""
+        capabilities.restrict()
+        if os.geteuid() != 0:
+            return
+        if shutil.which("iptables-legacy"):
+            with contextlib.suppress(OSError):
+                Path(LOCK).touch(0o600)  # as it would do itself
+        written = [logs.place(p) for p in (self.config.logfile, self.config.accesslog) if p]
+        if not landlock.write_only([self.run_dir.path, *WRITABLE, *written,
+                                    *os.environ.get("TCPHA_LAB_WRITABLE", "").split()]):
+            log.info("this kernel has no Landlock (Linux 5.19): files of root's can be written")
 
     async def _wait_until_possible(self) -> bool:
         """At boot, addresses may come later than we do. A service manager knows whether we wait;

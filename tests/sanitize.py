@@ -64,6 +64,7 @@ def main() -> int:
     if kind == "address":
         status = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}).returncode
     else:
+        env["TCPHA_LAB_WRITABLE"] = str(copy)
         daemons = " ".join(f"{key}={value.replace(' ', ':')}" for key, value in env.items())
         status = subprocess.run(command, cwd=ROOT,
                                 env={**os.environ, "TCPHA_LAB_DAEMONS": daemons}).returncode

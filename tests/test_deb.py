@@ -390,6 +390,9 @@ def test_what_the_units_leave_is_enough(serving: Three, datapath: str) -> None:
         status = m[name].run("cat", f"/proc/{unit('MainPID')}/status").stdout
         for kept in ("CapPrm", "CapBnd"):  # the five of docs/security.md
             assert f"{kept}:\t000000c000003400\n" in status
+        user = m[name].run("id", "-u", "tcpha").stdout.strip()
+        assert f"\nUid:\t{user}\t{user}\t{user}\t{user}\n" in status and user != "0"
+        assert "\nSeccomp:\t2\n" in status
         m[name].run("systemctl", "kill", "-s", "KILL", daemon)
         wait_for(lambda before=before, unit=unit: int(unit("NRestarts")) == before + 1 and
                  unit("ActiveState") == "active", f"{daemon} to be restarted")
@@ -401,6 +404,28 @@ def test_what_the_units_leave_is_enough(serving: Three, datapath: str) -> None:
         assert status["datapath"] == datapath
         log = m[name].run("journalctl", "-u", daemon).stdout
         assert "serving" in log and "Traceback" not in log
+
+
+def test_the_units_are_tight(serving: Three) -> None:
+    """As systemd sees them; and by what a program in their place may write."""
+    fe = serving.machines["fe"]
+    for daemon in ("tcphafe", "tcphabe"):
+        unit = f"/usr/lib/systemd/system/{daemon}.service"
+        said = fe.run("systemd-analyze", "security", "--offline=true", "--no-pager", unit).stdout
+        level = re.search(r"Overall exposure level for .*: ([0-9.]+)", said)
+        assert level and float(level[1]) <= 3.0, said
+    drop = "/run/systemd/system/tcphafe.service.d"
+    fe.run("sh", "-ec", f"""mkdir -p {drop}; cat > {drop}/tries.conf <<'END'
+[Service]
+ExecStartPre=sh -c 'for f in /etc/passwd /etc/tcpha/tcphafe.conf /proc/sys/kernel/core_pattern \
+    /sys/kernel/uevent_helper /run/tries /proc/sys/net/ipv4/tcp_sack /run/tcpha/tries \
+    /var/log/tcpha/tries; do if true >> $f; then echo $f; fi; done 2>/dev/null > /run/tcpha/tries'
+END
+systemctl daemon-reload; systemctl restart tcphafe""")
+    serving.connected()
+    assert fe.run("cat", "/run/tcpha/tries").stdout.split() == [
+        "/proc/sys/net/ipv4/tcp_sack", "/run/tcpha/tries", "/var/log/tcpha/tries"]
+    fe.run("sh", "-ec", f"rm -r {drop} /run/tcpha/tries; systemctl daemon-reload")
 
 
 def test_connections_live_through_an_upgrade(serving: Three) -> None:

@@ -236,7 +236,8 @@ def test_no_memory_when_a_back_end_has_adopted(mode: dict[str, Any], dies: bool)
 def test_log_directory_removed(mode: dict[str, Any], tmp_path: Path) -> None:
     where = tmp_path / "logs"
     where.mkdir()
-    with serving(mode, fe_conf=f"logfile = {where}/log") as c:
+    # what is made anew is written to where that is beneath a directory that may be written to
+    with serving(mode, fe_conf=f"logfile = {where}/log\naccesslog = {tmp_path}/access") as c:
         assert c.fe
         fe = c.fe
         (where / "log").unlink()

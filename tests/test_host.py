@@ -7,6 +7,7 @@ import json
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from hooks import names_on
 
 from conftest import MODES
+from tcpha.admin.server import Refused
 from tcpha.lab.bed import BIN, Bed, Cluster, Daemon, Host, sh, wait_for
 
 # how packets travel is seldom the point
@@ -115,6 +117,44 @@ def test_capabilities(idle: Cluster) -> None:
                 int(said["CapBnd"], 16) == sum(1 << n for n in (10, 12, 13, 38, 39))
             assert int(said["CapInh"], 16) == int(said["CapAmb"], 16) == 0
             assert said["NoNewPrivs"] == "1"
+
+
+@pytest.mark.modes("fast-direct", "nfqueue-direct")
+def test_files_of_root_cannot_be_written(idle: Cluster, tmp_path: Path) -> None:
+    """A daemon that somebody starts as root has its own files, and no others. By its access log,
+    it would write any."""
+    def log_to(path: Path) -> Path:
+        idle.fe_conf = f"accesslog = {path}"
+        assert idle.fe
+        idle.fe.config.write_text(idle.fe_text())
+        return path
+    idle.start()
+    assert idle.fe
+    for path in (tmp_path / "new", Path("/proc/sys/kernel/core_pattern"), Path("/etc/passwd")):
+        log_to(path)
+        with pytest.raises(Refused, match="Permission denied"):
+            idle.fe.ctl("reload")
+    path = log_to(idle.fe.run_dir / "access.log")
+    idle.fe.ctl("reload")
+    assert idle.get("/") == "x\n"
+    wait_for(lambda: path.read_text(), "a line")
+
+
+@pytest.mark.parametrize("path, may", [
+    ("/etc/passwd", False), ("/proc/sys/kernel/core_pattern", False), ("/dev/zero", False),
+    ("/proc/sys/net/ipv4/tcp_sack", True), ("{}/there", True), ("{}/../other", False)])
+def test_what_may_be_written(tmp_path: Path, path: str, may: bool) -> None:
+    """Nothing is: files are opened only."""
+    (tmp_path / "run").mkdir()
+    for file in ("run/there", "other"):
+        (tmp_path / file).touch()
+    script = ("import os, sys; from tcpha.admin import capabilities, landlock; "
+              "capabilities.restrict(); landlock.write_only([sys.argv[1], '/proc/sys/net']); "
+              "os.open(sys.argv[2], os.O_WRONLY)")
+    done = sh(sys.executable, "-c", script, str(tmp_path / "run"), path.format(tmp_path / "run"),
+              check=False)
+    assert done.returncode == (0 if may else 1), done.stderr
+    assert may or "denied" in done.stderr or "not permitted" in done.stderr
 
 
 def test_addresses_of_the_administrator_are_kept(idle: Cluster) -> None:

@@ -35,6 +35,13 @@ def lock_memory() -> None:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
 
 
+def has_all() -> bool:
+    """Whether we have what is kept, as root or by a service manager."""
+    said = Path("/proc/self/status").read_text()
+    effective = int(said.partition("\nCapEff:")[2].split()[0], 16)
+    return all(effective >> n & 1 for n in KEPT.values())
+
+
 def restrict() -> None:
     """Give up, for good and for all programs that are started, everything but KEPT, as far as we
     have that. For the calling thread and those that it starts later. Raises OSError."""

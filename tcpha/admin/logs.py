@@ -162,6 +162,12 @@ def set_up(name: str, foreground: bool, logfile: str | None) -> None:
         log.addHandler(handler)
 
 
+def place(path: str) -> str:
+    """What must be writable for a log: its directory, where it is made anew after a rotation; or
+    itself, if it is no regular file (/dev/stderr)."""
+    return path if os.path.exists(path) and not os.path.isfile(path) else os.path.dirname(path)
+
+
 def reopen() -> None:
     """Open the log file anew, after it was rotated."""
     for handler in log.handlers:

@@ -2,8 +2,10 @@
 """The run directory of an instance: lock, pid file, and becoming a daemon."""
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import pwd
 import stat
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from pathlib import Path
 from tcpha.undoing import each
 
 DEFAULT = Path("/run/tcpha")
+USER = "tcpha"  # of the units
 
 
 class RunDirError(Exception):
@@ -33,13 +36,16 @@ def make_directory(path: Path) -> None:
 
 def check_owners(path: Path) -> None:
     """Raise RunDirError unless nobody but root and us can have put a run directory, or what is in
-    it, there: a journal is obeyed."""
+    it, there: a journal is obeyed. The package's user is us, too, for a daemon that root starts."""
+    ours = {0, os.geteuid()}
+    with contextlib.suppress(KeyError):
+        ours.add(pwd.getpwnam(USER).pw_uid)
     for entry in (path, path.resolve(), *path.rglob("*")):
         try:
             status = entry.lstat()
         except FileNotFoundError:  # another daemon's, which runs
             continue
-        if status.st_uid not in (0, os.geteuid()):
+        if status.st_uid not in ours:
             raise RunDirError(f"{entry}: belongs to user {status.st_uid}, who may have written "
                               "anything there; remove it or choose another --run-dir")
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not stat.S_ISLNK(status.st_mode):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tcpha import __version__
 from tcpha.admin import logs
+from tcpha.admin.capabilities import has_all
 from tcpha.admin.rundir import DEFAULT, RunDir, RunDirError, daemonise
 from tcpha.config import Config, ConfigError, load, to_toml
 from tcpha.service import Service
@@ -73,7 +74,7 @@ def main(name: str, argv: list[str] | None = None) -> int:
         return 0
     if args.datapath:
         config.values["datapath"] = args.datapath
-    if os.geteuid() != 0:
+    if os.geteuid() != 0 and not has_all():
         print(f"{name}: needs root (CAP_NET_ADMIN, CAP_BPF); use sudo", file=sys.stderr)
         return 1
     args.run_dir = args.run_dir.absolute()

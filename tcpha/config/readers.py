@@ -77,6 +77,9 @@ def read(file: str) -> tuple[list[Item], list[Fault]]:
     try:
         with open(file, encoding="utf-8") as f:
             content = f.read()
+    except PermissionError:
+        raise ConfigError([Fault(file, 0, "file", "cannot be read by the user that we run as; "
+                                 f"'chgrp tcpha {file}; chmod 640 {file}'")]) from None
     except OSError as error:
         raise ConfigError([Fault(file, 0, "file", f"cannot be read: {error.strerror}; "
                                                   "name another with -c")]) from None

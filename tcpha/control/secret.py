@@ -15,11 +15,14 @@ def read_secret(path: str) -> bytes:
         mode = os.stat(path).st_mode
         with open(path, "rb") as f:
             secret = f.read(LONGEST + 1).strip()
+    except PermissionError:
+        raise ValueError(f"{path} cannot be read by the user that we run as; 'chgrp tcpha {path}; "
+                         f"chmod 640 {path}'") from None
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; make one with 'openssl rand -hex 32' and give "
                          "all hosts the same") from None
     if mode & (stat.S_IROTH | stat.S_IWOTH):
-        raise ValueError(f"{path} can be read by everybody; 'chmod 600 {path}'")
+        raise ValueError(f"{path} can be read by everybody; 'chmod o= {path}'")
     if len(secret) < SHORTEST:
         raise ValueError(f"{path} holds {len(secret)} bytes, too few; make one with "
                          "'openssl rand -hex 32'")
