@@ -26,6 +26,7 @@ from tcpha.admin.web import Admin, Pages
 from tcpha.beside import beside
 from tcpha.config import Config, ConfigError, load
 from tcpha.control.secret import read_secret
+from tcpha.net import rootfiles
 from tcpha.net.announcer import Announcer, Place
 from tcpha.net.host import Host, HostError
 from tcpha.net.keeper import Keeper
@@ -334,10 +335,16 @@ class Service:
 
     def _restrict(self) -> None:
         """Before there is a second thread. Root can write most files without any capability, those
-        of the kernel's settings among them."""
-        capabilities.restrict()
+        of the kernel's settings among them; another user lacks some that are to be read."""
         if os.geteuid() != 0:
+            if self.config.datapath != "ebpf":
+                from tcpha.datapath import nfqueue
+                nfqueue.load()
+            with capabilities.reading():
+                rootfiles.hold()
+            capabilities.restrict()
             return
+        capabilities.restrict()
         if shutil.which("iptables-legacy"):
             with contextlib.suppress(OSError):
                 Path(LOCK).touch(0o600)  # as it would do itself

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tcpha import __version__
-from tcpha.admin import logs
-from tcpha.admin.capabilities import has_all
+from tcpha.admin import capabilities, logs
 from tcpha.admin.rundir import DEFAULT, RunDir, RunDirError, daemonise
 from tcpha.config import Config, ConfigError, load, to_toml
 from tcpha.service import Service
@@ -55,6 +54,7 @@ def main(name: str, argv: list[str] | None = None) -> int:
     """Run a daemon. Exit status: 0 stopped as asked, 1 failed, 2 bad configuration or usage."""
     args = parse(name, argv)
     role = ROLES[name]
+    capabilities.hold_back()
     try:
         config = load(role, args.config)
     except ConfigError as error:
@@ -74,7 +74,7 @@ def main(name: str, argv: list[str] | None = None) -> int:
         return 0
     if args.datapath:
         config.values["datapath"] = args.datapath
-    if os.geteuid() != 0 and not has_all():
+    if os.geteuid() != 0 and not capabilities.has_all():
         print(f"{name}: needs root (CAP_NET_ADMIN, CAP_BPF); use sudo", file=sys.stderr)
         return 1
     args.run_dir = args.run_dir.absolute()

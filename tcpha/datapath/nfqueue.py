@@ -27,7 +27,7 @@ from tcpha.config import ANY, Config
 from tcpha.datapath import DEVICE_PRIORITY, LOCAL_CONNECTIONS, DatapathError, Path, program_file
 from tcpha.datapath.fragments import Fragments, open_fragments
 from tcpha.datapath.pinned import Pinned
-from tcpha.net import rules
+from tcpha.net import rootfiles, rules
 from tcpha.net.host import Host, HostError
 from tcpha.net.rules import Rule
 from tcpha.tasks import persistent_thread
@@ -49,14 +49,24 @@ def _kernel_counters(numbers: list[int]) -> dict[str, int]:
     """What the kernel says of queues (/proc/net/netfilter/nfnetlink_queue): packets that wait, and
     those lost because the queue was full or the daemon's socket had no room."""
     total = dict.fromkeys(("queued", "queue_dropped", "socket_dropped"), 0)
-    with contextlib.suppress(OSError), open("/proc/net/netfilter/nfnetlink_queue") as f:
-        for line in f:
-            field = [int(x) for x in line.split()]
-            if field[0] in numbers:
-                total["queued"] += field[2]
-                total["queue_dropped"] += field[5]
-                total["socket_dropped"] += field[6]
+    try:
+        lines = rootfiles.read(rootfiles.QUEUES).splitlines()
+    except OSError:  # said when we began: they are missing, not zero
+        return {}
+    for line in lines:
+        field = [int(x) for x in line.split()]
+        if field[0] in numbers:
+            total["queued"] += field[2]
+            total["queue_dropped"] += field[5]
+            total["socket_dropped"] += field[6]
     return total
+
+
+def load() -> None:
+    """Have the kernel know queues, if it can: before that, there is no file of their counters."""
+    with contextlib.suppress(OSError):
+        for queue in open_queues(1, FIRST_QUEUE):
+            queue.close()
 
 
 def _heads_suffice(host: Host, name: str) -> bool:
@@ -110,6 +120,11 @@ class _Nfqueue:
         way = rules.keep(self.host, self.rules, table, rules.NFT if self.heads else rules.WAYS)
         log.info("packets reach their queues by %s%s", way,
                  "; of what leaves, heads only" if self.heads else "")
+        try:
+            rootfiles.read(rootfiles.QUEUES)
+        except OSError as error:
+            log.warning("%s: %s; what the kernel dropped for want of room is counted nowhere",
+                        rootfiles.QUEUES, error.strerror)
         # Where the rules of a killed run are still in force, packets pass both: none may be
         # rewritten before those are gone, or it would be rewritten twice. Until then they wait.
         self.host.forget_rules()

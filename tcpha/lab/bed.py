@@ -345,11 +345,14 @@ def listening(host: Host, port: int | str) -> bool:
 
 
 class Daemon:
-    """tcphafe or tcphabe on a host, in the foreground of a background process."""
+    """tcphafe or tcphabe on a host, in the foreground of a background process. via: a command
+    before it, which becomes it."""
 
     def __init__(self, host: Host, role: str, config: str, suffix: str = ".conf",
-                 options: tuple[str, ...] = (), environment: dict[str, str] | None = None):
+                 options: tuple[str, ...] = (), environment: dict[str, str] | None = None,
+                 via: tuple[str, ...] = ()):
         self.host = host
+        self.via = via
         self.role = role
         # tests/sanitize.py has the daemons of whole test runs preload something
         self.environment = [*os.environ.get("TCPHA_LAB_DAEMONS", "").split(),
@@ -365,7 +368,7 @@ class Daemon:
         """Start, and wait until it serves."""
         with open(self.log, "a") as log:
             self.process = self.host.start(
-                "env", f"TCPHA_LAB_CLOCK={self.host.clock}", *self.environment,
+                "env", f"TCPHA_LAB_CLOCK={self.host.clock}", *self.environment, *self.via,
                 program(f"tcpha{self.role}"), "-f", "-c", str(self.config), "--run-dir",
                 str(self.run_dir), *self.options, stderr=log)
         wait_for(self._ready, f"tcpha{self.role} on {self.host.name}", START)
@@ -398,7 +401,7 @@ class Cluster:
                  be_conf: str = "", rules: list[tuple[int, str]] | None = None, prefix: str = "",
                  nginx: dict[str, Any] | None = None, mtu: int = 1500, start: bool = True,
                  datapath: tuple[str, str] = ("auto", "auto"), fastpath: bool = True,
-                 environment: dict[str, str] | None = None):
+                 environment: dict[str, str] | None = None, via: tuple[str, ...] = ()):
         self.forward = forward
         self.datapath = datapath  # the FE's, the BEs'
         self.fastpath = fastpath and datapath == ("ebpf", "ebpf")
@@ -414,6 +417,7 @@ class Cluster:
             self.fe_conf = fe_conf
             self.be_conf = be_conf
             self.environment = environment  # of the daemons, what it has more
+            self.via = via
             self.be: list[Daemon] = []
             self.fe: Daemon | None = None
             if start:
@@ -435,9 +439,11 @@ class Cluster:
                           self.be_conf, ""])
 
     def start(self) -> None:
-        self.be = [Daemon(h, "be", self.be_text(h), environment=self.environment)
+        self.be = [Daemon(h, "be", self.be_text(h), environment=self.environment,
+                          via=self.via)
                    for h in self.be_hosts]
-        self.fe = Daemon(self.fe_host, "fe", self.fe_text(), environment=self.environment)
+        self.fe = Daemon(self.fe_host, "fe", self.fe_text(), environment=self.environment,
+                         via=self.via)
         self.connected()
 
     def connected(self) -> None:

@@ -10,6 +10,7 @@ packet's mark and the new TSval as its priority, and rules of the hook 'numbers'
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import socket
 import struct
@@ -18,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,11 +40,13 @@ from pyroute2.netlink.nfnetlink.nftsocket import (
 from pyroute2.nftables.expressions import genex, verdict
 from pyroute2.nftables.main import NFTables
 
+from tcpha.net import rootfiles
 from tcpha.net.host import NFT as BY_NFT
 from tcpha.net.host import SLOW, Host, HostError, Kept
 from tcpha.net.netlink import attributes
 
 T = TypeVar("T")
+log = logging.getLogger("tcpha")
 NATIVE, COMPAT, IPTABLES = "nft queue", "nft with the NFQUEUE target", "iptables"
 NFT, WAYS = (NATIVE, COMPAT), (NATIVE, COMPAT, IPTABLES)
 IPIP = 4
@@ -60,7 +63,6 @@ ARRIVING = (NF_INET_PRE_ROUTING, NF_INET_LOCAL_IN)
 IPTABLES_CHAIN = {"prerouting": ("raw", "PREROUTING", "-i"), "input": ("filter", "INPUT", "-i"),
                   "postrouting": ("mangle", "POSTROUTING", "-o"), "output": ("raw", "OUTPUT", "-o"),
                   "pin_in": ("nat", "PREROUTING", "-i"), "pin_out": ("nat", "OUTPUT", "-o")}
-IPTABLES_NAMES = Path("/proc/net/ip_tables_names")
 SYN, SYN_ACK = 0x02, 0x12
 META_PRIORITY, META_MARK, META_IIFNAME, META_OIFNAME = 2, 3, 6, 7
 NETWORK, TRANSPORT = 1, 2
@@ -168,9 +170,27 @@ def _iptables_tables() -> set[str]:
         return set()
     if "nf_tables" in _ipt("-V", check=False).stdout:
         return {table for table, _, _ in IPTABLES_CHAIN.values()}
-    with contextlib.suppress(OSError):  # the kernel has none at all
-        return set(IPTABLES_NAMES.read_text().split())
-    return set()
+    return _legacy_tables()
+
+
+def _legacy_tables() -> set[str]:
+    try:
+        return set(rootfiles.read(rootfiles.TABLES).split())
+    except FileNotFoundError:  # the kernel has none at all
+        return set()
+    except OSError as error:
+        # It came after us, as a module. A table that another namespace uses counts, too, and all of
+        # them where they are no modules: a rule too many does no harm.
+        _say_once(f"{rootfiles.TABLES}: {error.strerror}; iptables is taken for used as far as the "
+                  "kernel has it, until we are restarted")
+        modules = Path("/sys/module")
+        return {table for table, _, _ in IPTABLES_CHAIN.values()
+                if (modules / f"iptable_{table}").exists() or not (modules / "ip_tables").exists()}
+
+
+@cache
+def _say_once(text: str) -> None:
+    log.warning("%s", text)
 
 
 def hide_in_arp(host: Host, name: str, address: str, instead: str) -> None:
@@ -228,9 +248,8 @@ def _in_thread(work: Callable[[Any], T], family: int = socket.AF_INET) -> T:
 
 def others_translate() -> bool:
     """Whether there are rules of others for NAT of destinations."""
-    with contextlib.suppress(OSError):
-        if "nat" in IPTABLES_NAMES.read_text().split():
-            return True
+    if "nat" in _legacy_tables():
+        return True
     with contextlib.suppress(NetlinkError, OSError):  # a kernel without nf_tables
         return any(_in_thread(_translates, family) for family in (socket.AF_INET, NFPROTO_INET))
     return False

@@ -2,6 +2,7 @@
 """TAP devices. They vanish with the last descriptor, so nothing of them needs undoing."""
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
@@ -34,7 +35,9 @@ def _open_queue(name: bytes, flags: int) -> tuple[int, str]:
     try:
         fd = os.open(TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise OSError(error.errno, f"{TUN}: {error.strerror}; 'modprobe tun' may help") from None
+        remedy = f"'chmod 666 {TUN}', as udev has it" if error.errno == errno.EACCES else \
+            "'modprobe tun' may help"
+        raise OSError(error.errno, f"{TUN}: {error.strerror}; {remedy}") from None
     try:
         request = struct.pack("16sH22x", name, IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | flags)
         full = fcntl.ioctl(fd, TUNSETIFF, request)[:16].rstrip(b"\0").decode()
