@@ -243,3 +243,60 @@ def test_programs_that_we_start_can_do_their_work(mode: dict[str, Any]) -> None:
             assert "--queue-balance 7:8" in host.run(*listed).stdout
             host.run(*run, PROGRAM.partition("print")[0] + "rules.remove('tcphafe_test')")
             assert "tcpha" not in host.run(*listed).stdout
+
+
+# Who root is by hand: the package's user is known, and /run/tcpha is what the test gives.
+BY_HAND = """
+mount --bind "$1" /etc/passwd
+mount -t tmpfs -o mode=755 tmpfs /run
+mkdir /run/tcpha
+mount --bind "$2" /run/tcpha
+shift 2
+exec "$@" --run-dir /run/tcpha
+"""
+
+
+def on_the_units_directory(c: Cluster, run_dir: Path, *more: str) -> tuple[str, ...]:
+    users = c.bed.dir / "passwd"
+    users.write_text(Path("/etc/passwd").read_text() +
+                     f"tcpha:x:{USER}:{USER}::/nonexistent:/usr/sbin/nologin\n")
+    return ("unshare", "--mount", "sh", "-ec", BY_HAND, "sh", str(users), str(run_dir), *more)
+
+
+@pytest.mark.modes("fast-direct", "nfqueue-direct")
+@pytest.mark.parametrize("end", ["stopped", "killed"])
+@pytest.mark.parametrize("first", ["unit", "by hand"])
+def test_root_and_the_unit_share_a_run_directory(mode: dict[str, Any], first: str,
+                                                 end: str) -> None:
+    """By turns: the second one and the third do all that they do elsewhere."""
+    with idle(mode) as c:
+        run_dirs = {role: h.dir / f"run-{role}"
+                    for role, h in (("fe", c.fe_host), ("be", c.be_hosts[0]))}
+        if first == "by hand":  # which makes the directory
+            for path in run_dirs.values():
+                os.chown(path, 0, 0)
+        before = [state(h) for h in (c.fe_host, c.be_hosts[0])]
+        turns = [(), as_user(), ()] if first == "by hand" else [as_user(), (), as_user()]
+        for n, turn in enumerate(turns):
+            be_via, fe_via = (on_the_units_directory(c, run_dirs[r], *turn) for r in ("be", "fe"))
+            c.be = [Daemon(c.be_hosts[0], "be", c.be_text(c.be_hosts[0]), via=be_via)]
+            c.fe = fe = Daemon(c.fe_host, "fe", c.fe_text(), via=fe_via)
+            assert said(fe)["Uid"].split()[0] == (str(USER) if turn else "0")
+            c.connected()
+            assert c.get("/") == "x\n"
+            sh("timeout", "5", "cat", str(fe.run_dir / "tcpha_fe_conn"))
+            (fe.run_dir / "ktcphafe/dbglevel").open("a").write("1\n")
+            wait_for(lambda fe=fe: fe.ctl("status")["dbglevel"] == 1, "the level")
+            fe.ctl("drain", "192.168.1.33")
+            assert '"192.168.1.33": true' in (fe.run_dir / "tcphafe.drained").read_text()
+            fe.ctl("undrain", "192.168.1.33")
+            for daemon in (c.be[0], fe):
+                found = [daemon.run_dir, *daemon.run_dir.rglob("*")]
+                assert len(found) > 4 and {p.stat().st_uid for p in found} == {USER}
+                if end == "killed" and n < 2:
+                    daemon.kill()
+                else:
+                    assert daemon.stop() == 0
+                assert "ermission" not in daemon.log.read_text()
+        assert [state(h) for h in (c.fe_host, c.be_hosts[0])] == before
+        assert [p.name for d in run_dirs.values() for p in d.iterdir()] == ["tcphafe.drained"]

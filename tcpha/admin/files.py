@@ -19,6 +19,7 @@ from typing import Any
 
 from tcpha.admin.rundir import make_directory
 from tcpha.admin.server import Refused
+from tcpha.owner import by_owner
 from tcpha.tasks import died
 from tcpha.undoing import each
 
@@ -59,7 +60,8 @@ class ControlFiles:
             raise OSError(ctypes.get_errno(), "inotify_init1")
         self.versions: dict[int, _Version] = {}  # by watch descriptor, oldest first
         try:
-            make_directory(directory)
+            with by_owner():
+                make_directory(directory)
             for name in entries:
                 self._show(name)
         except BaseException:
@@ -70,6 +72,14 @@ class ControlFiles:
     def _show(self, name: str) -> None:
         """Put a file with the present value in place; it is watched before it can be found."""
         text = f"{self.entries[name][0]()}\n"
+        with by_owner():
+            self._put(name, text)
+        same = [w for w, v in self.versions.items() if v.name == name and not v.left]
+        for old in same[:-REPLACED - 1]:
+            self.versions[old].left = True
+            self.libc.inotify_rm_watch(self.fd, old)
+
+    def _put(self, name: str, text: str) -> None:
         scratch = self._scratch(name)
         scratch.unlink(missing_ok=True)
         scratch.write_text(text)
@@ -79,10 +89,6 @@ class ControlFiles:
             raise OSError(ctypes.get_errno(), f"cannot watch {scratch}")
         self.versions[watch] = _Version(name, os.open(scratch, os.O_RDONLY | os.O_CLOEXEC), text)
         os.replace(scratch, self.directory / name)
-        same = [w for w, v in self.versions.items() if v.name == name and not v.left]
-        for old in same[:-REPLACED - 1]:
-            self.versions[old].left = True
-            self.libc.inotify_rm_watch(self.fd, old)
 
     def _scratch(self, name: str) -> Path:
         return self.directory.parent / f".{self.directory.name}.{name}"
@@ -133,9 +139,10 @@ class ControlFiles:
             task.cancel()
         for version in self.versions.values():
             os.close(version.fd)
-        each(*((file.name, partial(file.unlink, missing_ok=True)) for name in self.entries
-               for file in (self.directory / name, self._scratch(name))))
-        try:
-            self.directory.rmdir()
-        except OSError as error:  # somebody else has files there (editors' swap files)
-            log.warning("%s stays: %s", self.directory, error.strerror)
+        with by_owner():
+            each(*((file.name, partial(file.unlink, missing_ok=True)) for name in self.entries
+                   for file in (self.directory / name, self._scratch(name))))
+            try:
+                self.directory.rmdir()
+            except OSError as error:  # somebody else has files there (editors' swap files)
+                log.warning("%s stays: %s", self.directory, error.strerror)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from tcpha.owner import by_owner, set_owner
 from tcpha.undoing import each
 
 DEFAULT = Path("/run/tcpha")
@@ -53,6 +54,22 @@ def check_owners(path: Path) -> None:
                               "what is there, or choose another --run-dir")
 
 
+def hand_over(path: Path) -> None:
+    """The units' directory is their user's, as systemd would have it; but if root came first, it
+    would take it away from under us when it starts a unit."""
+    if path != DEFAULT or os.geteuid() != 0 or path.stat().st_uid != 0:
+        return
+    try:
+        user = pwd.getpwnam(USER)
+    except KeyError:  # not of the package
+        return
+    # root's until now, so that nobody else can have put anything there; the top comes last
+    for _, names, files, fd in os.fwalk(path, topdown=False):
+        for name in (*names, *files):
+            os.chown(name, user.pw_uid, user.pw_gid, dir_fd=fd, follow_symlinks=False)
+    os.chown(path, user.pw_uid, user.pw_gid)
+
+
 class RunDir:
     """DIR/NAME.pid, locked for the life of the daemon. name: tcphafe or tcphabe."""
 
@@ -65,7 +82,10 @@ class RunDir:
         try:
             make_directory(path)
             check_owners(path)
-            self.fd = os.open(self.pid_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            hand_over(path)
+            set_owner(path.stat().st_uid)
+            with by_owner():
+                self.fd = os.open(self.pid_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise RunDirError(f"{path}: {error.strerror}; choose another --run-dir") from None
         try:
@@ -80,8 +100,9 @@ class RunDir:
         os.pwrite(self.fd, f"{os.getpid()}\n".encode(), 0)
 
     def close(self) -> None:
-        each(*((str(file), partial(file.unlink, missing_ok=True))
-               for file in (self.pid_file, self.socket)))
+        with by_owner():
+            each(*((str(file), partial(file.unlink, missing_ok=True))
+                   for file in (self.pid_file, self.socket)))
         os.close(self.fd)
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tcpha.owner import by_owner
 from tcpha.tasks import died
 
 Command = Callable[..., Awaitable[Any]]
@@ -46,17 +47,21 @@ class Server:
         self.closing = False
 
     async def listen(self, path: Path) -> None:
-        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX)
         old = os.umask(0o177)
         try:
-            self.server = await asyncio.start_unix_server(self._converse, path)
+            with by_owner():
+                path.unlink(missing_ok=True)
+                listener.bind(str(path))
         finally:
             os.umask(old)
+        self.server = await asyncio.start_unix_server(self._converse, sock=listener)
 
     async def close(self) -> None:
         """Take no more connections, nor commands on those there are. The command that ends a daemon
         is answered too, if its sender reads the answer."""
-        self.server.close()
+        with by_owner():  # Python 3.13 removes the socket's name
+            self.server.close()
         self.closing = True
         if self.busy:
             await asyncio.wait(self.busy, timeout=PATIENCE)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from tcpha.owner import by_owner
 from tcpha.tasks import persistent_thread
 
 
@@ -32,17 +33,19 @@ class TableFile:
     def _renew(self) -> None:
         """Put a fresh FIFO in place, so that no later reader meets an earlier one."""
         scratch = self.path.with_suffix(".new")
-        scratch.unlink(missing_ok=True)
-        os.mkfifo(scratch, 0o600)
-        fifo = os.open(scratch, os.O_PATH | os.O_CLOEXEC)
-        os.replace(scratch, self.path)
+        with by_owner():
+            scratch.unlink(missing_ok=True)
+            os.mkfifo(scratch, 0o600)
+            fifo = os.open(scratch, os.O_PATH | os.O_CLOEXEC)
+            os.replace(scratch, self.path)
         old, self.fifo = self.fifo, fifo
         if old >= 0:
             os.close(old)
 
     def _open(self, flags: int) -> int:
         """The FIFO that is in place."""
-        return os.open(f"/proc/self/fd/{self.fifo}", flags | os.O_CLOEXEC)
+        with by_owner():
+            return os.open(f"/proc/self/fd/{self.fifo}", flags | os.O_CLOEXEC)
 
     def _run(self) -> None:
         while True:
@@ -89,4 +92,5 @@ class TableFile:
             thread.join()
         for fd in (held, self.fifo, self.stop):
             os.close(fd)
-        self.path.unlink(missing_ok=True)
+        with by_owner():
+            self.path.unlink(missing_ok=True)

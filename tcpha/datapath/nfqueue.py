@@ -12,7 +12,6 @@ import os
 import select
 import socket
 import struct
-from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -30,6 +29,7 @@ from tcpha.datapath.pinned import Pinned
 from tcpha.net import rootfiles, rules
 from tcpha.net.host import Host, HostError
 from tcpha.net.rules import Rule
+from tcpha.owner import by_owner
 from tcpha.tasks import persistent_thread
 from tcpha.undoing import each
 
@@ -270,9 +270,11 @@ class _Adopter(_Nfqueue):
         self.port = port
         self.pinned: Pinned | None = None
         self.programs: list[Object] = []
-        self.table = BeNfqueue(config.vaddr, address, port, connections * 2 + TIME_WAIT_FLOWS, MARK,
-                               self.queues, str(file) if file else None,
-                               devices_of(config, host), file is None)
+        devices = devices_of(config, host)
+        with by_owner():
+            self.table = BeNfqueue(config.vaddr, address, port, connections * 2 + TIME_WAIT_FLOWS,
+                                   MARK, self.queues, str(file) if file else None, devices,
+                                   file is None)
         first, total = self._span
         self.handshakes = _Handshakes(self.table, first + len(self.queues))
         local: dict[str, Any] = {"hook": "postrouting", "source": address, "sport": port}
@@ -316,8 +318,12 @@ class _Adopter(_Nfqueue):
         # without us their packets would leave as they are, and mean nothing to the clients
         each(("connections", self.table.end_all), ("handshakes", self.handshakes.close),
              *([("NAT rules", self.pinned.close)] if self.pinned else []),
-             ("datapath", super().close),
-             *([(str(self.file), partial(self.file.unlink, missing_ok=True))] if self.file else []))
+             ("datapath", super().close), ("file of flows", self._remove_file))
+
+    def _remove_file(self) -> None:
+        if self.file:
+            with by_owner():
+                self.file.unlink(missing_ok=True)
 
 
 class NfqueueBackend(_Adopter):

@@ -8,6 +8,8 @@ import logging
 import os
 from pathlib import Path
 
+from tcpha.owner import by_owner
+
 log = logging.getLogger("tcpha")
 
 
@@ -23,7 +25,8 @@ class Drained:
 
     def _read(self) -> dict[str, bool]:
         try:
-            found = json.loads(self.path.read_text())
+            with by_owner():
+                found = json.loads(self.path.read_text())
         except FileNotFoundError:
             return {}
         except (OSError, ValueError):
@@ -52,8 +55,9 @@ class Drained:
         self.listed = listed
         scratch = self.path.with_name(f"{self.path.name}.new")  # the journal has one of its own
         try:
-            scratch.write_text(json.dumps(listed))
-            os.replace(scratch, self.path)
+            with by_owner():
+                scratch.write_text(json.dumps(listed))
+                os.replace(scratch, self.path)
         except OSError as error:
             log.warning("%s: %s; which back ends are drained is forgotten when we stop", self.path,
                         error.strerror)

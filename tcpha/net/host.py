@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial, wraps
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from tcpha._fast.bpf import maps_of, open_program, program_id, tc_attach, tc_attached
 from tcpha.net.tcx import Tcx
+from tcpha.owner import by_owner
 from tcpha.undoing import each
 
 log = logging.getLogger("tcpha")
@@ -117,7 +118,8 @@ def _one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _changes(journal: Path) -> list[dict[str, Any]]:
     """What a daemon has changed, oldest first. Raises ValueError."""
-    return list(json.loads(journal.read_text())) if journal.exists() else []
+    with by_owner():
+        return list(json.loads(journal.read_text())) if journal.exists() else []
 
 
 def _programs(changes: list[dict[str, Any]]) -> set[int]:
@@ -265,11 +267,12 @@ class Host:
 
     def _write(self) -> None:
         scratch = self.journal.with_suffix(".new")
-        with open(scratch, "w") as f:
-            json.dump(self.undo, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(scratch, self.journal)
+        with by_owner():
+            with open(scratch, "w") as f:
+                json.dump(self.undo, f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(scratch, self.journal)
 
     def _write_undone(self) -> None:
         """What is in the journal and undone already does no harm to who undoes it again."""
@@ -289,9 +292,12 @@ class Host:
     def restore(self) -> None:
         """Put everything back, latest change first."""
         each(("addresses", self.withdraw), ("changes", lambda: self.restore_to(0)),
-             ("tcx", self.tcx.end),
-             *((str(file), partial(file.unlink, missing_ok=True))
-               for file in (self.journal, self.journal.with_suffix(".new"))))
+             ("tcx", self.tcx.end), ("journal", self._remove_journal))
+
+    def _remove_journal(self) -> None:
+        with by_owner():
+            for file in (self.journal, self.journal.with_suffix(".new")):
+                file.unlink(missing_ok=True)
 
     @_one_at_a_time
     def restore_to(self, mark: int) -> None:
