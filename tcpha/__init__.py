@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """TCPHA: content-aware request distribution by TCP handoff."""
-__version__ = "1.0.0"
+__version__ = "1.1.0"

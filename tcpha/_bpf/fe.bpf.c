@@ -293,9 +293,9 @@ static __always_inline int clear_urg(struct __sk_buff *skb, __u32 at)
 	if (bpf_skb_load_bytes(skb, at + 12, &old, sizeof(old)))
 		return -1;
 	new = old & ~bpf_htons(TCPHA_T_URG);
-	return new != old &&
-	       (bpf_l4_csum_replace(skb, at + __builtin_offsetof(struct tcphdr, check), old, new, sizeof(new)) ||
-		bpf_skb_store_bytes(skb, at + 12, &new, sizeof(new), 0));
+	return new != old && (bpf_l4_csum_replace(skb, at + __builtin_offsetof(struct tcphdr, check), old,
+						  new, sizeof(new)) ||
+			      bpf_skb_store_bytes(skb, at + 12, &new, sizeof(new), 0));
 }
 
 /*
