@@ -108,12 +108,13 @@ def test_a_back_end_that_is_started_anew_is_told_of_all(datapath: str) -> None:
         c.close()
 
 
-def serving(path: Path, pieces: Callable[[], Iterator[bytes]], begun: Event, until: Event) -> None:
+def serving(path: Path, pieces: Callable[[], Iterator[bytes]], name: str, begun: Event,
+            until: Event) -> None:
     async def table() -> Table:
         return Table(("name", "n"), pieces())
 
     async def serve() -> None:
-        server = Server({"table": table})
+        server = Server({name: table})
         await server.listen(path)
         begun.set()
         await asyncio.to_thread(until.wait)
@@ -122,9 +123,10 @@ def serving(path: Path, pieces: Callable[[], Iterator[bytes]], begun: Event, unt
 
 
 @contextmanager
-def answering(path: Path, pieces: Callable[[], Iterator[bytes]]) -> Iterator[None]:
+def answering(path: Path, pieces: Callable[[], Iterator[bytes]],
+              name: str = "table") -> Iterator[None]:
     begun, until = Event(), Event()
-    thread = Thread(target=serving, args=(path, pieces, begun, until))
+    thread = Thread(target=serving, args=(path, pieces, name, begun, until))
     thread.start()
     try:
         begun.wait(60)
@@ -140,6 +142,26 @@ def test_a_table_on_the_control_socket(tmp_path: Path) -> None:
         assert ask(path, "table", []) == [{"name": n, "n": i} for i, n in enumerate("abc", 1)]
     with answering(path, lambda: iter([])):
         assert ask(path, "table", []) == []
+
+
+@pytest.mark.parametrize("rest", (b"", b'["b", 2', b'["b", 2]', b"["))
+def test_a_daemon_that_ends_within_its_answer(tmp_path: Path, rest: bytes) -> None:
+    """What is not whole is no row, and one line says that something is missing."""
+    def pieces() -> Iterator[bytes]:
+        yield b'["a", 1]\n' + rest
+        raise RuntimeError("the daemon ends here")
+    path = tmp_path / "tcphafe.sock"
+    with answering(path, pieces, "conns"):
+        rows: Any = ask_for(path, "conns", [])
+        assert next(rows) == {"name": "a", "n": 1}
+        with pytest.raises(Refused, match="the daemon closed the connection"):
+            next(rows)
+        for more in ((), ("--json",)):
+            shown = subprocess.run([BIN / "tcphactl", "--run-dir", tmp_path, "fe", "conns", *more],
+                                   capture_output=True, text=True)
+            assert shown.returncode == 1
+            assert shown.stderr == "tcphactl: the rest of the table is missing: the daemon closed "\
+                "the connection\n"
 
 
 def test_a_table_that_breaks_off(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,36 @@ def test_each_command_explains_itself(shown: Cluster) -> None:
     # a wrong word is named, with what is right
     assert "'99' is not a number from 1 to 16" in fe(shown, "lab", "up", "--backends", "99").stderr
     assert re.search("'speed' .choose from '?dbglevel", fe(shown, "be", "set", "speed", "1").stderr)
+
+
+def test_a_reader_that_is_gone(shown: Cluster) -> None:
+    """Tools end as others do (head, less): by SIGPIPE, without a word."""
+    assert shown.fe
+    fe_run, be_run = ("--run-dir", str(shown.fe.run_dir)), ("--run-dir", str(shown.be[0].run_dir))
+    conf = ("-c", str(shown.fe.config))
+    for args in (*((CTL, *fe_run, "fe", *words) for words in (
+                     ("status",), ("servers",), ("rules",), ("conns",), ("stats",),
+                     ("top", "1", "1"), ("test-request", "GET", "/"), ("set", "dbglevel", "0"), ("doctor", *conf),
+                     ("conns", "--json"), ("rules", "--json"), ("doctor", *conf, "--json"))),
+                 (CTL, *be_run, "be", "status"), (str(BIN / "tcphafe"), "-t", *conf),
+                 (str(BIN / "tcphafe"), "--print-toml", *conf)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        process = shown.fe_host.start(*args, stdout=writer, stderr=subprocess.PIPE)
+        os.close(writer)
+        _, said = process.communicate(timeout=30)
+        assert (process.returncode, said) == (-signal.SIGPIPE, ""), args
+
+
+def test_a_disk_that_is_full(shown: Cluster) -> None:
+    assert shown.fe
+    for command in ("status", "conns"):
+        with open("/dev/full", "w") as full:
+            process = shown.fe_host.start(CTL, "--run-dir", str(shown.fe.run_dir), "fe", command,
+                                          stdout=full, stderr=subprocess.PIPE)
+        _, said = process.communicate(timeout=30)
+        assert (process.returncode, said) == (
+            1, "tcphactl: [Errno 28] No space left on device\n")
 
 
 def test_top(shown: Cluster) -> None:

@@ -115,7 +115,13 @@ def show(data: Any) -> None:
         print("\n".join(render.table(data)))
         return
     thing: RenderableType = table(data) if isinstance(data, list) else document(data)
+    write(thing)
+
+
+def write(thing: RenderableType) -> None:
+    """Print it at once, and by ourselves: the console has an idea of its own of what to do if
+    nobody reads that."""
     out = console()
     with out.capture() as captured:
         out.print(thing)
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()), flush=True)

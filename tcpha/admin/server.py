@@ -28,6 +28,10 @@ class Refused(Exception):
     """A command cannot be done; the message says why."""
 
 
+class NoAnswer(ConnectionError):
+    """A daemon says nothing, or only a part of it."""
+
+
 @dataclass
 class Table:
     """An answer whose rows are made while the client reads. pieces: whole lines, each row an array
@@ -133,14 +137,21 @@ class Server:
 
 
 def _documents(path: Path, command: str, args: list[str]) -> Iterator[Any]:
-    """What the daemon says."""
-    with socket.socket(socket.AF_UNIX) as s:
-        s.connect(str(path))
-        s.sendall(json.dumps({"command": command, "args": args}).encode() + b"\n")
-        with s.makefile("rb") as f:
-            for line in f:
-                yield json.loads(line)
-    raise ConnectionResetError("the daemon closed the connection")
+    """What the daemon says. Raises NoAnswer where that breaks off."""
+    try:
+        with socket.socket(socket.AF_UNIX) as s:
+            s.connect(str(path))
+            s.sendall(json.dumps({"command": command, "args": args}).encode() + b"\n")
+            with s.makefile("rb") as f:
+                for line in f:
+                    if not line.endswith(b"\n"):  # the daemon has ended within it
+                        break
+                    yield json.loads(line)
+    except OSError as error:
+        raise NoAnswer(error.errno, error.strerror or str(error)) from None
+    except ValueError:
+        raise NoAnswer("what answers there is no daemon of TCPHA") from None
+    raise NoAnswer("the daemon closed the connection")
 
 
 def _accepted(answer: dict[str, Any]) -> dict[str, Any]:
@@ -156,13 +167,13 @@ def _rows(columns: list[str], documents: Iterator[Any]) -> Iterator[dict[str, An
                 _accepted(document)
                 return
             yield dict(zip(columns, document, strict=True))
-    except OSError as error:
-        raise Refused(f"the rest of the table is missing: {error}") from None
+    except NoAnswer as error:
+        raise Refused(f"the rest of the table is missing: {error.strerror or error}") from None
 
 
 def ask_for(path: Path, command: str, args: list[str]) -> Any:
-    """Send one command to a daemon's socket. Raises Refused, or OSError if nobody answers. Of a
-    table that may be large, an iterator over the rows, which raises Refused if some are missing."""
+    """Send one command to a daemon's socket. Raises Refused or NoAnswer. Of a table that may
+    be large, an iterator over the rows, which raises Refused if some are missing."""
     documents = _documents(path, command, args)
     answer = _accepted(next(documents))
     return _rows(answer["columns"], documents) if "columns" in answer else answer["data"]

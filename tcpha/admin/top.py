@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tcpha.admin.console import amount, console, duration, table
+from tcpha.admin.console import amount, console, duration, table, write
 from tcpha.admin.server import Refused, ask
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -194,21 +194,20 @@ def _wait(seconds: float) -> bool:
 
 def run(socket: Path, interval: float, count: int) -> None:
     """Show the screen until q, Ctrl-C, or 'count' times (0: no end). Without a terminal, samples
-    are printed below each other. Raises Refused and OSError for the first sample only."""
+    are printed below each other. Raises Refused and NoAnswer for the first sample only."""
     screen = Screen()
     first = Sample(socket)
-    out = console()
     if not sys.stdout.isatty():
         shown = 0
         while True:
-            out.print(screen.draw(first), soft_wrap=True)
+            write(screen.draw(first))
             shown += 1
             if shown == count:
                 return
             time.sleep(interval)
             first = Sample(socket)
     try:
-        with _keys(), Live(screen.draw(first), console=out, screen=True,
+        with _keys(), Live(screen.draw(first), console=console(), screen=True,
                            auto_refresh=False) as live:
             shown = 1
             while shown != count and _wait(interval):

@@ -3,10 +3,12 @@
 import sys
 
 from tcpha.cli import daemon
+from tcpha.cli.ending import plain_ending
 
 
 def main() -> None:
-    sys.exit(daemon.main("tcphabe"))
+    with plain_ending("tcphabe"):
+        sys.exit(daemon.main("tcphabe"))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from tcpha import __version__
 from tcpha.admin.rundir import DEFAULT
-from tcpha.admin.server import Refused, ask_for
+from tcpha.admin.server import NoAnswer, Refused, ask_for
+from tcpha.cli.ending import plain_ending
 
 MOST_BACKENDS = 16  # of the lab
 
@@ -191,6 +192,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    with plain_ending("tcphactl"):
+        _run(argv)
+
+
+def _run(argv: list[str] | None) -> None:
     args = _parser().parse_args(argv)
     if args.role == "lab":
         from tcpha.lab import play
@@ -207,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
         data = ask_for(socket, args.command, _words(args))
     except Refused as error:
         sys.exit(_say(str(error)))
-    except OSError as error:
+    except NoAnswer as error:
         sys.exit(_say(f"no tcpha{args.role} answers at {socket} ({error.strerror or error}); is it "
                       "running with this --run-dir?"))
     try:

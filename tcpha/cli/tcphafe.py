@@ -3,10 +3,12 @@
 import sys
 
 from tcpha.cli import daemon
+from tcpha.cli.ending import plain_ending
 
 
 def main() -> None:
-    sys.exit(daemon.main("tcphafe"))
+    with plain_ending("tcphafe"):
+        sys.exit(daemon.main("tcphafe"))
 
 
 if __name__ == "__main__":

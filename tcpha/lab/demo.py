@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from tcpha.cli.ending import plain_ending
 from tcpha.lab.bed import Cluster, program, sh, wait_for
 
 PREFIX = "tcphademo"
@@ -194,4 +195,5 @@ Stop it:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with plain_ending("demo"):
+        sys.exit(main())
