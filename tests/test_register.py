@@ -17,6 +17,8 @@ from test_serve import REQUEST, body, digest, read_all, settle
 
 pytestmark = pytest.mark.modes("direct", "nfqueue-direct")  # how packets travel is not the point
 UNAVAILABLE = "Service Unavailable\n503"
+# longer to compile than HELLO may take
+LONG = [f"/(a{n}|b{n}c+)+d[^e]*e{n}" for n in range(600)]
 REGISTER = "dregister = 1\nfeaddr = 192.168.1.23\n"
 
 
@@ -210,21 +212,40 @@ def test_control_connections_need_the_secret_too(plain: Cluster) -> None:
              "the reason")
 
 
+def hello(**fields: Any) -> bytes:
+    known = {"role": "be", "vaddr": Cluster.VIP, "version": message.VERSION, "port": 666,
+             "clock": 1, "rule": ["x"]}
+    return bytes(message.encode_hello(json.dumps(known | fields).encode()))
+
+
+def said_to(c: Cluster, data: bytes) -> bytes:
+    """What the front end answers where back ends register."""
+    with c.client.connect(c.fe_host.address) as s:
+        s.sendall(data)
+        try:
+            return read_all(s)
+        except ConnectionResetError:
+            return b""
+
+
+def test_rules_that_take_long_to_compile(plain: Cluster) -> None:
+    """Each waits until those before it are compiled. A stranger has one of them at a time."""
+    start_front(plain, "registration = open")
+    with plain.client.connect(plain.fe_host.address) as stranger:
+        stranger.sendall(hello(rule=LONG[1:]))
+        wait_for(lambda: b"still being compiled" in said_to(plain, hello(rule=LONG[1:])),
+                 "the stranger's turn")
+    be = start_back(plain, 1, REGISTER, *(f"rule = {p}" for p in LONG), "rule = jpg$")
+    wait_for(lambda: joined(plain) == [plain.be_hosts[1].address], "the registration", 60)
+    assert picture(plain) == "be2\n200"
+    assert "cannot register" not in be.log.read_text()
+
+
 def test_garbage_where_back_ends_register(plain: Cluster) -> None:
     start_front(plain, "registration = open")
 
     def said(data: bytes) -> bytes:
-        with plain.client.connect(plain.fe_host.address) as s:
-            s.sendall(data)
-            try:
-                return read_all(s)
-            except ConnectionResetError:
-                return b""
-
-    def hello(**fields: Any) -> bytes:
-        known = {"role": "be", "vaddr": plain.VIP, "version": message.VERSION, "port": 666,
-                 "clock": 1, "rule": ["x"]}
-        return bytes(message.encode_hello(json.dumps(known | fields).encode()))
+        return said_to(plain, data)
     for data in (REQUEST, os.urandom(500), hello()[:20] + b"\xff" * 400, hello(role="fe"),
                  hello(rule=[]), hello(rule=[7]), hello(rule="x"), hello(port=0), hello(port="x"),
                  hello(vaddr="10.0.0.1"), hello(version=99), b"\x16\x03\x01" + os.urandom(300)):

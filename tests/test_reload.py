@@ -2,10 +2,12 @@
 """A reload: what it compiles is compiled once, and beside everything else."""
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,8 +17,9 @@ from typing import Any
 import pytest
 from test_register import REGISTER, logged, secret_file, start_back
 
-from tcpha._fast.match import Matcher
+from tcpha._fast.match import Matcher, PatternError
 from tcpha.config import ConfigError, load
+from tcpha.frontend.compiling import Compiling
 from tcpha.lab.bed import Cluster, Daemon, wait_for
 
 cluster_modes = pytest.mark.modes("direct")  # how packets travel is not the point
@@ -60,6 +63,26 @@ def test_other_threads_run_while_patterns_are_compiled() -> None:
             time.sleep(0.001)
             turns += 1
     assert done.result().matches(b"/site699/abc699") == [699] and turns > 20
+
+
+def test_lists_are_compiled_one_after_the_other() -> None:
+    """Also those of who has gone meanwhile; who comes again finds what was compiled for him."""
+    async def work() -> None:
+        compiling = Compiling()
+        asked = [asyncio.create_task(compiling.matcher(MANY[n:])) for n in range(3)]
+        await asyncio.sleep(0)
+        asked[0].cancel()
+        again = asyncio.create_task(compiling.matcher(MANY))
+        while not all(task.done() for task in (*asked, again)):
+            assert [t.name for t in threading.enumerate()].count("beside") <= 1
+            await asyncio.sleep(0.01)
+        assert [len(t.result().patterns) for t in asked[1:]] == [len(MANY) - 1, len(MANY) - 2]
+        assert again.result().patterns == MANY
+        with pytest.raises(PatternError):
+            await compiling.matcher(["jpg("])
+        done = await compiling.matcher(MANY)
+        assert await compiling.matcher(list(MANY)) is done
+    asyncio.run(work())
 
 
 def test_patterns_are_compiled_once(tmp_path: Path) -> None:

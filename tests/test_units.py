@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcpha._fast import message
-from tcpha._fast.match import Matcher, PatternError, check_patterns
+from tcpha._fast.match import Matcher, PatternError
 from tcpha._fast.packet import forge_segment
 from tcpha.admin.files import ControlFiles
 from tcpha.admin.server import Server, ask
@@ -44,7 +44,7 @@ def test_many_patterns() -> None:
 
 def test_bad_pattern_names_its_position() -> None:
     with pytest.raises(PatternError, match="index 3") as error:
-        check_patterns(["ok", "jpg("])
+        Matcher(["ok", "jpg("])
     assert error.value.pattern == 1
 
 

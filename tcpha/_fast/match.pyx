@@ -128,11 +128,6 @@ cdef class Matcher:
                 if self.bits[i >> 6] >> (i & 63) & 1]
 
 
-def check_patterns(list patterns):
-    """Compile the patterns (str), raise PatternError for the first that cannot be."""
-    Matcher(patterns)
-
-
 cdef void ruleset_free(ruleset *rules) noexcept nogil:
     if rules == NULL:
         return

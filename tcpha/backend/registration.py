@@ -22,6 +22,7 @@ from tcpha.control.hello import (
 log = logging.getLogger("tcpha")
 BACKOFF_FIRST = 0.05  # seconds before the second attempt; doubles up to BACKOFF_MOST
 BACKOFF_MOST = 1.0
+ANSWER = 60.0  # seconds: the front end compiles our rules first, behind those of others
 
 
 class Registration:
@@ -62,6 +63,7 @@ class Registration:
         sock.bind((config.raddr, 0))
         async with asyncio.timeout(PATIENCE):
             await asyncio.get_running_loop().sock_connect(sock, (config.feaddr, config.feport))
+        async with asyncio.timeout(ANSWER):
             mine = registration(config.vaddr, config.port, [r.pattern for r in config.rule],
                                 self.instance)
             hello, _ = await call(sock, mine, self.secret)

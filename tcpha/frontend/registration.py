@@ -12,10 +12,8 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from tcpha._fast.match import PatternError, check_patterns
 from tcpha.admin.logs import MEMBERS, Sparing
 from tcpha.admin.server import Refused
-from tcpha.beside import beside
 from tcpha.config import Config, Rule, Server
 from tcpha.control.hello import (
     PATIENCE,
@@ -46,6 +44,7 @@ class Registrar:
         self.secret = secret
         self.strangers = Strangers("registration", spawn)
         self.members = Sparing("registrations", logging.INFO, MEMBERS)
+        self.joining: set[str] = set()  # addresses whose rules are being compiled, or wait for that
 
     async def run(self) -> None:
         await accept_each(self.listener, self._meet)
@@ -54,20 +53,10 @@ class Registrar:
         self.strangers.meet(sock, address, self._serve)
 
     async def _serve(self, sock: socket.socket, address: str) -> None:
-        hello = await self._greet(sock, address)
-        if hello is not None:
-            self.strangers.known()
-            await self._keep(sock, address, hello)
-
-    async def _keep(self, sock: socket.socket, address: str, hello: Hello) -> None:
         """The registration lasts as long as this, however it ends."""
         try:
-            await self.registry.register(Server(address, hello.port),
-                                         [Rule(address, p) for p in hello.rule], sock)
-            self.members.say(f"back end {address}: registered, {len(hello.rule)} rules")
-            await until_closed(sock)
-        except Refused as error:
-            self.strangers.refuse(address, error)
+            if await self._greet(sock, address):
+                await until_closed(sock)
         except OSError as error:
             log.debug("back end %s: %s", address, error)
         except Exception as error:
@@ -76,32 +65,50 @@ class Registrar:
         if await self.registry.unregister(address, sock):
             self.members.say(f"back end {address}: its registration has ended")
 
-    async def _greet(self, sock: socket.socket, address: str) -> Hello | None:
+    def _see(self, hello: Hello, address: str) -> None:
+        """Raise HelloError if a registration is refused whatever its patterns are."""
+        check(hello, "be", self.config.vaddr)
+        if address == self.listener.getsockname()[0]:
+            raise HelloError("a back end cannot be on the front end's host; its server can be "
+                             "the Local Node")
+        if not 0 < hello.port < 65536 or not hello.rule:
+            raise HelloError("a registration names a port and at least one rule")
+        if address in self.joining:
+            raise HelloError("the rules of an earlier registration are still being compiled")
+
+    async def _join(self, hello: Hello, sock: socket.socket, address: str) -> None:
+        """Compiling takes what time it takes, one after the other, and one for each address."""
+        self.joining.add(address)
+        try:
+            await self.registry.register(Server(address, hello.port),
+                                         [Rule(address, p) for p in hello.rule], sock)
+        except Refused as error:
+            raise HelloError(str(error)) from None
+        finally:
+            self.joining.remove(address)
+        self.strangers.known()
+        self.members.say(f"back end {address}: registered, {len(hello.rule)} rules")
+
+    async def _greet(self, sock: socket.socket, address: str) -> bool:
+        """Returns whether it has registered, and knows it."""
         async def judge(hello: Hello) -> None:
-            check(hello, "be", self.config.vaddr)
-            if address == self.listener.getsockname()[0]:
-                raise HelloError("a back end cannot be on the front end's host; its server can be "
-                                 "the Local Node")
-            if not 0 < hello.port < 65536 or not hello.rule:
-                raise HelloError("a registration names a port and at least one rule")
-            try:
-                await beside(lambda: check_patterns(hello.rule))
-            except PatternError as error:
-                raise HelloError(f"a pattern does not compile: {error}") from None
-            try:
-                self.registry.room_for(address)
-            except Refused as error:
-                raise HelloError(str(error)) from None
+            self._see(hello, address)
+            if self.secret:  # it has shown that it knows that
+                self.strangers.known()
+            patience.reschedule(None)
+            await self._join(hello, sock, address)
+            patience.reschedule(asyncio.get_running_loop().time() + PATIENCE)
 
         sock.setblocking(False)
         keep_alive(sock)
         mine = Hello("fe", self.config.vaddr, self.config.port, instance=self.registry.instance)
         try:
-            async with asyncio.timeout(PATIENCE):
-                return (await answer(sock, mine, self.secret, judge))[0]
+            async with asyncio.timeout(PATIENCE) as patience:
+                await answer(sock, mine, self.secret, judge)
+            return True
         except (TimeoutError, OSError) as error:
             self.strangers.refuse(address, error or "no HELLO", noise=True)
         except HelloError as error:
             # this is a port that clients find, too
             self.strangers.refuse(address, error, noise=str(error) == STRANGER)
-        return None
+        return False

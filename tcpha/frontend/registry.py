@@ -17,7 +17,6 @@ from typing import Any
 from tcpha._fast.match import Matcher, PatternError
 from tcpha._fast.scan import Questions
 from tcpha.admin.server import Refused
-from tcpha.beside import beside
 from tcpha.config import ANY, MAX_BACKENDS, Config, Rule, Server, patterns_of, too_many
 from tcpha.config.keys import BE_PORT
 from tcpha.control.hello import (
@@ -30,6 +29,7 @@ from tcpha.control.hello import (
     new_instance,
 )
 from tcpha.datapath import Path, headers
+from tcpha.frontend.compiling import Compiling
 from tcpha.frontend.cookiekeys import CookieKeys
 from tcpha.frontend.drained import Drained
 from tcpha.frontend.localnode import INDEX as LOCAL_NODE
@@ -108,6 +108,7 @@ class Registry:
         self.registered: Registered = {}
         self.rules: list[Rule] = []
         self.matcher: Matcher | None = None  # of their patterns, and maybe of earlier ones
+        self.compiling = Compiling()
         self.turn = asyncio.Lock()  # of who changes them
         # connections handed over by rules that are not in force any more, or since a reload are
         # elsewhere in the list; and what the workers' counts were when it changed
@@ -146,8 +147,11 @@ class Registry:
             if known is not None and _in_order(patterns, known.patterns):
                 return known
         try:
-            return await beside(lambda: Matcher(patterns))
+            return await self.compiling.matcher(patterns)
         except PatternError as error:
+            if error.pattern >= 0:
+                raise Refused(f"the pattern '{patterns[error.pattern]}' does not compile: "
+                              f"{error}") from None
             raise Refused(f"the patterns of the file and of the back ends that have registered do "
                           f"not compile together: {error}") from None
 
@@ -203,11 +207,16 @@ class Registry:
 
     async def unregister(self, address: str, token: object) -> bool:
         """Take a registration back, unless there is a newer one. Returns whether it was."""
+        if not self._is_of(address, token):  # nor need anybody wait to hear that
+            return False
         async with self.turn:
-            if address not in self.registered or self.registered[address][2] is not token:
+            if not self._is_of(address, token):
                 return False
             await self._change(self._registered_but(address))
             return True
+
+    def _is_of(self, address: str, token: object) -> bool:
+        return address in self.registered and self.registered[address][2] is token
 
     def _registered_but(self, address: str) -> Registered:
         return {a: what for a, what in self.registered.items() if a != address}
