@@ -82,6 +82,7 @@ class Service:
         self.secret = read_secret(config.secret) if config.secret else None
         self.stopping = asyncio.Event()
         self.unloading = False
+        self.ending = False  # tasks are cancelled, and new ones do not begin
         self.troubles = Troubles(self.TROUBLES)
         self.tasks: list[asyncio.Task[Any]] = []
         self.admin: Admin | None = None
@@ -323,6 +324,7 @@ class Service:
     async def _cancel_tasks(self) -> None:
         log.info("stopping")
         sd_notify("STOPPING=1")
+        self.ending = True
         for task in self.tasks:
             task.cancel()
         if self.tasks:
@@ -387,6 +389,8 @@ class Service:
         task = self.loop.create_task(work)
         self.tasks.append(task)
         task.add_done_callback(self.tasks.remove)
+        if self.ending:  # a SIGHUP, for instance, comes too late
+            task.cancel()
         return task
 
     def _notice(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from test_harm import lines
 from test_host import state
 
+from tcpha.backend.service import LEAVE
 from tcpha.frontend.drained import Drained
 from tcpha.lab.bed import Cluster, Daemon, Host, sh, wait_for
 from tcpha.undoing import Step, Undoing, each
@@ -143,3 +146,44 @@ def test_journal_and_drained_back_ends_share_no_file(tmp_path: Path) -> None:
     (tmp_path / "tcphafe.journal").with_suffix(".new").mkdir()
     Drained(tmp_path / "tcphafe.drained").add("10.0.0.1", True)
     assert "10.0.0.1" in Drained(tmp_path / "tcphafe.drained")
+
+
+def test_a_reload_while_a_back_end_stops() -> None:
+    """It comes too late. A second unload does not keep front ends from hearing that we leave."""
+    c = Cluster(1, rules=[(0, ".*")], fastpath=True)
+    try:
+        assert c.fe
+        be = c.be[0]
+        with open(be.config, "a") as f:
+            f.write("dbglevel = 1\n")
+        c.fe.process.send_signal(signal.SIGSTOP)  # it does not answer, and is waited for
+        be.ctl("unload")
+        be.ctl("unload")
+        wait_for(lambda: "tcphabe: stopping" in be.log.read_text(), "the end to begin")
+        began = time.monotonic()
+        be.process.send_signal(signal.SIGHUP)
+        assert be.process.wait(30) == 0
+        assert time.monotonic() - began > LEAVE / 2
+        said = be.log.read_text()
+        assert "reloaded" not in said and "Traceback" not in said
+    finally:
+        if c.fe:
+            c.fe.process.send_signal(signal.SIGCONT)
+        c.close()
+
+
+def test_a_reload_while_a_front_end_stops() -> None:
+    """It waits for somebody to take the virtual address away, with nothing that could reload."""
+    c = Cluster(1, rules=[(0, ".*")], fe_conf="announce = off", start=False)
+    try:
+        c.fe_host.ip("addr", "add", f"{c.VIP}/32", "dev", "eth0")
+        fe = c.fe = Daemon(c.fe_host, "fe", c.fe_text())
+        fe.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: "tcphafe: stopping" in fe.log.read_text(), "the end to begin")
+        fe.process.send_signal(signal.SIGHUP)
+        c.fe_host.ip("addr", "del", f"{c.VIP}/32", "dev", "eth0")
+        assert fe.process.wait(30) == 0
+        said = fe.log.read_text()
+        assert "reloaded" not in said and "Traceback" not in said
+    finally:
+        c.close()

@@ -106,7 +106,8 @@ def test_a_reader_that_is_gone(shown: Cluster) -> None:
     for args in (*((CTL, *fe_run, "fe", *words) for words in (
                      ("status",), ("servers",), ("rules",), ("conns",), ("stats",),
                      ("top", "1", "1"), ("test-request", "GET", "/"), ("set", "dbglevel", "0"),
-                     ("doctor", *conf), ("conns", "--json"), ("rules", "--json"), ("doctor", *conf, "--json"))),
+                     ("doctor", *conf), ("conns", "--json"), ("rules", "--json"),
+                     ("doctor", *conf, "--json"))),
                  (CTL, *be_run, "be", "status"), (str(BIN / "tcphafe"), "-t", *conf),
                  (str(BIN / "tcphafe"), "--print-toml", *conf)):
         reader, writer = os.pipe()

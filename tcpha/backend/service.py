@@ -111,7 +111,7 @@ class BackEndService(Service):
         undoing = Undoing()
         undoing.push("sock_diag", self.application.close)
         undoing.push("listener", self.listener.close)
-        if not self.leaving:
+        if not self.leaving or self.leaving.cancelled():  # by who could not wait for its end
             undoing.push("packet path", self._leave)
         await undoing.undo()
 
