@@ -311,3 +311,20 @@ def test_the_connection_table_of_fifty_thousand(datapath: str) -> None:
         settle(c)
     finally:
         c.close()
+
+
+def test_an_access_log_that_cannot_be_opened_anew() -> None:
+    """What is said is what has become of it."""
+    c = Cluster(1, rules=[(0, ".*")], start=False)
+    try:
+        place = c.fe_host.dir / "logs"
+        place.mkdir()
+        fe = c.fe = Daemon(c.fe_host, "fe", f"{c.fe_text()}\naccesslog = {place}/access\n")
+        place.rename(place.with_name("away"))
+        fe.process.send_signal(signal.SIGUSR1)
+        wait_for(lambda: f"accesslog {place}/access: No such file" in fe.log.read_text(), "the log")
+        assert "until then lines go to the file that was open before" in fe.log.read_text()
+        assert fe.ctl("status")["live"] == 0  # and all of it is said
+        assert "opened anew" not in fe.log.read_text()
+    finally:
+        c.close()

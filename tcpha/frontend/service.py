@@ -243,8 +243,10 @@ class FrontEndService(Service):
         try:
             self._open_access_log(self.config.accesslog)
         except HostError as error:
-            log.error("%s", error)
-        super().reopen()
+            logs.reopen()
+            log.error("%s; until then lines go to the file that was open before", error)
+        else:
+            super().reopen()
 
     def _open_access_log(self, path: str | None) -> None:
         """Raises HostError, and leaves the one in use."""
