@@ -349,7 +349,7 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
             memcpy(b.dp.keys[l.peer].key[m.id >> 8 & 1], m.data, 16)
             store64(&b.dp.keys[l.peer].clock, clock_word(&l.clock))
             store32(&b.dp.keys[l.peer].wscale, m.id & 0xff)
-            # they come one by one; until the other one does, a stranger may know what is in its place
+            # the other one is yet to come: until then, a stranger may know what is in its place
             or32(&b.dp.keys[l.peer].used, <uint32_t>1 << (m.id >> 8 & 1))
             link_put(c, w, l, buf, message_short(buf, MSG_KEYED, m.id), NULL, 0)
         return 0
