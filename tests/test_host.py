@@ -426,7 +426,7 @@ def test_two_instances_on_one_host() -> None:
         for n in (36, 37):
             (fe.dir / str(n)).mkdir()
             d = Daemon.__new__(Daemon)
-            d.host, d.role, d.options, d.environment = fe, "fe", (), []
+            d.host, d.role, d.options, d.environment, d.via = fe, "fe", (), [], ()
             d.config, d.run_dir = fe.dir / f"{n}.conf", fe.dir / str(n)
             d.log = fe.dir / f"{n}.log"
             d.config.write_text(text.format(n))
