@@ -22,7 +22,7 @@ from tcpha.lab.bed import Cluster, Host
 STACK, DROP, REDIRECT = 0xFFFFFFFF, 2, 7  # TC_ACT_UNSPEC, _SHOT, _REDIRECT
 CLIENT, VIP, FE, BE = "192.168.1.50", "192.168.1.36", "192.168.1.23", "192.168.1.33"
 FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
-HOLD, FORWARD, PENDING, GONE = 1, 2, 3, 4
+HELD, DRAINING, FORWARD, PENDING, REPLACING, LINGERING, GONE = range(1, 8)
 OP_DROP, R_OK, R_NO_SOCKET = 5, 1, 4
 F_FIN, F_RST, F_NEW_SYN = 1, 2, 4
 DIRECT, TUNNEL, LOCAL = 1, 2, 3
@@ -105,10 +105,15 @@ def flow(port: int = 4000) -> bytes:
     return mapped(CLIENT) + mapped(VIP) + struct.pack("!HH", port, 80)
 
 
+def phase(state: int, older: int = 0, which: int = 1) -> int:
+    """As tcpha_phase()."""
+    return which * 0x9e3779b97f4a7c15 % 2**64 >> 12 << 12 | older << 3 | state
+
+
 def entry(state: int, backend: int = 0, slot: int = 0, flags: int = 0, end_seq: int = 1000,
-          syn_seq: int = 0, ahead: tuple[int, int] = (0, 0), live: int = 1) -> bytes:
-    return struct.pack("=6Q13I60x", 1, 0, 0, 0, 0, live, 0, state, backend, slot, flags, 0, end_seq,
-                       *ahead, syn_seq, 0, 0, 0)
+          syn_seq: int = 0, ahead: tuple[int, int] = (0, 0), older: int = 0) -> bytes:
+    return struct.pack("=6Q12I64x", 1, 0, 0, 0, 0, phase(state, older), 0, backend, slot, flags, 0,
+                       end_seq, *ahead, syn_seq, 0, 0, 0)
 
 
 def tag(key: bytes) -> bytes:
@@ -207,10 +212,11 @@ def number(index: int) -> bytes:
 
 
 def state_of(e: bytes) -> dict[str, int]:
-    names = ("id", "start", "last", "packets", "bytes", "live", "tag", "state", "backend", "slot",
-             "flags", "rule", "end_seq", "ahead_seq", "ahead_end", "syn_seq", "first_seq",
-             "first_ack", "behind", "rtt_ms", "target_len")
-    return dict(zip(names, struct.unpack("=6Q13I2H", e[:104]), strict=True))
+    names = ("id", "start", "last", "packets", "bytes", "phase", "tag", "backend", "slot", "flags",
+             "rule", "end_seq", "ahead_seq", "ahead_end", "syn_seq", "first_seq", "first_ack",
+             "behind", "rtt_ms", "target_len")
+    known = dict(zip(names, struct.unpack("=6Q12I2H", e[:100]), strict=True))
+    return known | {"state": known["phase"] & 7, "older": known["phase"] >> 3 & 511}
 
 
 # What is none of a front end's business goes to the stack, whatever it looks like.
@@ -256,7 +262,7 @@ FLOWS: dict[str, tuple[bytes, Packet, int, dict[str, int]]] = {
                                    {"flags": F_FIN}),
     "a SYN half the way round": (entry(FORWARD, flags=F_FIN), Packet(SYN, seq=1000 + 0x70000000),
                                  REDIRECT, {"flags": F_FIN}),
-    "a SYN on a closed flow": (entry(FORWARD, live=0), Packet(SYN, seq=999), STACK,
+    "a SYN on a closed flow": (entry(LINGERING), Packet(SYN, seq=999), STACK,
                                {"flags": F_NEW_SYN, "syn_seq": 999}),
     "of the new connection": (entry(FORWARD, flags=F_FIN | F_NEW_SYN, syn_seq=5000),
                               Packet(seq=5001), STACK, {"packets": 0}),
@@ -266,7 +272,7 @@ FLOWS: dict[str, tuple[bytes, Packet, int, dict[str, int]]] = {
         entry(FORWARD, flags=F_RST | F_NEW_SYN, syn_seq=5000), Packet(seq=1000, data=b"x"),
         REDIRECT, {"flags": 0, "end_seq": 1001}),
     "a FIN that a SYN has overtaken": (
-        entry(FORWARD, live=0, flags=F_NEW_SYN, syn_seq=5000), Packet(FIN | ACK),
+        entry(LINGERING, flags=F_NEW_SYN, syn_seq=5000), Packet(FIN | ACK),
         REDIRECT, {"flags": F_FIN | F_NEW_SYN, "end_seq": 1001}),
     "no more, after a FIN and a SYN": (
         entry(FORWARD, flags=F_FIN | F_NEW_SYN, syn_seq=5000), Packet(seq=900, data=b"x" * 100),
@@ -292,7 +298,7 @@ FLOWS: dict[str, tuple[bytes, Packet, int, dict[str, int]]] = {
                           {"packets": 1, "bytes": 49}),
     "to nowhere": (entry(FORWARD, backend=77), Packet(), DROP, {"packets": 0}),
     "to an index beyond the table": (entry(FORWARD, backend=9999), Packet(), DROP, {"packets": 0}),
-    "that is being handed over": (entry(HOLD, slot=0x01020304), Packet(data=b"h"), REDIRECT,
+    "that is being handed over": (entry(HELD, slot=0x01020304), Packet(data=b"h"), REDIRECT,
                                   {"packets": 0, "end_seq": 1001}),
     "doff beyond the packet": (entry(FORWARD), Packet(doff=15), REDIRECT, {"packets": 1}),
 }
@@ -325,7 +331,7 @@ def test_front_end_forwards_errors(fe: Bpf, what: str) -> None:
     verdict, out = fe.run("fe_ingress", packet)
     assert (verdict, out[14:]) == (REDIRECT if forwarded else STACK, packet.frame()[14:])
     assert state_of(fe.get("flows", flow()))["packets"] == 0  # it is none of the client's
-    fe.put("flows", flow(), entry(HOLD))
+    fe.put("flows", flow(), entry(HELD))
     assert fe.run("fe_ingress", packet) == (STACK, packet.frame())
     fe.drop("flows", flow())
 
@@ -342,7 +348,7 @@ def test_front_end_flow(fe: Bpf, what: str) -> None:
     assert verdict == want
     assert {key: now[key] for key in after} == after
     assert out[14:] == packet.frame()[14:]  # not a byte of the packet changes
-    if state_of(before)["state"] == HOLD:
+    if state_of(before)["state"] == HELD:
         assert out[:6] == b"\x02\x74" + struct.pack("=I", 0x01020304)
     elif want == STACK and state_of(before)["backend"] != 255:
         assert out == packet.frame()
@@ -374,7 +380,7 @@ def test_front_end_tunnel(fe: Bpf, daemons: Cluster) -> None:
 def test_front_end_tap(fe: Bpf) -> None:
     """What was held comes back by the TAP, for whoever the entry says by then."""
     mark = Packet(data=b"held")
-    for state, want in ((entry(FORWARD), REDIRECT), (entry(HOLD, slot=1), REDIRECT),
+    for state, want in ((entry(FORWARD), REDIRECT), (entry(HELD, slot=1), REDIRECT),
                         (entry(FORWARD, backend=255), STACK), (entry(FORWARD, backend=77), DROP)):
         fe.put("flows", flow(), state)
         assert fe.run("fe_tap", mark)[0] == want
@@ -408,34 +414,34 @@ def test_an_entry_whose_memory_is_another_flows(fe: Bpf) -> None:
 
 # What stands in the place of an entry that was found over, and whether it is removed.
 INSTEAD: dict[str, tuple[dict[str, int], bool]] = {
-    "the same": ({}, True), "of a new connection": ({"id": 2, "live": 2}, False),
-    "of a new one, not decided": ({"id": 0, "state": PENDING, "start": 8}, False),
-    "of another time": ({"start": 8}, False), "another's in the same state": ({"id": 2}, False),
-    "live again": ({"live": 1}, False), "on its way to be replaced": ({"state": GONE}, False),
+    "the same": ({}, True), "of a new connection": ({"state": FORWARD, "which": 2}, False),
+    "of a new one, not decided": ({"state": PENDING, "which": 8}, False),
+    "another's in the same state": ({"which": 2}, False), "live again": ({"state": FORWARD}, False),
+    "on its way to be replaced": ({"state": GONE}, False),
 }
 
 
-@pytest.mark.parametrize("state", (FORWARD, PENDING))
+@pytest.mark.parametrize("state", (LINGERING, PENDING, REPLACING))
 @pytest.mark.parametrize("what", INSTEAD)
 def test_only_what_was_found_is_removed(fe: Bpf, what: str, state: int) -> None:
     changed, gone = INSTEAD[what]
-    now = {"id": 1, "start": 7, "state": state, "slot": 3, "live": 0} | changed
-    value = entry(now["state"], slot=now["slot"], live=now["live"])
-    fe.put("flows", flow(), struct.pack("=QQ", now["id"], now["start"]) + value[16:])
+    found = {"state": state, "older": 3 * (state == REPLACING), "which": 1}
+    value = bytearray(entry(state))
+    struct.pack_into("=Q", value, 40, phase(**found | changed))
+    fe.put("flows", flow(), bytes(value))
     before = fe.get("flows", flow())
     op = bytearray(fe.get("ops", number(20)))
     op[:36] = flow()
     struct.pack_into("=I", op, 36, OP_DROP)
-    struct.pack_into("=QQII", op, 48, 1, 7, state, 99)
+    struct.pack_into("=QQ", op, 48, 1, phase(**found))
     fe.put("ops", number(20), bytes(op))
     try:
         assert fe.run("fe_tap", Operation())[0] == DROP
         op = bytearray(fe.get("ops", number(20)))
         result, = struct.unpack_from("=I", op, 40)
-        slot, = struct.unpack_from("=I", op, 68)
         left = fe.host.run("bpftool", "map", "lookup", "id", fe.maps["flows"], "key",
                            *map(str, flow()), check=False)
-        assert (result, slot) == ((R_OK, 3) if gone else (R_NO_SOCKET, 0))
+        assert result == (R_OK if gone else R_NO_SOCKET)
         assert (left.returncode != 0) == gone
         assert gone or fe.get("flows", flow()) == before
     finally:
@@ -583,7 +589,7 @@ def test_counters(fe: Bpf, daemons: Cluster) -> None:
     fe.put("flows", flow(), entry(FORWARD))
     for flags in (ACK, SYN, ACK):
         fe.run("fe_ingress", Packet(flags))
-    fe.put("flows", flow(), entry(HOLD, slot=60000))
+    fe.put("flows", flow(), entry(HELD, slot=60000))
     fe.run("fe_ingress", Packet())
     fe.put("flows", flow(), entry(FORWARD, backend=77))
     fe.run("fe_ingress", Packet())

@@ -24,9 +24,11 @@ from test_bpf import (
     FIN,
     FORWARD,
     GONE,
+    LINGERING,
     PENDING,
     PSH,
     REDIRECT,
+    REPLACING,
     RST,
     STACK,
     SYN,
@@ -855,12 +857,12 @@ def test_cookie(lab: Cluster) -> None:
 
 # What stands in the way of a new connection, and what of it the new one's entry must tell.
 OLDER = {
-    "nothing": (None, 0), "one that is over": (entry(FORWARD, live=0, flags=F_FAST), 0),
+    "nothing": (None, 0), "one that is over": (entry(LINGERING, flags=F_FAST), 0),
     "one that is live, and its client has closed":
         (entry(FORWARD, backend=4, flags=F_FAST | F_FIN), 5),
-    "a request that came to nothing": (entry(PENDING, live=0, flags=F_FAST), 0),
+    "a request that came to nothing": (entry(PENDING, flags=F_FAST), 0),
     "one that had taken the place of a live one":
-        (entry(PENDING, slot=7, live=0, flags=F_FAST), 7),
+        (entry(REPLACING, older=7, flags=F_FAST), 7),
 }
 
 
@@ -880,7 +882,7 @@ def test_in_the_place_of_an_older_one(lab: Cluster, what: str) -> None:
         verdict, out = bpf.run("fe_ingress", request)
         assert verdict == REDIRECT and out[:3] == b"\x02\x76\x01"
         now = state_of(bpf.get("flows", flow(port)))
-        assert (now["state"], now["live"], now["slot"]) == (PENDING, 0, told)
+        assert (now["state"], now["older"]) == (REPLACING if told else PENDING, told)
     finally:
         bpf.drop("flows", flow(port))
 
@@ -890,7 +892,7 @@ def test_while_an_older_one_is_removed(lab: Cluster) -> None:
     wait for the second step, which does not come here."""
     bpf = Bpf(lab.fe_host, ("fe_ingress",))
     port = 4008
-    bpf.put("flows", flow(port), entry(GONE, live=0, flags=F_FAST))
+    bpf.put("flows", flow(port), entry(GONE, flags=F_FAST))
     try:
         tcp = answer(bpf, Packet(SYN, sport=port, seq=7000))
         ours, = struct.unpack("!I", tcp[4:8])

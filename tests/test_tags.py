@@ -56,7 +56,7 @@ def test_what_a_cookie_is_made_of(fe: Bpf) -> None:
     and a back end is told them, but neither could judge the cookies."""
     with fe.memory("state") as state:
         version, = struct.unpack_from("=I", state, VERSION)
-    assert (version, message.VERSION) == (5, 7)
+    assert (version, message.VERSION) == (6, 7)
     keys, current = read_keys(fe)
     for given in (MSS, MSS + SACK_TS):
         tcp = answer(fe, Packet(SYN, sport=4030, seq=ISN, tcp_options=given))
@@ -79,7 +79,7 @@ def test_urgent_data_in_a_copy(fe: Bpf, what: str) -> None:
     known, port = bytearray(entry(FORWARD, flags=F_FAST, end_seq=ISN + 1)), 4031
     keys, current = read_keys(fe)
     ack = (keys.ours(flow(port), ISN, PLAIN | current, False) + 1) % 2**32
-    struct.pack_into("=II", known, 88, ISN + 1, ack)  # first_seq, first_ack
+    struct.pack_into("=II", known, 84, ISN + 1, ack)  # first_seq, first_ack
     copy = Packet(ACK | PSH | URG * (urgent is not None), sport=port, seq=ISN + 1, ack=ack,
                   urgent=urgent or 0, data=GET)
     fe.put("flows", flow(port), bytes(known))

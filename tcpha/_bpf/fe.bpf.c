@@ -404,9 +404,11 @@ static __always_inline bool is_of(const struct __sk_buff *skb, const struct tcph
 static __always_inline int follow_entry(struct __sk_buff *skb, const struct tcpha_flow *flow,
 					struct tcpha_entry *e)
 {
-	if (e->state == TCPHA_FORWARD)
+	__u32 state = tcpha_state_of(e);
+
+	if (tcpha_is_forwarded(state))
 		return forward(skb, flow, e, false);
-	if (e->state == TCPHA_HOLD)
+	if (state == TCPHA_HELD || state == TCPHA_DRAINING)
 		return hold(skb, flow, e);
 	/* it was given back a moment ago */
 	return !(e->flags & TCPHA_F_FAST) && e->held & TCPHA_OURS ? to_stack(skb) : TC_ACT_SHOT;
@@ -650,22 +652,22 @@ static long has_gone(__u32 i, void *ctx)
 	struct tcpha_entry *e = bpf_map_lookup_elem(&flows, flow);
 
 	(void)i;
-	return !e || *(volatile __u32 *)&e->state != TCPHA_GONE;
+	return !e || tcpha_state_of(e) != TCPHA_GONE;
 }
 
 /*
- * Make an entry ours to replace; its state was *was. Another CPU may have been first: if it had a copy of
+ * Make an entry ours to replace; its phase was *was. Another CPU may have been first: if it had a copy of
  * our segment, that one goes on (-1). If it removes the entry, there is soon none to replace (0). It is
  * looked up once more, as the memory of one that is gone may be another flow's at any time.
  */
-static __always_inline int claim(struct tcpha_entry *e, struct tcpha_flow *flow, __u32 *was)
+static __always_inline int claim(struct tcpha_entry *e, struct tcpha_flow *flow, __u64 *was)
 {
 	struct tcpha_entry *now = bpf_map_lookup_elem(&flows, flow);
 
 	if (now != e)
 		return now ? -1 : 0;
-	*was = __sync_lock_test_and_set(&e->state, TCPHA_GONE);
-	if (*was != TCPHA_GONE)
+	*was = tcpha_claim(e);
+	if (tcpha_phase_state(*was) != TCPHA_GONE)
 		return 1;
 	bpf_loop(GOING_ROUNDS, has_gone, flow, 0);
 	return bpf_map_lookup_elem(&flows, flow) ? -1 : 0;
@@ -691,10 +693,10 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 	struct tcpha_flow flow;
 	struct cookie c = {};
 	__u8 accept[3] = {TCPHA_MAC_FAST >> 8, TCPHA_MAC_FAST & 0xff, TCPHA_FAST_ACCEPT};
-	__u32 zero = 0, length, seq, ack, doff, offset, socket, replaced = 0, was = 0, rtt_ms;
+	__u32 zero = 0, length, seq, ack, doff, offset, socket, older = 0, rtt_ms;
 	__u8 flags = ((__u8 *)h->tcp)[13];
 	__be16 window;
-	__u64 old = 0, id, *over;
+	__u64 was = 0, id, *over;
 	long failed;
 	int claimed;
 	bool hit;
@@ -783,7 +785,6 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 		return TC_ACT_SHOT;
 	__builtin_memset(fresh, 0, sizeof(*fresh));
 	fresh->tag = tcpha_tag(&flow);
-	fresh->state = TCPHA_PENDING;
 	fresh->flags = TCPHA_F_FAST;
 	fresh->start_ns = fresh->last_ns = now_ns();
 	fresh->end_seq = fresh->first_seq = seq;
@@ -798,27 +799,16 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 			e = 0;
 	}
 	hit = is_sound(skb, &flow, doff + length) && decide(skb, offset, length, fresh);
-	if (hit) {
-		fresh->state = TCPHA_FORWARD;
-		fresh->id = fresh->live = id;
-	}
-	if (e) {
-		old = __sync_lock_test_and_set(&e->live, 0);
-		if (old)
-			replaced = e->backend + 1;
-		else if (was == TCPHA_PENDING)
-			replaced = __sync_lock_test_and_set(&e->slot, 0);
-	}
-	if (!hit)
-		fresh->slot = replaced; /* user space counts that it is over */
+	if (e)
+		older = tcpha_owed(was, e->backend);
+	if (hit)
+		tcpha_forward(fresh, id);
+	else
+		tcpha_begin(fresh, older); /* user space counts that it is over */
 	failed = bpf_map_update_elem(&flows, &flow, fresh, e ? BPF_ANY : BPF_NOEXIST);
 	if (failed) {
-		if (e) {
-			e->live = old;
-			if (was == TCPHA_PENDING)
-				e->slot = replaced;
-			e->state = was;
-		}
+		if (e)
+			tcpha_unclaim(e, was);
 		if (failed == -EEXIST)
 			return TC_ACT_SHOT;
 		goto accept; /* the table is full: a socket can say so, with 503 */
@@ -828,7 +818,7 @@ static __always_inline int without_flow(struct __sk_buff *skb, const struct head
 		COUNT(requests, 1);
 		return to_worker(skb, TCPHA_FAST_FIRST);
 	}
-	count_load(fresh->backend, fresh->rule, replaced);
+	count_load(fresh->backend, fresh->rule, older);
 	COUNT(cached, 1);
 	return DECIDED;
 accept:
@@ -858,6 +848,14 @@ static __always_inline bool is_crowded(const struct tcpha_entry *e)
 	return *(volatile __u32 *)&e->behind && now_ns() - e->start_ns < BEHIND_NS;
 }
 
+/* A request is no back end's any more. behind: what was, before. */
+static __always_inline void begin_anew(struct tcpha_entry *e, __u32 behind)
+{
+	e->id = 0;
+	e->flags = TCPHA_F_FAST;
+	__sync_fetch_and_add(&e->behind, -behind);
+}
+
 /*
  * A packet of a flow that took the packet path; urgent: see urgent_end(); passed: by a worker, so nothing is
  * before it. A function of its own for the verifier, too.
@@ -867,16 +865,17 @@ static __always_inline int fast_flow(struct __sk_buff *skb, const struct tcpha_f
 				     bool passed)
 {
 	struct tcpha_backend *be;
-	__u32 index;
+	__u32 index, state, behind;
 	bool first;
 
 	if (!e)
 		return TC_ACT_SHOT;
 	first = seq == e->first_seq && length;
 	index = e->backend;
-	if (e->state == TCPHA_PENDING)
+	state = tcpha_state_of(e);
+	if (tcpha_is_pending(state))
 		return first ? to_worker(skb, TCPHA_FAST_FIRST) : to_worker_later(skb, e);
-	if (first && tcpha_closed(e))
+	if (first && tcpha_is_over(state))
 		return TC_ACT_SHOT; /* a late copy: it must not be served a second time */
 	if (ack != e->first_ack && !(e->flags & TCPHA_F_ANSWERED))
 		e->flags |= TCPHA_F_ANSWERED; /* once: another CPU may be about to change another flag */
@@ -884,13 +883,10 @@ static __always_inline int fast_flow(struct __sk_buff *skb, const struct tcpha_f
 	if (first) {
 		be = bpf_map_lookup_elem(&backends, &index);
 		if (be && be->down) { /* it was not served: another back end may */
-			if (!__sync_lock_test_and_set(&e->live, 0))
+			behind = e->behind;
+			if (!tcpha_retry(e, e->id, index))
 				return TC_ACT_SHOT; /* a copy of this segment, on another CPU, goes on */
-			e->slot = index + 1;
-			e->id = 0;
-			e->flags = TCPHA_F_FAST;
-			e->behind = 0;
-			e->state = TCPHA_PENDING;
+			begin_anew(e, behind);
 			return to_worker(skb, TCPHA_FAST_FIRST);
 		}
 	}
@@ -921,7 +917,7 @@ static __always_inline int forward_icmp(struct __sk_buff *skb)
 	if (parse_icmp_error(skb, 0, unmap_v4(conf.vaddr), &flow) < 0 || flow.vport != conf.vport)
 		return TC_ACT_UNSPEC;
 	e = bpf_map_lookup_elem(&flows, &flow);
-	if (!e || e->state != TCPHA_FORWARD)
+	if (!e || !tcpha_is_forwarded(tcpha_state_of(e)))
 		return TC_ACT_UNSPEC;
 	index = e->backend;
 	be = bpf_map_lookup_elem(&backends, &index);
@@ -1013,37 +1009,31 @@ int fe_ingress(struct __sk_buff *skb)
  * may change the entry or put another in its place.
  */
 static __always_inline void remove_entry(const struct tcpha_flow *flow, const struct tcpha_entry *e,
-					 __u32 state)
+					 bool served_it)
 {
 	__u64 id = e->id;
 
-	if (PACKET_PATH && (e->flags & TCPHA_F_FAST) && (e->flags & TCPHA_F_ANSWERED) &&
-	    state == TCPHA_FORWARD)
+	if (PACKET_PATH && served_it && (e->flags & TCPHA_F_FAST) && (e->flags & TCPHA_F_ANSWERED))
 		bpf_map_update_elem(&served, flow, &id, BPF_ANY);
 	bpf_map_delete_elem(&flows, flow);
 }
 
 static __always_inline void change_entry(struct tcpha_op *op)
 {
-	__u32 was;
-
 	struct tcpha_entry *e = bpf_map_lookup_elem(&flows, &op->flow);
+	__u32 behind;
 
 	op->result = TCPHA_R_NO_SOCKET;
-	if (!e || !op->id || __sync_val_compare_and_swap(&e->live, op->id, 0) != op->id)
+	if (!e || !op->id)
+		return;
+	behind = e->behind;
+	if (op->kind == TCPHA_OP_TAKE_BACK ? !tcpha_take_back(e, op->id) : !tcpha_end(e, op->id, op->keep))
 		return;
 	op->result = TCPHA_R_OK;
-	if (op->kind == TCPHA_OP_TAKE_BACK) {
-		e->id = 0;
-		e->slot = 0;
-		e->flags = TCPHA_F_FAST;
-		e->behind = 0;
-		e->state = TCPHA_PENDING;
-	} else if (!op->keep) {
-		was = __sync_lock_test_and_set(&e->state, TCPHA_GONE);
-		if (was != TCPHA_GONE)
-			remove_entry(&op->flow, e, was);
-	}
+	if (op->kind == TCPHA_OP_TAKE_BACK)
+		begin_anew(e, behind);
+	else if (!op->keep)
+		remove_entry(&op->flow, e, true);
 }
 
 /*
@@ -1056,15 +1046,16 @@ static __always_inline void hand_over(struct tcpha_op *op)
 	struct tcpha_entry *e = bpf_map_lookup_elem(&flows, &op->flow);
 
 	op->result = TCPHA_R_NO_SOCKET;
-	if (!e || e->state != TCPHA_HOLD)
+	if (!e || tcpha_state_of(e) != TCPHA_HELD)
 		return;
-	e->id = e->live = op->id;
+	e->id = op->id;
 	e->backend = op->backend;
 	e->rule = op->rule;
 	e->flags = op->flags;
 	e->end_seq = op->end_seq;
 	e->ahead_seq = e->ahead_end = 0;
-	op->result = TCPHA_R_OK;
+	if (tcpha_hand_over(e))
+		op->result = TCPHA_R_OK;
 }
 
 /* Whether what was held has all come to user space; if so, no more is. */
@@ -1081,13 +1072,12 @@ static __always_inline void let_flow(struct tcpha_op *op)
 	struct tcpha_entry *e = bpf_map_lookup_elem(&flows, &op->flow);
 
 	op->result = TCPHA_R_NO_SOCKET;
-	if (!e || e->state != TCPHA_HOLD || e->id != op->id)
+	if (!e || e->id != op->id)
 		return;
 	op->result = TCPHA_R_BACKLOG;
 	if (!stop_holding(op, e, TCPHA_FLOWING))
 		return;
-	e->state = TCPHA_FORWARD;
-	op->result = TCPHA_R_OK;
+	op->result = tcpha_let_flow(e, op->id) ? TCPHA_R_OK : TCPHA_R_NO_SOCKET;
 }
 
 /* The same, if no back end has it: it is our own stack's. */
@@ -1096,12 +1086,12 @@ static __always_inline void give_back(struct tcpha_op *op)
 	struct tcpha_entry *e = bpf_map_lookup_elem(&flows, &op->flow);
 
 	op->result = TCPHA_R_NO_SOCKET;
-	if (!e || e->state != TCPHA_HOLD || e->live || e->slot != op->slot)
+	if (!e || tcpha_state_of(e) != TCPHA_HELD || e->slot != op->slot)
 		return;
 	op->result = TCPHA_R_BACKLOG;
 	if (!stop_holding(op, e, TCPHA_FLOWING | TCPHA_OURS))
 		return;
-	if (__sync_val_compare_and_swap(&e->state, TCPHA_HOLD, TCPHA_GONE) == TCPHA_HOLD)
+	if (tcpha_give_back(e))
 		bpf_map_delete_elem(&flows, &op->flow);
 	op->result = TCPHA_R_OK;
 }
@@ -1115,13 +1105,10 @@ static __always_inline void drop_entry(struct tcpha_op *op)
 	struct tcpha_entry *e = bpf_map_lookup_elem(&flows, &op->flow);
 
 	op->result = TCPHA_R_NO_SOCKET;
-	op->slot = 0;
-	if (!e || e->id != op->id || e->start_ns != op->start_ns || e->live ||
-	    __sync_val_compare_and_swap(&e->state, op->entry, TCPHA_GONE) != op->entry)
+	if (!e || !tcpha_drop(e, op->phase))
 		return;
-	op->slot = __sync_lock_test_and_set(&e->slot, 0);
 	op->result = TCPHA_R_OK;
-	remove_entry(&op->flow, e, op->entry);
+	remove_entry(&op->flow, e, tcpha_phase_state(op->phase) == TCPHA_LINGERING);
 }
 
 SEC("tc")
@@ -1131,6 +1118,7 @@ int fe_tap(struct __sk_buff *skb)
 	struct tcpha_flow flow;
 	struct tcpha_op *op;
 	struct headers h;
+	__u32 state;
 	bool kept;
 
 	if (skb->protocol == bpf_htons(TCPHA_ETH_OP)) {
@@ -1155,10 +1143,11 @@ int fe_tap(struct __sk_buff *skb)
 	flow_of(&h, &flow);
 	e = bpf_map_lookup_elem(&flows, &flow);
 	if (e && is_of(skb, &flow, e, &h)) {
-		if (!kept || e->state != TCPHA_HOLD)
-			return follow_entry(skb, &flow, e);
-		if (e->live)
+		state = tcpha_state_of(e);
+		if (kept && state == TCPHA_DRAINING)
 			return forward(skb, &flow, e, false);
+		if (!kept || state != TCPHA_HELD)
+			return follow_entry(skb, &flow, e);
 	}
 	return to_stack(skb);
 }
@@ -1178,24 +1167,26 @@ static __always_inline struct tcpha_offer *offer_of(struct __sk_buff *skb)
 /* A worker has chosen: make the entry what it says. Returns whether the packet may go on by it. */
 static __always_inline bool take_offer(struct tcpha_offer *o, struct tcpha_entry *e)
 {
+	__u64 was = tcpha_phase_of(e);
+
 	o->old = 0;
 	o->start_ns = e->start_ns;
-	o->result = e->state == TCPHA_FORWARD ? 2 : 0;
-	if (e->state != TCPHA_PENDING)
+	o->result = tcpha_is_forwarded(tcpha_phase_state(was)) ? 2 : 0;
+	if (!tcpha_is_pending(tcpha_phase_state(was)))
 		return o->result;
-	o->old = __sync_lock_test_and_set(&e->slot, 0);
 	e->backend = o->backend;
 	e->rule = o->rule;
-	e->id = e->live = o->id;
+	e->id = o->id;
 	e->target_len = o->target_len;
 	__builtin_memcpy(e->target, o->target, sizeof(e->target));
 	e->flags &= ~TCPHA_F_NEW_SYN; /* a SYN that came meanwhile was not the one of this request */
 	if (!o->alone)
 		__sync_fetch_and_add(&e->behind, 1);
 	/* unless it is being dropped, or replaced, as its client was silent for long, or gone */
-	o->result = __sync_val_compare_and_swap(&e->state, TCPHA_PENDING, TCPHA_FORWARD) == TCPHA_PENDING;
-	if (!o->result && __sync_val_compare_and_swap(&e->live, o->id, 0) != o->id)
-		o->result = 3;
+	if (tcpha_offer(e, was, o->id)) {
+		o->old = tcpha_owed(was, 0);
+		o->result = 1;
+	}
 	return o->result == 1;
 }
 
@@ -1228,6 +1219,7 @@ int fe_fast(struct __sk_buff *skb)
 	struct headers h;
 	__u32 zero = 0, seq, ack, length, socket;
 	bool ours, passed;
+	__u64 was;
 	__u8 kind;
 
 	if (!PACKET_PATH || skb->protocol != bpf_htons(ETH_P_IP) ||
@@ -1247,10 +1239,11 @@ int fe_fast(struct __sk_buff *skb)
 	socket = owner(skb, &t);
 	ours = socket && socket != BPF_TCP_LISTEN;
 	if (ours && (kind == TCPHA_FAST_SEND || kind == TCPHA_FAST_SOCKET) && length &&
-	    (!e || e->state == TCPHA_PENDING)) {
+	    (!e || tcpha_is_pending(tcpha_state_of(e)))) {
 		/* it was silent for long, and got a socket when the request was on its way already */
-		if (e && __sync_lock_test_and_set(&e->state, TCPHA_GONE) != TCPHA_GONE) {
-			o->old = __sync_lock_test_and_set(&e->slot, 0);
+		was = e ? tcpha_phase_of(e) : 0;
+		if (e && tcpha_drop(e, was)) {
+			o->old = tcpha_owed(was, 0);
 			bpf_map_delete_elem(&flows, &flow);
 		}
 		return to_stack(skb);
@@ -1260,7 +1253,7 @@ int fe_fast(struct __sk_buff *skb)
 			__sync_fetch_and_add(&e->behind, -1);
 		return TC_ACT_SHOT;
 	}
-	if (kind == TCPHA_FAST_EARLY && e && e->state == TCPHA_PENDING)
+	if (kind == TCPHA_FAST_EARLY && e && tcpha_is_pending(tcpha_state_of(e)))
 		return to_worker_later(skb, e); /* behind the first one, which waits there by now */
 	passed = kind == TCPHA_FAST_SEND || kind == TCPHA_FAST_LATER;
 	if (kind == TCPHA_FAST_SEND) {
@@ -1271,7 +1264,7 @@ int fe_fast(struct __sk_buff *skb)
 	if (kind == TCPHA_FAST_SOCKET) {
 		own = bpf_map_lookup_elem(&state, &zero);
 		o->result = !length; /* it is no longer silent, unless we find otherwise */
-		if (!own || (length ? !e || e->state != TCPHA_PENDING || seq != e->first_seq
+		if (!own || (length ? !e || !tcpha_is_pending(tcpha_state_of(e)) || seq != e->first_seq
 				    : e && is_of(skb, &flow, e, &h)))
 			return TC_ACT_SHOT;
 		if (read_options(skb, ETH_HLEN + h.ip->ihl * 4 + sizeof(struct tcphdr),
@@ -1291,11 +1284,11 @@ int fe_fast(struct __sk_buff *skb)
 			if (!e || cookie_accept(skb, &t, &c, conf.wscale, e->rtt_ms))
 				return TC_ACT_SHOT; /* the client's next attempt may find room */
 			/* the worker removes the entry, once there is a socket */
-			o->old = __sync_lock_test_and_set(&e->slot, 0);
+			o->old = tcpha_settle(e);
 			o->result = 1;
 		}
 	} else if (e && is_of(skb, &flow, e, &h)) {
-		if (e->flags & TCPHA_F_FAST && e->state == TCPHA_FORWARD)
+		if (e->flags & TCPHA_F_FAST && tcpha_is_forwarded(tcpha_state_of(e)))
 			return fast_flow(skb, &flow, e, seq, ack, length, urgent_end(&h), passed);
 		return follow_entry(skb, &flow, e);
 	} else if (kind == TCPHA_FAST_EARLY && socket == BPF_TCP_LISTEN) {

@@ -51,14 +51,6 @@ struct tcpha_flow {
 #define TCPHA_FLOWING (1U << 31)
 #define TCPHA_OURS (1U << 30)
 
-/* States of struct tcpha_entry. */
-enum {
-	TCPHA_HOLD = 1,	   /* being handed over: packets go to user space, which keeps them */
-	TCPHA_FORWARD = 2, /* handed over: packets go to the back end */
-	TCPHA_PENDING = 3, /* the request is on its way to user space, and what follows goes there too */
-	TCPHA_GONE = 4,	   /* over, and about to be removed, or replaced by that of a new connection */
-};
-
 /* Flags of struct tcpha_entry, set by BPF unless said otherwise. */
 enum {
 	TCPHA_F_FIN = 1,       /* the client has sent a FIN */
@@ -75,12 +67,10 @@ struct tcpha_entry {
 	__u64 last_ns;	/* CLOCK_MONOTONIC of the last packet from the client */
 	__u64 packets;	/* forwarded; a GSO packet counts as its segments */
 	__u64 bytes;	/* forwarded, L3 and up */
-	__u64 live; /* id, until the connection is known to be over: whoever takes it off has counted that */
-	__u32 tag;  /* of its key, see flow.h: when it is gone, its memory is another flow's at once */
-	__u32 state;
-	__u32 backend; /* index into the table of back ends */
-	__u32 slot;    /* connection slot in user space while in TCPHA_HOLD; in TCPHA_PENDING: back end
-			  of an older flow whose place this takes, + 1 */
+	__u64 phase;	/* see flow.h */
+	__u32 tag;	/* of its key, see flow.h: when it is gone, its memory is another flow's at once */
+	__u32 backend;	/* index into the table of back ends */
+	__u32 slot;	/* TCPHA_HELD: connection slot in user space */
 	__u32 flags;
 	__u32 rule;	 /* index of the rule that matched */
 	__u32 end_seq;	 /* behind the last byte or FIN that the client has sent; see flow.h */
@@ -150,12 +140,11 @@ struct tcpha_op {
 	__u32 kind;
 	__u32 result;
 	__s32 error;
-	__u64 id;	/* END, TAKE_BACK, DROP, HAND_OVER, LET_FLOW */
-	__u64 start_ns; /* DROP: as found, */
-	__u32 entry;	/* and so is this, the entry's state */
-	__u32 slot;	/* DROP out: of that entry; GIVE_BACK in */
-	__u32 keep;	/* END: the entry stays, for what the client may still send */
-	__u32 backend;	/* HAND_OVER, as in the entry, and so are the next three */
+	__u64 id;      /* END, TAKE_BACK, HAND_OVER, LET_FLOW */
+	__u64 phase;   /* DROP: as found */
+	__u32 slot;    /* GIVE_BACK */
+	__u32 keep;    /* END: the entry stays, for what the client may still send */
+	__u32 backend; /* HAND_OVER, as in the entry, and so are the next three */
 	__u32 rule;
 	__u32 flags;
 	__u32 end_seq;
@@ -238,7 +227,7 @@ struct tcpha_keys {
  * In memory shared with user space. The version changes with the layout of any of these, and with what a
  * cookie is made of: clients have cookies of the earlier run in their hands. (So does MSG_VERSION.)
  */
-#define TCPHA_STATE_VERSION 5
+#define TCPHA_STATE_VERSION 6
 struct tcpha_state {
 	struct tcpha_keys keys;
 	__u64 key_number; /* of the cookie key in use */
@@ -256,8 +245,7 @@ struct tcpha_offer {
 	__u32 backend;
 	__u32 rule;
 	__u32 target_len;
-	__u32 result; /* out: 1: the flow is the back end's; 2: so it was before; 0: neither; 3: neither,
-			 and whoever has replaced it counts that it is over */
+	__u32 result; /* out: 1: the flow is the back end's; 2: it was one's before; 0: neither */
 	__u32 old;    /* out: back end of an older flow, whose end is known by this; + 1 */
 	__u32 alone;  /* nothing follows the request before it is answered: there is no order to keep */
 	char target[TCPHA_TARGET_MAX];

@@ -30,9 +30,6 @@ cdef extern from "tcpha.h" nogil:
         TCPHA_FAST_EARLY
         TCPHA_FAST_PASSED
         TCPHA_IPID_PLAIN
-        TCPHA_HOLD
-        TCPHA_FORWARD
-        TCPHA_PENDING
         TCPHA_F_FIN
         TCPHA_F_RST
         TCPHA_F_ANSWERED
@@ -74,9 +71,8 @@ cdef extern from "tcpha.h" nogil:
         uint64_t last_ns
         uint64_t packets
         uint64_t bytes
-        uint64_t live
+        uint64_t phase
         uint32_t tag
-        uint32_t state
         uint32_t backend
         uint32_t slot
         uint32_t flags
@@ -90,7 +86,7 @@ cdef extern from "tcpha.h" nogil:
         uint32_t first_ack
         uint16_t rtt_ms
         uint16_t target_len
-        char target[96]
+        char target[TCPHA_TARGET_MAX]
 
     struct tcpha_backend:
         uint32_t ifindex
@@ -107,8 +103,7 @@ cdef extern from "tcpha.h" nogil:
         uint32_t result
         int32_t error
         uint64_t id
-        uint64_t start_ns
-        uint32_t entry
+        uint64_t phase
         uint32_t slot
         uint32_t keep
         uint32_t backend
@@ -275,5 +270,21 @@ cdef extern from "flow.h" nogil:
         TCPHA_TO_STACK
         TCPHA_TO_FLOW
         TCPHA_TO_LIVE
+        TCPHA_HELD
+        TCPHA_DRAINING
+        TCPHA_FORWARD
+        TCPHA_PENDING
+        TCPHA_REPLACING
+        TCPHA_LINGERING
+        TCPHA_GONE
     uint32_t tcpha_tag(const tcpha_flow *flow)
+    uint32_t tcpha_state_of(const tcpha_entry *e)
+    int tcpha_is_pending(uint32_t state)
+    int tcpha_is_forwarded(uint32_t state)
+    uint32_t tcpha_owed(uint64_t phase, uint32_t backend)
+    uint64_t tcpha_live(const tcpha_entry *e)
+    void tcpha_hold(tcpha_entry *e, uint32_t slot)
+    void tcpha_forward(tcpha_entry *e, uint64_t id)
+    int tcpha_end(tcpha_entry *e, uint64_t id, int keep)
+    int tcpha_drop(tcpha_entry *e, uint64_t found)
     int tcpha_classify(tcpha_entry *e, uint8_t flags, uint32_t seq, uint32_t length, uint64_t now)

@@ -21,7 +21,7 @@ from tcpha._fast.datapath cimport (
     FeDatapath, table_place)
 from tcpha._fast.defs cimport (
     TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_FAST_EARLY, TCPHA_FAST_FIRST, TCPHA_FAST_LATER,
-    TCPHA_FAST_PASSED, TCPHA_FAST_SEND, TCPHA_FAST_SOCKET, TCPHA_FLOWING, TCPHA_FORWARD,
+    TCPHA_FAST_PASSED, TCPHA_FAST_SEND, TCPHA_FAST_SOCKET, TCPHA_FLOWING,
     TCPHA_GIVEN_UP, TCPHA_IPID_PLAIN, TCPHA_LOCAL,
     TCPHA_LOCAL_NODE, TCPHA_LOCKED_OP, TCPHA_MAC_FAST, TCPHA_MAC_KEPT, TCPHA_MAC_MARK,
     TCPHA_MAC_ROOM, TCPHA_MARK_FORGED, TCPHA_MAX_BACKENDS, TCPHA_MAX_FAST, TCPHA_MAX_OPS,
@@ -31,7 +31,8 @@ from tcpha._fast.defs cimport (
     TCPHA_R_NO_SOCKET, TCPHA_R_OK, TCPHA_R_TIME_WAIT, TCPHA_STATE_VERSION, TCPHA_TUNNEL,
     tcpha_adoption, tcpha_backend, tcpha_be_conf, tcpha_cache, tcpha_counters, tcpha_entry,
     tcpha_event, tcpha_fe_conf, tcpha_flow, tcpha_gate, tcpha_guesses, tcpha_keys, tcpha_load,
-    tcpha_offer, tcpha_op, tcpha_route, tcpha_shaken, tcpha_state, tcpha_tag, tcpha_verdict)
+    tcpha_is_forwarded, tcpha_live, tcpha_offer, tcpha_op, tcpha_route, tcpha_shaken, tcpha_state,
+    tcpha_state_of, tcpha_tag, tcpha_verdict)
 from tcpha._fast.diag cimport SockDiag, diag, diag_refusal
 from tcpha._fast.ledger cimport (
     PUT_NEW, ledger, ledger_close, ledger_divert, ledger_drop_pending, ledger_forget,
@@ -170,15 +171,11 @@ cdef int _end(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
 
 
 cdef int _drop(void *self, uint32_t worker, const tcpha_flow *flow,
-               tcpha_entry *found) noexcept nogil:
+               const tcpha_entry *found) noexcept nogil:
     cdef fe_ebpf *d = <fe_ebpf *>self
     cdef tcpha_op *op = &d.ops[worker]
-    op.start_ns = found.start_ns
-    op.entry = found.state
-    if not _change(d, worker, flow, found.id, False, TCPHA_OP_DROP):
-        return 0
-    found.slot = op.slot
-    return 1
+    op.phase = found.phase
+    return _change(d, worker, flow, found.id, False, TCPHA_OP_DROP)
 
 
 cdef int _divert(void *self, uint32_t worker, const tcpha_flow *flow, tcpha_entry *entry,
@@ -536,7 +533,7 @@ cdef int _take_back(void *self, uint32_t worker, const tcpha_flow *flow, uint64_
                     tcpha_entry *entry) noexcept nogil:
     """The entry stays, so that what the client still sends is not mistaken for a stranger's."""
     cdef fe_ebpf *d = <fe_ebpf *>self
-    return id and _find(d, flow, entry) == 0 and entry.live == id and \
+    return id and _find(d, flow, entry) == 0 and tcpha_live(entry) == id and \
         _change(d, worker, flow, id, True, TCPHA_OP_TAKE_BACK)
 
 
@@ -774,9 +771,9 @@ cdef class FeEbpf(FeDatapath):
         while (count := b.more()) > 0:
             for i in range(count):
                 e = <tcpha_entry *>b.values + i
-                if e.state != TCPHA_FORWARD or e.backend == TCPHA_LOCAL_NODE:
+                if not tcpha_is_forwarded(tcpha_state_of(e)) or e.backend == TCPHA_LOCAL_NODE:
                     ledger_remove(&self.d.book, &b.keys[i])
-                elif e.live:
+                elif tcpha_live(e):
                     live[e.backend] = live.get(e.backend, 0) + 1
                 else:
                     ledger_linger(&self.d.book, &b.keys[i], e.id, now_ns())

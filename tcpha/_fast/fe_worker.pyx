@@ -21,9 +21,10 @@ from tcpha._fast.core cimport (
 from tcpha._fast.datapath cimport DP_GONE, FeDatapath
 from tcpha._fast.defs cimport (
     TCPHA_CHOICES, TCPHA_F_FIN, TCPHA_FAST_EARLY, TCPHA_FAST_FIRST, TCPHA_FAST_SEND,
-    TCPHA_FORWARD, TCPHA_HEAD_MAX, TCPHA_HOLD, TCPHA_LINE_MAX, TCPHA_LOCAL_NODE, TCPHA_MAX_BACKENDS,
-    TCPHA_MAX_OPS, TCPHA_MAX_RULES, TCPHA_PENDING, TCPHA_TARGET_MAX, tcpha_cache, tcpha_entry,
-    tcpha_flow, tcpha_load, tcpha_offer, tcpha_siphash, tcpha_verdict)
+    TCPHA_HEAD_MAX, TCPHA_LINE_MAX, TCPHA_LOCAL_NODE, TCPHA_MAX_BACKENDS,
+    TCPHA_MAX_OPS, TCPHA_MAX_RULES, TCPHA_TARGET_MAX, tcpha_cache, tcpha_entry,
+    tcpha_flow, tcpha_forward, tcpha_hold, tcpha_is_pending, tcpha_live, tcpha_load, tcpha_offer,
+    tcpha_siphash, tcpha_state_of, tcpha_verdict)
 from tcpha._fast.http cimport HTTP_BAD, HTTP_DONE, HTTP_MORE, http_begun, http_head, http_parse
 from tcpha._fast.ledger cimport RESTORED, RESTORED_OVER
 from tcpha._fast.match cimport (
@@ -426,10 +427,9 @@ cdef void _offer(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
         say_more(f.c, 5, &k.snap.flow, b"chosen: back end %s, rule %ld",
                  f.backends[k.entry.backend].name, <int>k.entry.rule)
         if not k.diverted:
-            k.entry.state = TCPHA_HOLD
-            k.entry.slot = k.index
             k.entry.start_ns = k.accept_ns
             k.entry.last_ns = now_ns()
+            tcpha_hold(&k.entry, k.index)
             k.entry.target_len = k.head.target_len
             memcpy(k.entry.target, buf + k.head.target, min(k.head.target_len, TCPHA_TARGET_MAX))
             rc = f.dp.divert(f.dp.self, w.index, &k.snap.flow, &k.entry, &old)
@@ -612,7 +612,7 @@ cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
     else:
         fin = False
         now = k.snap
-    k.entry.live = k.entry.id
+    tcpha_forward(&k.entry, k.entry.id)
     k.entry.end_seq = now.rcv_nxt
     if now.flags & SNAP_FIN:
         k.entry.flags |= TCPHA_F_FIN
@@ -860,8 +860,7 @@ cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint
     if o.old:
         _count_closed(f, o.old - 1)
     if o.result != 1:          # a copy of a segment, or its flow is over
-        if o.result != 3:
-            add32(&f.loads[o.backend].live, -1)
+        add32(&f.loads[o.backend].live, -1)
         return
     add64(&f.n.accepted, 1)
     add64(&f.n.fast, 1)
@@ -971,9 +970,8 @@ cdef void _restore(frontend *f, worker *w, uint32_t b, const message *m) noexcep
     cdef tcpha_entry entry, old
     cdef int rc
     memset(&entry, 0, sizeof(entry))
-    entry.id = entry.live = m.id
+    tcpha_forward(&entry, m.id)
     entry.start_ns = entry.last_ns = now_ns()
-    entry.state = TCPHA_FORWARD
     entry.backend = b
     entry.rule = <uint32_t>NO_RULE
     entry.end_seq = m.reason
@@ -1370,7 +1368,7 @@ cdef class FrontEnd(Core):
         cdef uint32_t older
         with nogil:
             while scan.next():
-                if scan.entry.state == TCPHA_PENDING:
+                if tcpha_is_pending(tcpha_state_of(scan.entry)):
                     older = self.f.dp.drop_pending(self.f.dp.self, TCPHA_MAX_OPS - 2, scan.key,
                                                    PENDING_NS)
                     if older:  # of whose flow that had taken the place
@@ -1618,6 +1616,7 @@ cdef class FrontEnd(Core):
         cdef uint64_t silence[TCPHA_MAX_BACKENDS]
         cdef uint64_t now = now_ns()
         cdef tcpha_entry entry
+        cdef uint64_t id
         cdef uint32_t b
         cdef long n = 0
         for b in range(TCPHA_MAX_BACKENDS):
@@ -1625,9 +1624,10 @@ cdef class FrontEnd(Core):
         with nogil:
             while scan.next():
                 b = scan.entry.backend
-                if scan.entry.live and now > scan.entry.last_ns and \
+                id = tcpha_live(scan.entry)
+                if id and now > scan.entry.last_ns and \
                         now - scan.entry.last_ns > silence[b] and self.f.dp.forget(
-                            self.f.dp.self, TCPHA_MAX_OPS - 2, scan.key, scan.entry.live, False,
+                            self.f.dp.self, TCPHA_MAX_OPS - 2, scan.key, id, False,
                             &entry) == 1:
                     n += 1
                     add64(&self.f.n.expired, 1)

@@ -23,10 +23,10 @@ cdef struct flow_store:
     # entry stays.
     int (*end)(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
                bint keep) noexcept nogil
-    # Remove an entry that is not live, if it still is the one found, in the same state: 1, and its
-    # slot is set; else 0. Packets do not come in between.
+    # Remove an entry that is not live, if it still is the one found, in the same phase: 1; else 0.
+    # Packets do not come in between.
     int (*drop)(void *self, uint32_t worker, const tcpha_flow *flow,
-                tcpha_entry *found) noexcept nogil
+                const tcpha_entry *found) noexcept nogil
 
 
 # A flow whose connection is over but whose client may still send: its FIN, or that again.

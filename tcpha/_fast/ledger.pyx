@@ -4,7 +4,8 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from tcpha._fast.defs cimport (
-    TCPHA_F_FAST, TCPHA_F_FIN, TCPHA_F_RST, TCPHA_FORWARD, TCPHA_PENDING, tcpha_entry, tcpha_flow)
+    TCPHA_F_FAST, TCPHA_F_FIN, TCPHA_F_RST, TCPHA_LINGERING, tcpha_entry, tcpha_flow,
+    tcpha_is_forwarded, tcpha_is_pending, tcpha_live, tcpha_owed, tcpha_state_of)
 from tcpha._fast.sys cimport (
     now_ns, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock)
 
@@ -38,19 +39,19 @@ cdef int ledger_divert(ledger *l, uint32_t worker, const tcpha_flow *flow, tcpha
                        tcpha_entry *old) noexcept nogil:
     """Enter a flow. 0; 1 if an older one, of back end old.backend, is over by this; -1 if there is
     no room."""
-    cdef int rc, replaced = 0
+    cdef int rc
+    cdef uint32_t older = 0
     while True:
         pthread_mutex_lock(_stripe(l, flow))
         rc = l.store.put(l.store.self, flow, entry, PUT_NEW)
         if rc < 0 and l.store.find(l.store.self, flow, old) == 0:
-            replaced = old.live != 0
-            if old.state == TCPHA_PENDING and old.slot:  # it had taken the place of that one
-                replaced = 1
-                old.backend = old.slot - 1
+            older = tcpha_owed(old.phase, old.backend)
+            if older:
+                old.backend = older - 1
             rc = l.store.put(l.store.self, flow, entry, PUT_ANY)
         pthread_mutex_unlock(_stripe(l, flow))
         if rc >= 0 or not _make_room(l, worker):
-            return -1 if rc < 0 else replaced
+            return -1 if rc < 0 else older != 0
 
 
 cdef int ledger_restore(ledger *l, uint32_t worker, const tcpha_flow *flow,
@@ -66,11 +67,12 @@ cdef int ledger_restore(ledger *l, uint32_t worker, const tcpha_flow *flow,
         pthread_mutex_lock(_stripe(l, flow))
         rc = l.store.put(l.store.self, flow, entry, PUT_NEW)
         found = rc < 0 and l.store.find(l.store.self, flow, old) == 0
-        if found and old.state == TCPHA_FORWARD and old.live != entry.id and old.start_ns < asked:
-            if old.live == 0:
+        if found and tcpha_is_forwarded(tcpha_state_of(old)) and tcpha_live(old) != entry.id and \
+                old.start_ns < asked:
+            if tcpha_state_of(old) == TCPHA_LINGERING:
                 rc = l.store.drop(l.store.self, worker, flow, old)
             else:
-                rc = l.store.end(l.store.self, worker, flow, old.live, False)
+                rc = l.store.end(l.store.self, worker, flow, old.id, False)
                 result = RESTORED_OVER if rc == 1 else 0
             rc = l.store.put(l.store.self, flow, entry, PUT_NEW) if rc == 1 else -1
         pthread_mutex_unlock(_stripe(l, flow))
@@ -168,7 +170,7 @@ cdef int ledger_forget(ledger *l, uint32_t worker, const tcpha_flow *flow, uint6
     cdef int known = 0
     cdef bint keep
     pthread_mutex_lock(_stripe(l, flow))
-    if id and l.store.find(l.store.self, flow, entry) == 0 and entry.live == id:
+    if id and l.store.find(l.store.self, flow, entry) == 0 and tcpha_live(entry) == id:
         # a late copy of a request with a cookie would begin anew; of such, two seconds are enough
         keep = (linger or entry.flags & TCPHA_F_FAST) and \
             _linger(l, flow, id, now_ns() if linger else 0)
@@ -185,9 +187,10 @@ cdef uint32_t ledger_drop_pending(ledger *l, uint32_t worker, const tcpha_flow *
     cdef tcpha_entry entry
     cdef uint32_t older = 0
     pthread_mutex_lock(_stripe(l, flow))
-    if l.store.find(l.store.self, flow, &entry) == 0 and entry.state == TCPHA_PENDING and \
+    if l.store.find(l.store.self, flow, &entry) == 0 and \
+            tcpha_is_pending(tcpha_state_of(&entry)) and \
             now_ns() >= entry.last_ns + idle and l.store.drop(l.store.self, worker, flow, &entry):
-        older = entry.slot
+        older = tcpha_owed(entry.phase, 0)
     pthread_mutex_unlock(_stripe(l, flow))
     return older
 

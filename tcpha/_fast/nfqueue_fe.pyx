@@ -15,8 +15,9 @@ from libc.string cimport memcmp, memcpy, memset
 
 from tcpha._fast.datapath cimport TABLE_PIECE, FeDatapath, table_place
 from tcpha._fast.defs cimport (
-    TCPHA_FORWARD, TCPHA_LOCAL_NODE, TCPHA_MARK_FRAGMENT, TCPHA_MAX_BACKENDS, TCPHA_TO_LIVE,
-    TCPHA_TO_STACK, tcpha_classify, tcpha_counters, tcpha_entry, tcpha_flow)
+    TCPHA_LOCAL_NODE, TCPHA_MARK_FRAGMENT, TCPHA_MAX_BACKENDS, TCPHA_TO_LIVE,
+    TCPHA_TO_STACK, tcpha_classify, tcpha_counters, tcpha_drop, tcpha_end, tcpha_entry, tcpha_flow,
+    tcpha_is_forwarded, tcpha_state_of)
 from tcpha._fast.diag cimport SockDiag, diag, diag_answer, diag_query
 from tcpha._fast.ledger cimport (
     PUT_NEW, ledger, ledger_close, ledger_divert, ledger_forget, ledger_open, ledger_remove,
@@ -151,17 +152,18 @@ cdef int _remove(void *self, const tcpha_flow *flow) noexcept nogil:
 cdef int _end(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
               bint keep) noexcept nogil:
     cdef tcpha_entry *e = <tcpha_entry *>table_find(&(<fe_nfqueue *>self).flows, flow)
-    if e == NULL or e.live != id:
+    if e == NULL or not tcpha_end(e, id, keep):
         return 0
-    e.live = 0
     if not keep:
         table_remove(&(<fe_nfqueue *>self).flows, flow)
     return 1
 
 
 cdef int _drop(void *self, uint32_t worker, const tcpha_flow *flow,
-               tcpha_entry *found) noexcept nogil:
-    return table_remove(&(<fe_nfqueue *>self).flows, flow)
+               const tcpha_entry *found) noexcept nogil:
+    cdef tcpha_entry *e = <tcpha_entry *>table_find(&(<fe_nfqueue *>self).flows, flow)
+    return e != NULL and tcpha_drop(e, found.phase) and \
+        table_remove(&(<fe_nfqueue *>self).flows, flow)
 
 
 # Sending
@@ -446,7 +448,7 @@ cdef int _on_error(fe_nfqueue *d, packet *p, icmp_view *error) noexcept nogil:
     memcpy(&flow.vport, error.tcp, 2)
     memcpy(&flow.cport, error.tcp + 2, 2)
     e = <tcpha_entry *>table_find(&d.flows, &flow)
-    if e == NULL or e.state != TCPHA_FORWARD:
+    if e == NULL or not tcpha_is_forwarded(tcpha_state_of(e)):
         return V_ACCEPT
     if e.backend == TCPHA_LOCAL_NODE:
         return local_icmp(d.local, error) if d.local != NULL else V_ACCEPT
@@ -473,6 +475,7 @@ cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
     cdef tcpha_entry *e
     cdef tcp_view v
     cdef icmp_view error
+    cdef bint handed
     if icmp_parse(p.data, p.len, &error) == 0:
         return _on_error(d, p, &error)
     if tcp_parse(p.data, p.len, &v) < 0:
@@ -493,11 +496,12 @@ cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
         if v.ts != NULL:
             _note(d, &flow, &v)
         return V_ACCEPT
-    if e.state == TCPHA_FORWARD and e.backend == TCPHA_LOCAL_NODE and d.local != NULL:
+    handed = tcpha_is_forwarded(tcpha_state_of(e))
+    if handed and e.backend == TCPHA_LOCAL_NODE and d.local != NULL:
         e.packets += 1
         e.bytes += v.len
         return local_inward(d.local, p)
-    if e.state == TCPHA_FORWARD:
+    if handed:
         _forward_packet(d, q, &flow, e, &v, p.skb_info)
         return V_DROP
     add64(<uint64_t *>&d.n.held, 1)
@@ -545,7 +549,6 @@ cdef int _forward(void *self, uint32_t worker, tcpha_entry *entry, const snapsho
     cdef kept *following
     cdef tcp_view v
     cdef segment s
-    entry.state = TCPHA_FORWARD
     pthread_rwlock_wrlock(&d.lock)
     if _put(d, &now.flow, entry, 0) < 0:
         pthread_rwlock_unlock(&d.lock)

@@ -14,7 +14,7 @@ from libc.string cimport memcpy, memset
 from tcpha._fast.be_worker cimport BackEnd, adopted, backend_state
 from tcpha._fast.datapath cimport FeDatapath
 from tcpha._fast.defs cimport (
-    TCPHA_F_FIN, TCPHA_F_RST, TCPHA_TARGET_MAX, tcpha_entry, tcpha_flow)
+    TCPHA_F_FIN, TCPHA_F_RST, TCPHA_TARGET_MAX, tcpha_entry, tcpha_flow, tcpha_live)
 from tcpha._fast.scan cimport Scan
 from tcpha._fast.sys cimport now_ns, ntohs, pthread_mutex_lock, pthread_mutex_unlock
 
@@ -166,7 +166,7 @@ cdef class FlowRows(Rows):
         cdef char *to = self.room
         cdef uint64_t now = now_ns()
         while to - self.room < PIECE and self.scan.next():
-            if not self.scan.entry.live:
+            if not tcpha_live(self.scan.entry):
                 continue
             if self.aligned:
                 to = _line(to, self, self.scan.key, self.scan.entry, now)

@@ -8,7 +8,7 @@ from libc.stdlib cimport free, malloc
 
 from tcpha._fast.datapath cimport TABLE_PIECE, FeDatapath
 from tcpha._fast.defs cimport (
-    TCPHA_F_ANSWERED, TCPHA_F_FAST, TCPHA_F_RST, tcpha_entry, tcpha_flow)
+    TCPHA_F_ANSWERED, TCPHA_F_FAST, TCPHA_F_RST, tcpha_entry, tcpha_flow, tcpha_live)
 from tcpha._fast.sys cimport now_ns
 
 
@@ -65,8 +65,8 @@ cdef class Questions:
         self.doubtful = doubtful or backend >= 0
 
     cdef bint _is_asked(self, const tcpha_entry *e) noexcept nogil:
-        if not e.live or self.backend >= 0:
-            return e.live and e.backend == <uint32_t>self.backend
+        if self.backend >= 0:
+            return e.backend == <uint32_t>self.backend
         return e.last_ns <= self.before and (
             not self.doubtful or e.flags & TCPHA_F_FAST and e.flags & TCPHA_F_RST or is_doubtful(e))
 
@@ -74,16 +74,18 @@ cdef class Questions:
         """How many there are now; 0: there are no more. Raises OSError."""
         cdef const tcpha_entry *e
         cdef question *q
+        cdef uint64_t id
         self.count = 0
         with nogil:
             while self.count < ASKED and self.scan.next():
                 e = self.scan.entry
-                if not self._is_asked(e):
+                id = tcpha_live(e)
+                if not id or not self._is_asked(e):
                     continue
                 q = &self.list[self.count]
                 self.count += 1
                 q.flow = self.scan.key[0]
-                q.id = e.live
+                q.id = id
                 q.backend = e.backend
                 q.doubtful = self.doubtful and is_doubtful(e)
         self.scan.check()
