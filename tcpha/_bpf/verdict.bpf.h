@@ -11,6 +11,7 @@
 #ifndef VERDICT_BPF_H
 #define VERDICT_BPF_H
 
+#include "choose.h"
 #include "cookie.bpf.h"
 
 struct {
@@ -136,28 +137,16 @@ static long next_byte(__u32 i, void *ctx)
 	return 0;
 }
 
-/* The one with the fewest connections; equal ones take turns. */
 static __always_inline int choose(struct tcpha_verdict *v, struct tcpha_entry *fresh)
 {
-	__u32 start = __sync_fetch_and_add(&v->turn, 1), count = *(volatile __u32 *)&v->count, i, n, backend;
-	__u32 live = -1U;
-	struct tcpha_load *load;
-	int found = 0;
+	__u32 turn = __sync_fetch_and_add(&v->turn, 1), count = *(volatile __u32 *)&v->count;
+	int n = tcpha_choose(v->choice, count, TCPHA_CHOICES, turn, &loads);
 
-	for (i = 0; i < TCPHA_CHOICES; i++) {
-		if (i >= count)
-			break;
-		n = (start + i) % count & (TCPHA_CHOICES - 1);
-		backend = v->choice[n].backend;
-		load = bpf_map_lookup_elem(&loads, &backend);
-		if (!load || load->live >= live)
-			continue;
-		live = load->live;
-		fresh->backend = backend;
-		fresh->rule = v->choice[n].rule;
-		found = 1;
-	}
-	return found;
+	if (n < 0)
+		return 0;
+	fresh->backend = v->choice[n & (TCPHA_CHOICES - 1)].backend;
+	fresh->rule = v->choice[n & (TCPHA_CHOICES - 1)].rule;
+	return 1;
 }
 
 /*

@@ -288,3 +288,28 @@ cdef extern from "flow.h" nogil:
     int tcpha_end(tcpha_entry *e, uint64_t id, int keep)
     int tcpha_drop(tcpha_entry *e, uint64_t found)
     int tcpha_classify(tcpha_entry *e, uint8_t flags, uint32_t seq, uint32_t length, uint64_t now)
+
+
+cdef extern from "choose.h" nogil:
+    enum:
+        TCPHA_MAY
+        TCPHA_AWAY
+        TCPHA_DEAD
+        TCPHA_DRAINED
+        TCPHA_DEAF
+        TCPHA_FULL
+        TCPHA_TRIED
+
+    struct tcpha_member:
+        uint32_t used
+        uint32_t links
+        uint32_t draining
+        uint32_t dead
+        uint32_t app_down
+        uint32_t full_live
+        uint64_t full_until_ns
+
+    uint32_t tcpha_refusal(const tcpha_member *m, uint32_t live, int tried, int desperate,
+                           uint64_t now)
+    int tcpha_choose(const tcpha_choice *of, uint32_t count, uint32_t room, uint64_t number,
+                     void *loads)

@@ -3,7 +3,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from tcpha._fast.core cimport Core, core, worker
 from tcpha._fast.datapath cimport FAST_QUEUES, fe_datapath
-from tcpha._fast.defs cimport TCPHA_MAX_BACKENDS, tcpha_entry, tcpha_load
+from tcpha._fast.defs cimport TCPHA_MAX_BACKENDS, tcpha_entry, tcpha_load, tcpha_member
 from tcpha._fast.http cimport http_head
 from tcpha._fast.match cimport hs_scratch_t, ruleset
 from tcpha._fast.meter cimport histogram, slow_ones
@@ -62,11 +62,7 @@ cdef struct conn:
 
 
 cdef struct backend:
-    uint32_t used
-    uint32_t links         # control connections that are up
-    uint32_t draining
-    uint32_t dead          # by detection
-    uint32_t app_down      # nothing listens there
+    tcpha_member may       # take requests, or not, by this
     uint32_t missed        # what it said of ended connections may be lost
     uint32_t asked         # how often it was asked what it has,
     uint64_t asked_ns      # what began before is older than what it tells
@@ -76,8 +72,6 @@ cdef struct backend:
     char name[48]          # its address, for messages
     uint32_t next_link
     uint32_t link[LINKS_MAX]      # indexes into core.links
-    uint64_t full_until_ns  # it said FULL: not asked again before, unless it has fewer connections
-    uint32_t full_live     # than this
     uint64_t handed
     uint64_t refused
     uint64_t closed

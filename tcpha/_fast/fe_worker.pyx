@@ -9,7 +9,7 @@ import time
 from functools import partial
 
 from libc.math cimport INFINITY
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset, strlen, strstr
@@ -20,11 +20,12 @@ from tcpha._fast.core cimport (
     say_number, watch, worker)
 from tcpha._fast.datapath cimport DP_GONE, FeDatapath
 from tcpha._fast.defs cimport (
-    TCPHA_CHOICES, TCPHA_F_FIN, TCPHA_FAST_EARLY, TCPHA_FAST_FIRST, TCPHA_FAST_SEND,
-    TCPHA_HEAD_MAX, TCPHA_LINE_MAX, TCPHA_LOCAL_NODE, TCPHA_MAX_BACKENDS,
-    TCPHA_MAX_OPS, TCPHA_MAX_RULES, TCPHA_TARGET_MAX, tcpha_cache, tcpha_entry,
-    tcpha_flow, tcpha_forward, tcpha_hold, tcpha_is_pending, tcpha_live, tcpha_load, tcpha_offer,
-    tcpha_siphash, tcpha_state_of, tcpha_verdict)
+    TCPHA_AWAY, TCPHA_CHOICES, TCPHA_DEAD, TCPHA_DEAF, TCPHA_DRAINED, TCPHA_FAST_EARLY,
+    TCPHA_FAST_FIRST, TCPHA_FAST_SEND, TCPHA_FULL, TCPHA_F_FIN, TCPHA_HEAD_MAX, TCPHA_LINE_MAX,
+    TCPHA_LOCAL_NODE, TCPHA_MAX_BACKENDS, TCPHA_MAX_OPS, TCPHA_MAX_RULES, TCPHA_MAY,
+    TCPHA_TARGET_MAX, tcpha_cache, tcpha_choice, tcpha_choose, tcpha_entry, tcpha_flow,
+    tcpha_forward, tcpha_hold, tcpha_is_pending, tcpha_live, tcpha_load, tcpha_offer,
+    tcpha_refusal, tcpha_siphash, tcpha_state_of, tcpha_verdict)
 from tcpha._fast.http cimport HTTP_BAD, HTTP_DONE, HTTP_MORE, http_begun, http_head, http_parse
 from tcpha._fast.ledger cimport RESTORED, RESTORED_OVER
 from tcpha._fast.match cimport (
@@ -53,6 +54,10 @@ from tcpha._fast.sys cimport (
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, raise64,
     read_counters, realtime_ns, recv, send, set32, set64, setsockopt, shutdown, sockaddr,
     sockaddr_in, socklen_t, store32, store64, storep, writev, xchg32)
+
+# for Python: see choose.h
+MAY, AWAY, DEAD, DRAINED, DEAF, FULL = (
+    TCPHA_MAY, TCPHA_AWAY, TCPHA_DEAD, TCPHA_DRAINED, TCPHA_DEAF, TCPHA_FULL)
 
 cdef extern from "<linux/filter.h>" nogil:
     struct sock_filter:
@@ -226,48 +231,63 @@ cdef inline uint32_t _live(frontend *f, uint32_t b) noexcept nogil:
     return load32(&f.loads[b].live)
 
 
-cdef inline bint _full(frontend *f, uint32_t b, uint64_t now) noexcept nogil:
-    cdef backend *be = &f.backends[b]
-    return now < load64(&be.full_until_ns) and _live(f, b) >= load32(&be.full_live)
+cdef inline uint32_t _refusal(frontend *f, uint32_t b, const uint64_t *tried, bint desperate,
+                              uint64_t now) noexcept nogil:
+    """Why a back end may not take a request (TCPHA_AWAY and so on), or TCPHA_MAY."""
+    return tcpha_refusal(&f.backends[b].may, _live(f, b), tried[b >> 6] >> (b & 63) & 1, desperate,
+                         now)
 
 
-cdef bint _usable(frontend *f, conn *k, uint32_t b, uint64_t now, bint desperate) noexcept nogil:
-    """desperate: even if nobody listened there when we last heard."""
-    cdef backend *be = &f.backends[b]
-    return (load32(&be.used) and load32(&be.links) and not load32(&be.draining)
-            and not load32(&be.dead) and (desperate or not load32(&be.app_down))
-            and not _full(f, b, now)
-            and not k.tried[b >> 6] >> (b & 63) & 1)
-
-
-cdef bint _pick(frontend *f, conn *k, const ruleset *rules, const uint64_t *matched,
-                bint desperate) noexcept nogil:
-    """First matched group in rule order with a usable back end; in it the one with the fewest live
-    connections. Sets k.entry.backend and k.entry.rule."""
-    cdef uint64_t bits, now = now_ns()
-    cdef uint32_t word, g, i, n, at, live, best
+cdef uint32_t _members(frontend *f, const ruleset *rules, uint32_t g, const uint64_t *tried,
+                       bint desperate, tcpha_choice *may, uint64_t *until) noexcept nogil:
+    """Those of a group that may take a request; returns how many. until: when this may change for
+    one that is full, if that is sooner; 0: never."""
+    cdef uint64_t now = now_ns(), then
+    cdef uint32_t i, why, n = 0
     cdef const choice *ch
-    for word in range(rules.words):
+    for i in range(rules.first[g], rules.first[g + 1]):
+        ch = &rules.choices[i]
+        why = _refusal(f, ch.backend, tried, desperate, now)
+        if why == TCPHA_MAY:
+            may[n].backend = ch.backend
+            may[n].rule = ch.rule
+            n += 1
+        elif why == TCPHA_FULL:
+            then = load64(&f.backends[ch.backend].may.full_until_ns)
+            if until[0] == 0 or then < until[0]:
+                until[0] = then
+    return n
+
+
+cdef inline int64_t _next_group(const uint64_t *matched, uint32_t words, int64_t g) noexcept nogil:
+    """The first one behind g that matched, or -1."""
+    cdef uint32_t word = <uint32_t>(g + 1) >> 6
+    cdef uint64_t bits
+    while word < words:
         bits = matched[word]
-        while bits:
-            g = word * 64 + _lowest(bits)
-            bits &= bits - 1
-            n = rules.first[g + 1] - rules.first[g]
-            best = <uint32_t>-1
-            live = 0
-            # Equal loads take turns, also where every other request is for another group: multiples
-            # of the golden ratio are even among any of them.
-            at = <uint32_t>((((load64(&f.next_id) * 0x9e3779b97f4a7c15u) >> 32) * n) >> 32)
-            for i in range(n):
-                ch = &rules.choices[rules.first[g] + (at + i) % n]
-                if _usable(f, k, ch.backend, now, desperate) and \
-                        (best == <uint32_t>-1 or _live(f, ch.backend) < live):
-                    best = ch.rule
-                    live = _live(f, ch.backend)
-                    set32(&k.entry.backend, ch.backend)
-            if best != <uint32_t>-1:
-                k.entry.rule = best
-                return True
+        if word == <uint32_t>(g + 1) >> 6:
+            bits &= <uint64_t>-1 << (g + 1 & 63)
+        if bits:
+            return <int64_t>word * 64 + _lowest(bits)
+        word += 1
+    return -1
+
+
+cdef bint _pick(frontend *f, const ruleset *rules, const uint64_t *matched, const uint64_t *tried,
+                bint desperate, tcpha_choice *chosen) noexcept nogil:
+    """Whether there is somebody: see choose.h."""
+    cdef tcpha_choice may[TCPHA_MAX_BACKENDS]
+    cdef uint64_t until = 0
+    cdef int64_t g = _next_group(matched, rules.words, -1)
+    cdef uint32_t n
+    cdef int at
+    while g >= 0:
+        n = _members(f, rules, <uint32_t>g, tried, desperate, may, &until)
+        at = tcpha_choose(may, n, TCPHA_MAX_BACKENDS, load64(&f.next_id), f.loads)
+        if at >= 0:
+            chosen[0] = may[at]
+            return True
+        g = _next_group(matched, rules.words, g)
     return False
 
 
@@ -289,6 +309,7 @@ cdef bint _by_rules(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogi
     cdef ruleset *rules = <ruleset *>loadp(<void **>&f.rules)
     cdef fe_worker *fw = _of_worker(w)
     cdef hs_scratch_t *fresh = NULL
+    cdef tcpha_choice chosen
     if rules == NULL or rules.groups == 0 or fw == NULL:
         return False
     if fw.scratch_of != rules.generation:
@@ -306,8 +327,12 @@ cdef bint _by_rules(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogi
     fw.rules = rules
     if match_target(rules, fw.scratch, &k.head, buf, fw.bits) < 0:
         return False
-    # The application of a back end may be back without our knowing yet: it refuses, or has it.
-    return _pick(f, k, rules, fw.bits, False) or _pick(f, k, rules, fw.bits, True)
+    if not _pick(f, rules, fw.bits, k.tried, False, &chosen) and \
+            not _pick(f, rules, fw.bits, k.tried, True, &chosen):
+        return False
+    set32(&k.entry.backend, chosen.backend)
+    k.entry.rule = chosen.rule
+    return True
 
 
 cdef bint _choose(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
@@ -316,7 +341,7 @@ cdef bint _choose(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
         return True
     set32(&k.entry.backend, TCPHA_LOCAL_NODE)
     k.entry.rule = <uint32_t>NO_RULE
-    return _usable(f, k, TCPHA_LOCAL_NODE, now_ns(), False)
+    return _refusal(f, TCPHA_LOCAL_NODE, k.tried, False, now_ns()) == TCPHA_MAY
 
 
 # Handing over
@@ -337,7 +362,7 @@ cdef inline void _count_handed(frontend *f, uint32_t b, uint32_t rule) noexcept 
 cdef bint _takes_fast(frontend *f, uint32_t b) noexcept nogil:
     """Whether a back end is there and has the key of the cookies that we make."""
     cdef backend *be = &f.backends[b]
-    return load32(&be.used) and load32(&be.links) and load64(&be.keyed) >= load64(&f.key)
+    return load32(&be.may.used) and load32(&be.may.links) and load64(&be.keyed) >= load64(&f.key)
 
 
 cdef void _refused(frontend *f, uint32_t b, const tcpha_flow *flow, uint32_t reason) noexcept nogil:
@@ -348,8 +373,8 @@ cdef void _refused(frontend *f, uint32_t b, const tcpha_flow *flow, uint32_t rea
     add64(&be.refused, 1)
     add64(&f.n.refused, 1)
     if reason == REFUSE_FULL:
-        set32(&be.full_live, _live(f, b))
-        set64(&be.full_until_ns, now_ns() + FULL_NS)
+        set32(&be.may.full_live, _live(f, b))
+        set64(&be.may.full_until_ns, now_ns() + FULL_NS)
         _void_verdicts(f)
     if load32(&f.c.dbglevel) >= 1:
         snprintf(line, sizeof(line), b"back end %s does not take it: %s", be.name,
@@ -738,32 +763,19 @@ cdef void _accept(frontend *f, worker *w) noexcept nogil:
 # The packet path
 
 cdef bint _make_verdict(frontend *f, fe_worker *fw, tcpha_verdict *t) noexcept nogil:
-    """What _pick() would do with the rules that matched. False: no verdict can say so."""
+    """Who may take a request by the rules that matched. False: no verdict can say so."""
     cdef const ruleset *rules = fw.rules
-    cdef const choice *ch
-    cdef uint64_t bits, until, now = now_ns()
-    cdef uint32_t word, g, i
-    for word in range(rules.words):
-        bits = fw.bits[word]
-        while bits:
-            g = word * 64 + _lowest(bits)
-            bits &= bits - 1
-            if rules.first[g + 1] - rules.first[g] > TCPHA_CHOICES:
-                return False
-            for i in range(rules.first[g], rules.first[g + 1]):
-                ch = &rules.choices[i]
-                if _full(f, ch.backend, now):
-                    until = load64(&f.backends[ch.backend].full_until_ns)
-                    if t.until_ns == 0 or until < t.until_ns:
-                        t.until_ns = until
-                elif _usable(f, &fw.request, ch.backend, now, False):
-                    if load64(&f.backends[ch.backend].keyed) < load64(&f.key):
-                        return False  # its requests take the socket path
-                    t.choice[t.count].backend = ch.backend
-                    t.choice[t.count].rule = ch.rule
-                    t.count += 1
-            if t.count:
-                return True
+    cdef int64_t g = _next_group(fw.bits, rules.words, -1)
+    cdef uint32_t i
+    while g >= 0 and rules.first[g + 1] - rules.first[g] <= TCPHA_CHOICES:
+        t.count = _members(f, rules, <uint32_t>g, fw.request.tried, False, t.choice,
+                           <uint64_t *>&t.until_ns)
+        for i in range(t.count):
+            if load64(&f.backends[t.choice[i].backend].keyed) < load64(&f.key):
+                return False  # its requests take the socket path
+        if t.count:
+            return True
+        g = _next_group(fw.bits, rules.words, g)
     return False
 
 
@@ -1119,7 +1131,7 @@ cdef void _on_link_down(core *c, worker *w, link *l) noexcept nogil:
     for i in range(LINKS_MAX):
         if load32(&be.link[i]) == index:
             store32(&be.link[i], MAX_LINKS)
-            add32(&be.links, -1)
+            add32(&be.may.links, -1)
             _void_verdicts(f)
     for i in range(f.nconns):
         k = &f.conns[i]
@@ -1129,7 +1141,7 @@ cdef void _on_link_down(core *c, worker *w, link *l) noexcept nogil:
         if pthread_mutex_trylock(&k.lock) != 0:
             continue  # then the deadline takes care of it
         if k.state == CONN_SENT and k.link == index and k.link_gen == l.gen and \
-                (load32(&be.dead) or not _ask_again(f, w, k)) and l.gone:
+                (load32(&be.may.dead) or not _ask_again(f, w, k)) and l.gone:
             set64(&k.deadline_ns, min(k.deadline_ns, now_ns() + REVIVE_NS))
         pthread_mutex_unlock(&k.lock)
 
@@ -1166,7 +1178,7 @@ cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
                     load32(&c.links[k.link].state) == LINK_UP:
                 _stalled(f, k)
                 _offer_again(f, w, k, REFUSE_TIMEOUT)
-            elif load32(&f.backends[k.entry.backend].dead) or not _ask_again(f, w, k):
+            elif load32(&f.backends[k.entry.backend].may.dead) or not _ask_again(f, w, k):
                 _offer_again(f, w, k, REFUSE_LINK)
         pthread_mutex_unlock(&k.lock)
 
@@ -1174,7 +1186,7 @@ cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
 cdef void _stalled(frontend *f, conn *k) noexcept nogil:
     """A back end did not answer in time. It must not find the offer later: its links are broken (by
     Python, at once), and it refuses what has grown old on the way."""
-    store32(&f.backends[k.entry.backend].dead, 1)
+    store32(&f.backends[k.entry.backend].may.dead, 1)
     _void_verdicts(f)
     notice(f.c)
 
@@ -1469,25 +1481,30 @@ cdef class FrontEnd(Core):
         return slow_read(&self.f.slow, seconds)
 
     def consider(self, bytes head):
-        """What would become of a request with this head: (what is wrong with it, target, what rules
-        see of that, indexes of those that match, in the order in which they are tried). Raises
-        MemoryError."""
+        """What would become of a request with this head: (what is wrong with it or None, target,
+        what rules see of that, [(index of a rule that matches, MAY or why not)] in the order in
+        which they are tried, the rule whose back end gets it or -1, the same of the Local Node).
+        Raises MemoryError."""
         cdef http_head h
         cdef bytearray buf = bytearray(head)
         cdef ruleset *rules
         cdef hs_scratch_t *scratch = NULL
-        cdef uint32_t g, i
+        cdef uint64_t nobody[TRIED_WORDS]
+        cdef tcpha_choice chosen
+        cdef uint32_t g, i, b
         cdef int rc
         memset(&h, 0, sizeof(h))
+        memset(nobody, 0, sizeof(nobody))
         rc = http_parse(&h, head, min(<uint32_t>len(head), self.f.headlimit))
         if rc != HTTP_DONE:
             error = h.error.decode() if rc == HTTP_BAD else \
                 "longer than headlimit" if len(head) >= self.f.headlimit else "not complete"
-            return error, "", "", []
+            return error, "", "", [], -1, 0
         target = head[h.target:h.target + h.target_len].decode("ascii")
         seen = (chr(h.root) if h.root else "") + target[h.origin - h.target:]
         rules = self.f.rules   # the loop's thread publishes them, and runs this
         matched = []
+        winner = -1
         if rules != NULL and rules.groups:
             bits = bytearray(rules.words * 8)
             if hs_clone_scratch(rules.patterns.scratch, &scratch) != HS_SUCCESS:
@@ -1500,8 +1517,13 @@ cdef class FrontEnd(Core):
             for g in range(rules.groups):
                 if bits[g >> 3] >> (g & 7) & 1:
                     for i in range(rules.first[g], rules.first[g + 1]):
-                        matched.append(rules.choices[i].rule)
-        return None, target, seen, matched
+                        b = rules.choices[i].backend
+                        matched.append((rules.choices[i].rule,
+                                        _refusal(self.f, b, nobody, False, now_ns())))
+            if _pick(self.f, rules, <uint64_t *><char *>bits, nobody, False, &chosen):
+                winner = chosen.rule
+        return None, target, seen, matched, winner, \
+            _refusal(self.f, TCPHA_LOCAL_NODE, nobody, False, now_ns())
 
     # Back ends, by index
 
@@ -1513,17 +1535,17 @@ cdef class FrontEnd(Core):
         memcpy(be.name, <const char *>text, len(text))
         for i in range(LINKS_MAX):
             be.link[i] = MAX_LINKS
-        be.links = 0
-        be.dead = be.draining = be.app_down = be.missed = be.told = 0
-        be.full_until_ns = 0
-        store32(&be.used, 1)
+        be.may.links = 0
+        be.may.dead = be.may.draining = be.may.app_down = be.missed = be.told = 0
+        be.may.full_until_ns = 0
+        store32(&be.may.used, 1)
 
     def backend_has(self, uint32_t b, uint32_t live):
         """So many connections of an earlier run go on there."""
         store32(&self.f.loads[b].live, live)
 
     def backend_close(self, uint32_t b):
-        store32(&self.f.backends[b].used, 0)
+        store32(&self.f.backends[b].may.used, 0)
         _void_verdicts(self.f)
 
     def backend_add_link(self, uint32_t b, uint32_t link_index):
@@ -1534,12 +1556,12 @@ cdef class FrontEnd(Core):
         for i in range(LINKS_MAX):
             if load32(&be.link[i]) == MAX_LINKS:
                 store32(&be.link[i], link_index)
-                add32(&be.links, 1)
+                add32(&be.may.links, 1)
                 _void_verdicts(self.f)
                 if load32(&self.c.links[link_index].state) != LINK_UP and \
                         load32(&be.link[i]) == link_index:
                     store32(&be.link[i], MAX_LINKS)
-                    add32(&be.links, -1)
+                    add32(&be.may.links, -1)
                 with nogil:
                     _ask_all_again(self.f, w, b)
                     self.flush_outsider()
@@ -1561,23 +1583,24 @@ cdef class FrontEnd(Core):
 
     def backend_flags(self, uint32_t b, draining=None, dead=None, app_down=None):
         cdef backend *be = &self.f.backends[b]
-        before = (load32(&be.draining), load32(&be.dead), load32(&be.app_down))
+        before = (load32(&be.may.draining), load32(&be.may.dead), load32(&be.may.app_down))
         if draining is not None:
-            store32(&be.draining, draining)
+            store32(&be.may.draining, draining)
         if dead is not None:
-            store32(&be.dead, dead)
+            store32(&be.may.dead, dead)
         if app_down is not None:
-            store32(&be.app_down, app_down)
-        if before != (load32(&be.draining), load32(&be.dead), load32(&be.app_down)):
+            store32(&be.may.app_down, app_down)
+        if before != (load32(&be.may.draining), load32(&be.may.dead), load32(&be.may.app_down)):
             _void_verdicts(self.f)
 
     def backend_stats(self, uint32_t b):
         cdef backend *be = &self.f.backends[b]
         cdef tcpha_load *load = &self.f.loads[b]
-        return {"links": load32(&be.links), "told": be.asked != 0 and load32(&be.told) == be.asked,
+        return {"links": load32(&be.may.links),
+                "told": be.asked != 0 and load32(&be.told) == be.asked,
                 "fast": bool(self.f.dp.nfast and _takes_fast(self.f, b)),
-                "app_down": bool(load32(&be.app_down)), "full": bool(_full(self.f, b, now_ns())),
-                "draining": bool(load32(&be.draining)), "dead": bool(load32(&be.dead)),
+                "app_down": bool(load32(&be.may.app_down)),
+                "draining": bool(load32(&be.may.draining)), "dead": bool(load32(&be.may.dead)),
                 "listens": bool(load64(&be.server_said) & 1), "live": load32(&load.live),
                 "handed": load64(&be.handed) + load64(<uint64_t *>&load.handed),
                 "refused": load64(&be.refused),

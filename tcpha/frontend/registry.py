@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from tcpha._fast.fe_worker import AWAY, DEAD, DEAF, DRAINED, FULL, MAY
 from tcpha._fast.match import Matcher, PatternError
 from tcpha._fast.scan import Questions
 from tcpha.admin.server import Refused
@@ -613,57 +614,38 @@ class Registry:
 
     def explain(self, head: bytes) -> dict[str, Any]:
         """What would become of a request, and why. head: all of it, up to the empty line."""
-        error, target, seen, matched = self.core.consider(head)
+        error, target, seen, matched, winner, alone = self.core.consider(head)
         if error:
             status = 431 if "headlimit" in error else 400
             return {"outcome": str(status), "reason": f"request head: {error}", "rules": []}
         rows: list[dict[str, Any]] = []
-        chosen: dict[str, Any] | None = None
-        for n in matched:
+        for n, refusal in matched:
             rule = self.rules[n]
-            why = self._unusable(rule.server)
             rows.append({"rule": n, "pattern": rule.pattern, "server": rule.server,
-                         "usable": not why, "reason": why})
-            if why or (chosen and chosen["pattern"] != rule.pattern):
-                continue
-            live = self._live(rule.server)
-            if chosen is None or live < chosen["live"]:
-                chosen = rows[-1] | {"live": live}
-        if chosen:
-            out = {"outcome": "handed over", "server": chosen["server"], "rule": chosen["rule"],
-                   "reason": f"first rule that matches and can be served: '{chosen['pattern']}'"}
+                         "usable": refusal == MAY, "reason": self._why(rule.server, refusal)})
+        if winner >= 0:
+            rule = self.rules[winner]
+            out = {"outcome": "handed over", "server": rule.server, "rule": winner,
+                   "reason": f"first rule that matches and can be served: '{rule.pattern}'"}
         else:
             why = "no back end of a rule that matches can take it" if rows else "no rule matches"
             last = next((r["server"] for r in rows if r["reason"] == NOBODY_LISTENS), "")
             if last:
                 why += f"; {last} is asked all the same, and refuses unless its server is back"
-            if not self._unusable(NAME):
+            if alone == MAY:
                 out = {"outcome": "handed over", "server": NAME,
                        "reason": f"{why}; the Local Node listens"}
             else:
                 out = {"outcome": "503", "reason": f"{why}, and no Local Node listens"}
         return out | {"target": target, "rules_see": seen, "rules": rows}
 
-    def _index(self, server: str) -> int:
-        entry = self.entries.get(server)
-        return entry.index if entry else LOCAL_NODE
-
-    def _live(self, server: str) -> int:
-        return int(self.core.backend_stats(self._index(server))["live"])
-
-    def _unusable(self, server: str) -> str:
+    def _why(self, server: str, refusal: int) -> str:
         """Why a back end gets no new connections; '' if it may."""
-        stats = self.core.backend_stats(self._index(server))
         entry = self.entries.get(server)
-        if not stats["links"] or stats["dead"]:
+        if refusal in (AWAY, DEAD):
             return (entry.why if entry and entry.why != "up" else "") or "no control connection"
-        if stats["draining"]:
-            return "draining"
-        if stats["app_down"]:
-            return NOBODY_LISTENS
-        if stats["full"]:
-            return "full: it has maxclients connections"
-        return ""
+        return {DRAINED: "draining", DEAF: NOBODY_LISTENS,
+                FULL: "full: it has maxclients connections"}.get(refusal, "")
 
     def channels(self) -> list[dict[str, Any]]:
         """Control connections: whose, whether up, and seconds since a sign of life."""

@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Who gets a request. One answer for the workers, for the verdicts that they put into the cache, for the BPF
+ * program that uses those, and for 'test-request'.
+ *
+ * Rules that match are asked in their order, those with the same pattern together: a group. The first group
+ * with a member that may take the request decides; in it the one with the fewest connections. Equal ones take
+ * turns. If there is no such group, back ends at which nobody listened when we last heard are asked all the
+ * same: the application may be back. Then it is the Local Node's.
+ */
+#ifndef TCPHA_CHOOSE_H
+#define TCPHA_CHOOSE_H
+
+#include "tcpha.h"
+
+#define __choose inline __attribute__((always_inline))
+
+/* What decides whether a back end may take a request. */
+struct tcpha_member {
+	__u32 used;
+	__u32 links; /* control connections that are up */
+	__u32 draining;
+	__u32 dead;	     /* by detection */
+	__u32 app_down;	     /* nothing listens there */
+	__u32 full_live;     /* it said FULL: not asked again until it has fewer connections than this, */
+	__u64 full_until_ns; /* or then */
+};
+
+/* Why it may not. */
+enum {
+	TCPHA_MAY = 0,
+	TCPHA_AWAY = 1, /* no control connection is up */
+	TCPHA_DEAD = 2,
+	TCPHA_DRAINED = 3,
+	TCPHA_DEAF = 4, /* nobody listens there */
+	TCPHA_FULL = 5,
+	TCPHA_TRIED = 6, /* it has not taken this very request */
+};
+
+/* desperate: even if nobody listened there when we last heard. */
+static __choose __u32 tcpha_refusal(const struct tcpha_member *m, __u32 live, int tried, int desperate,
+				    __u64 now)
+{
+	const volatile struct tcpha_member *v = m;
+
+	if (!v->used || !v->links)
+		return TCPHA_AWAY;
+	if (v->dead)
+		return TCPHA_DEAD;
+	if (v->draining)
+		return TCPHA_DRAINED;
+	if (v->app_down && !desperate)
+		return TCPHA_DEAF;
+	if (now < v->full_until_ns && live >= v->full_live)
+		return TCPHA_FULL;
+	return tried ? TCPHA_TRIED : TCPHA_MAY;
+}
+
+static __choose const struct tcpha_load *tcpha_load_of(void *loads, __u32 backend)
+{
+#ifdef __bpf__
+	return bpf_map_lookup_elem(loads, &backend);
+#else
+	return &((const struct tcpha_load *)loads)[backend];
+#endif
+}
+
+/*
+ * Of so many that may take a request: the place of the one that gets it, or -1. number: of the request.
+ * Multiples of the golden ratio are even among any of them, also where every other request is for another
+ * group. room: of the array, a power of two; loads: by back end, an array or a map of BPF.
+ */
+static __choose int tcpha_choose(const struct tcpha_choice *of, __u32 count, __u32 room, __u64 number,
+				 void *loads)
+{
+	__u32 start = ((number * 0x9e3779b97f4a7c15ULL) >> 32) * count >> 32, least = -1U, i, n, live;
+	const struct tcpha_load *load;
+	int found = -1;
+
+	for (i = 0; i < room && i < count; i++) {
+		n = start + i < count ? start + i : start + i - count;
+		n &= room - 1;
+		load = tcpha_load_of(loads, of[n].backend);
+		if (!load)
+			continue;
+		live = *(const volatile __u32 *)&load->live;
+		if (live >= least)
+			continue;
+		least = live;
+		found = n;
+	}
+	return found;
+}
+
+#endif
