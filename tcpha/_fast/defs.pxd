@@ -194,7 +194,7 @@ cdef extern from "tcpha.h" nogil:
         uint64_t generation
         uint64_t until_ns
         uint32_t count
-        tcpha_choice choice[8]
+        tcpha_choice choice[TCPHA_CHOICES]
 
     struct tcpha_route:
         uint32_t prefixlen
@@ -215,7 +215,7 @@ cdef extern from "tcpha.h" nogil:
         uint32_t result
         uint32_t old
         uint32_t alone
-        char target[96]
+        char target[TCPHA_TARGET_MAX]
 
     struct tcpha_shaken:
         uint64_t since_ns
