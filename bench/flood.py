@@ -16,6 +16,7 @@ import struct
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Self
 
@@ -49,7 +50,7 @@ def frame(macs: bytes, to: bytes, kind: str) -> bytes:
     return macs + b"\x08\0" + ip + tcp
 
 
-class Sender:
+class Sender(ABC):
     """Sends frames as fast as it can, from a host beside the client."""
 
     def __init__(self, host: Host, fe: Host, to: str):
@@ -62,9 +63,9 @@ class Sender:
         self.ended = False
         self.thread = threading.Thread(target=self._run)
 
+    @abstractmethod
     def frames(self) -> Iterator[bytes]:
         """The next ones, some thousands at most."""
-        raise NotImplementedError
 
     def _run(self) -> None:
         send = self.socket.send
