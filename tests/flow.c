@@ -30,6 +30,11 @@ int hand_over(struct tcpha_entry *e, __u64 id)
 	e->id = id;
 	return tcpha_hand_over(e);
 }
+int was_handed(const struct tcpha_entry *e, __u64 id)
+{
+	return tcpha_was_handed(e, id);
+}
+
 int let_flow(struct tcpha_entry *e, __u64 id)
 {
 	return tcpha_let_flow(e, id);
@@ -184,6 +189,45 @@ static void step(__u64 was, __u64 id, unsigned int *seed)
 		if (tcpha_give_back(&entry))
 			replace(0, seed);
 	}
+}
+
+static volatile __u64 asked, done; /* numbers of rounds */
+
+static void *hand_over_each(void *rounds)
+{
+	__u64 i;
+
+	for (i = 1; i <= (size_t)rounds; i++) {
+		while (asked != i)
+			;
+		entry.id = i;
+		if (!tcpha_hand_over(&entry) || !tcpha_let_flow(&entry, i))
+			__sync_fetch_and_add(&twice, 1);
+		done = i;
+	}
+	return NULL;
+}
+
+/* How often an end was missed that was said once, while what was held goes on; or the other way round. */
+long end_once(int rounds)
+{
+	pthread_t thread;
+	long missed = 0;
+	__u64 i;
+
+	asked = done = twice = 0;
+	pthread_create(&thread, NULL, hand_over_each, (void *)(size_t)rounds);
+	for (i = 1; i <= (__u64)rounds; i++) {
+		tcpha_hold(&entry, 0);
+		asked = i;
+		while (tcpha_state_of(&entry) == TCPHA_HELD)
+			;
+		missed += !tcpha_end(&entry, i, 1);
+		while (done != i)
+			;
+	}
+	pthread_join(thread, NULL);
+	return missed + twice;
 }
 
 static void *work(void *arg)

@@ -124,3 +124,15 @@ def test_all_are_of_one_opinion(c: Cluster) -> None:
         for server in now.drained:
             fe.ctl("undrain", addresses[server])
     assert took_turns and fe.ctl("status")["packets"]["cached"] > 100
+
+
+def test_the_same_rule_very_often(c: Cluster) -> None:
+    """More of them than there may be back ends."""
+    assert c.fe
+    c.rules = [(n % 2, ".*") for n in range(1000)]
+    c.fe.config.write_text(c.fe_text())
+    c.fe.ctl("reload")
+    assert c.fe.ctl("test-request", "GET", "/a")["rule"] in (0, 1)
+    for _ in range(4):
+        assert c.curl(f"http://{c.VIP}/a", "-w", "%{http_code}").stdout.endswith("404")
+    assert sum(row["handed"] for row in c.fe.ctl("rules")[:2]) == 4

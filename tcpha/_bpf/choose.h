@@ -73,7 +73,7 @@ static __choose const struct tcpha_load *tcpha_load_of(void *loads, __u32 backen
 static __choose int tcpha_choose(const struct tcpha_choice *of, __u32 count, __u32 room, __u64 number,
 				 void *loads)
 {
-	__u32 start = ((number * 0x9e3779b97f4a7c15ULL) >> 32) * count >> 32, least = -1U, i, n, live;
+	__u32 start = ((number * 0x9e3779b97f4a7c15ULL) >> 32) * count >> 32, least = 0, i, n, live;
 	const struct tcpha_load *load;
 	int found = -1;
 
@@ -84,7 +84,7 @@ static __choose int tcpha_choose(const struct tcpha_choice *of, __u32 count, __u
 		if (!load)
 			continue;
 		live = *(const volatile __u32 *)&load->live;
-		if (live >= least)
+		if (found >= 0 && live >= least)
 			continue;
 		least = live;
 		found = n;

@@ -848,12 +848,10 @@ static __always_inline bool is_crowded(const struct tcpha_entry *e)
 	return *(volatile __u32 *)&e->behind && now_ns() - e->start_ns < BEHIND_NS;
 }
 
-/* A request is no back end's any more. behind: what was, before. */
-static __always_inline void begin_anew(struct tcpha_entry *e, __u32 behind)
+/* A request is no back end's any more. Another CPU may have offered it to the next one by now. */
+static __always_inline void begin_anew(struct tcpha_entry *e)
 {
-	e->id = 0;
-	e->flags = TCPHA_F_FAST;
-	__sync_fetch_and_add(&e->behind, -behind);
+	__sync_fetch_and_and(&e->flags, TCPHA_F_FAST);
 }
 
 /*
@@ -865,7 +863,7 @@ static __always_inline int fast_flow(struct __sk_buff *skb, const struct tcpha_f
 				     bool passed)
 {
 	struct tcpha_backend *be;
-	__u32 index, state, behind;
+	__u32 index, state;
 	bool first;
 
 	if (!e)
@@ -883,10 +881,9 @@ static __always_inline int fast_flow(struct __sk_buff *skb, const struct tcpha_f
 	if (first) {
 		be = bpf_map_lookup_elem(&backends, &index);
 		if (be && be->down) { /* it was not served: another back end may */
-			behind = e->behind;
 			if (!tcpha_retry(e, e->id, index))
 				return TC_ACT_SHOT; /* a copy of this segment, on another CPU, goes on */
-			begin_anew(e, behind);
+			begin_anew(e);
 			return to_worker(skb, TCPHA_FAST_FIRST);
 		}
 	}
@@ -1021,17 +1018,15 @@ static __always_inline void remove_entry(const struct tcpha_flow *flow, const st
 static __always_inline void change_entry(struct tcpha_op *op)
 {
 	struct tcpha_entry *e = bpf_map_lookup_elem(&flows, &op->flow);
-	__u32 behind;
 
 	op->result = TCPHA_R_NO_SOCKET;
 	if (!e || !op->id)
 		return;
-	behind = e->behind;
 	if (op->kind == TCPHA_OP_TAKE_BACK ? !tcpha_take_back(e, op->id) : !tcpha_end(e, op->id, op->keep))
 		return;
 	op->result = TCPHA_R_OK;
 	if (op->kind == TCPHA_OP_TAKE_BACK)
-		begin_anew(e, behind);
+		begin_anew(e);
 	else if (!op->keep)
 		remove_entry(&op->flow, e, true);
 }
@@ -1046,7 +1041,11 @@ static __always_inline void hand_over(struct tcpha_op *op)
 	struct tcpha_entry *e = bpf_map_lookup_elem(&flows, &op->flow);
 
 	op->result = TCPHA_R_NO_SOCKET;
-	if (!e || tcpha_state_of(e) != TCPHA_HELD)
+	if (!e)
+		return;
+	if (tcpha_was_handed(e, op->id)) /* tried again, as what follows this went wrong */
+		op->result = TCPHA_R_OK;
+	if (tcpha_state_of(e) != TCPHA_HELD)
 		return;
 	e->id = op->id;
 	e->backend = op->backend;

@@ -176,11 +176,20 @@ static __flow int tcpha_hand_over(struct tcpha_entry *e)
 	       tcpha_change(e, was, tcpha_phase(TCPHA_DRAINING, 0, e->id));
 }
 
+/* Whether connection 'id' was handed over before. */
+static __flow int tcpha_was_handed(const struct tcpha_entry *e, __u64 id)
+{
+	__u64 phase = tcpha_phase_of(e);
+
+	return phase == tcpha_phase(TCPHA_DRAINING, 0, id) || phase == tcpha_phase(TCPHA_FORWARD, 0, id) ||
+	       phase == tcpha_phase(TCPHA_LINGERING, 0, id);
+}
+
 /* What ended meanwhile has nothing left to wait for. */
 static __flow int tcpha_let_flow(struct tcpha_entry *e, __u64 id)
 {
 	return tcpha_change(e, tcpha_phase(TCPHA_DRAINING, 0, id), tcpha_phase(TCPHA_FORWARD, 0, id)) ||
-	       tcpha_phase_of(e) == tcpha_phase(TCPHA_LINGERING, 0, id);
+	       tcpha_was_handed(e, id);
 }
 
 static __flow int tcpha_give_back(struct tcpha_entry *e)
@@ -223,8 +232,9 @@ static __flow int tcpha_end(struct tcpha_entry *e, __u64 id, int keep)
 {
 	__u64 to = keep ? tcpha_phase(TCPHA_LINGERING, 0, id) : tcpha_phase(TCPHA_GONE, 0, 0);
 
-	return tcpha_change(e, tcpha_phase(TCPHA_FORWARD, 0, id), to) ||
-	       tcpha_change(e, tcpha_phase(TCPHA_DRAINING, 0, id), to);
+	/* in this order, in which the phase changes: it is not missed between the two */
+	return tcpha_change(e, tcpha_phase(TCPHA_DRAINING, 0, id), to) ||
+	       tcpha_change(e, tcpha_phase(TCPHA_FORWARD, 0, id), to);
 }
 
 /* Returns the phase that it was in; GONE: another one was first. */

@@ -247,6 +247,8 @@ cdef uint32_t _members(frontend *f, const ruleset *rules, uint32_t g, const uint
     cdef const choice *ch
     for i in range(rules.first[g], rules.first[g + 1]):
         ch = &rules.choices[i]
+        if n == TCPHA_MAX_BACKENDS:
+            break
         why = _refusal(f, ch.backend, tried, desperate, now)
         if why == TCPHA_MAY:
             may[n].backend = ch.backend

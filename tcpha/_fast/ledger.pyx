@@ -141,7 +141,8 @@ cdef bint _retire(ledger *l, uint32_t worker, const lingering *item, uint64_t no
     cdef tcpha_entry entry
     cdef bint removed = False
     pthread_mutex_lock(_stripe(l, &item.flow))
-    if l.store.find(l.store.self, &item.flow, &entry) == 0 and entry.id == item.id:
+    if l.store.find(l.store.self, &item.flow, &entry) == 0 and entry.id == item.id and \
+            tcpha_state_of(&entry) == TCPHA_LINGERING:
         # without a FIN from the client, the back end waits for it in FIN-WAIT-2
         if entry.flags & (TCPHA_F_FIN | TCPHA_F_RST) or now - item.since_ns > FIN_WAIT_NS or \
                 not _linger(l, &item.flow, item.id, item.since_ns):

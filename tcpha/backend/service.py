@@ -188,7 +188,7 @@ class BackEndService(Service):
             async with asyncio.timeout(PATIENCE):
                 hello, channel = await answer(sock, mine, self.secret, self._judge)
         except (TimeoutError, OSError, HelloError) as error:
-            self.strangers.refuse(address, error or "no HELLO")
+            self.strangers.refuse(address, str(error) or "no HELLO")
             return
         index = self._place(hello.instance, address)
         try:

@@ -107,7 +107,7 @@ class Registrar:
                 await answer(sock, mine, self.secret, judge)
             return True
         except (TimeoutError, OSError) as error:
-            self.strangers.refuse(address, error or "no HELLO", noise=True)
+            self.strangers.refuse(address, str(error) or "no HELLO", noise=True)
         except HelloError as error:
             # this is a port that clients find, too
             self.strangers.refuse(address, error, noise=str(error) == STRANGER)

@@ -171,14 +171,14 @@ class Registry:
         for address, server in wanted.items():
             if address not in self.entries:
                 self.entries[address] = self._add(server)
-        groups: dict[str, list[tuple[int, int]]] = {p: [] for p in matcher.patterns}
+        groups: dict[str, dict[int, int]] = {p: {} for p in matcher.patterns}
         self.used = self.rule_use()
         self.rules = _all_rules(config, self.registered)
         for n, rule in enumerate(self.rules):
             named = self.entries.get(rule.server)  # or it is the front end itself
             index = named.index if named else LOCAL_NODE
-            groups[rule.pattern].append((index, n))
-        self.core.publish_rules(matcher, list(groups.values()))
+            groups[rule.pattern].setdefault(index, n)  # the same line again changes nothing
+        self.core.publish_rules(matcher, [list(group.items()) for group in groups.values()])
         self.matcher = matcher
         self.counted = self.core.hits(len(self.rules))
 
