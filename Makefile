@@ -37,7 +37,7 @@ $(VENV)/.pip: pyproject.toml $(VENV)/.apt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check setuptools wheel 'cython>=3.0' \
 	  'pyroute2>=0.9.2' 'toml>=0.10' 'netfilterqueue>=1.1' 'rich>=13' 'prometheus-client>=0.16' \
-	  'pytest>=8,<9.2' 'hypothesis>=6' 'httptools>=0.6' \
+	  'pytest>=9,<9.2' 'hypothesis>=6' 'httptools>=0.6' \
 	  'pytest-benchmark>=4' 'pytest-xdist>=3.5'
 	@touch $@
 

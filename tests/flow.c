@@ -7,7 +7,28 @@
 #include <stddef.h>
 #include <stdlib.h>
 
+#include <linux/types.h>
+
+static __u64 swap(__u64 *at, __u64 from, __u64 to);
+#define __sync_val_compare_and_swap swap
 #include "flow.h"
+
+static struct tcpha_entry *beside; /* another CPU lets this one's flow go in the midst of a transition */
+static int beside_nth;
+
+static __u64 swap_at(__u64 *at, __u64 from, __u64 to)
+{
+	__atomic_compare_exchange_n(at, &from, to, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+	return from;
+}
+
+static __u64 swap(__u64 *at, __u64 from, __u64 to)
+{
+	if (beside && !--beside_nth)
+		swap_at(&beside->phase, tcpha_phase(TCPHA_DRAINING, 0, beside->id),
+			tcpha_phase(TCPHA_FORWARD, 0, beside->id));
+	return swap_at(at, from, to);
+}
 
 size_t size_of_entry(void)
 {
@@ -191,43 +212,16 @@ static void step(__u64 was, __u64 id, unsigned int *seed)
 	}
 }
 
-static volatile __u64 asked, done; /* numbers of rounds */
-
-static void *hand_over_each(void *rounds)
+/* An end, and another CPU lets the flow go before its compare-and-swap number 'nth'. */
+int end_beside_let_flow(struct tcpha_entry *e, __u64 id, int nth)
 {
-	__u64 i;
+	int done;
 
-	for (i = 1; i <= (size_t)rounds; i++) {
-		while (asked != i)
-			;
-		entry.id = i;
-		if (!tcpha_hand_over(&entry) || !tcpha_let_flow(&entry, i))
-			__sync_fetch_and_add(&twice, 1);
-		done = i;
-	}
-	return NULL;
-}
-
-/* How often an end was missed that was said once, while what was held goes on; or the other way round. */
-long end_once(int rounds)
-{
-	pthread_t thread;
-	long missed = 0;
-	__u64 i;
-
-	asked = done = twice = 0;
-	pthread_create(&thread, NULL, hand_over_each, (void *)(size_t)rounds);
-	for (i = 1; i <= (__u64)rounds; i++) {
-		tcpha_hold(&entry, 0);
-		asked = i;
-		while (tcpha_state_of(&entry) == TCPHA_HELD)
-			;
-		missed += !tcpha_end(&entry, i, 1);
-		while (done != i)
-			;
-	}
-	pthread_join(thread, NULL);
-	return missed + twice;
+	beside = e;
+	beside_nth = nth;
+	done = tcpha_end(e, id, 1);
+	beside = NULL;
+	return done;
 }
 
 static void *work(void *arg)

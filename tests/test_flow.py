@@ -81,7 +81,7 @@ def lib(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
     lib = ctypes.CDLL(str(out))
     for name in ("phase", "claim"):
         getattr(lib, name).restype = ctypes.c_uint64
-    lib.run.restype = lib.end_once.restype = ctypes.c_long
+    lib.run.restype = ctypes.c_long
     yield lib
 
 
@@ -170,8 +170,11 @@ def test_threads_count_each_connection_once(lib: ctypes.CDLL, threads: int) -> N
         assert lib.run(threads, 100_000, seed * 64) == 0
 
 
-def test_an_end_is_not_missed_while_packets_are_drained(lib: ctypes.CDLL) -> None:
-    assert lib.end_once(200_000) == 0
+@pytest.mark.parametrize("nth", [1, 2])
+def test_an_end_is_not_missed_while_packets_are_drained(lib: ctypes.CDLL, nth: int) -> None:
+    flow = make(lib, "DRAINING")
+    assert lib.end_beside_let_flow(flow.entry, ctypes.c_uint64(flow.id), nth)
+    assert flow.state() == "LINGERING"
 
 
 def test_what_was_handed_over_may_be_so_again(lib: ctypes.CDLL) -> None:
