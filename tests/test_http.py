@@ -157,6 +157,7 @@ def agree(data: bytes) -> None:
 @given(heads())
 @example(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
 @example(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n")
+@example(b"PUT / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\t\r\n\r\n")
 def test_agrees_with_llhttp(data: bytes) -> None:
     agree(data)
 

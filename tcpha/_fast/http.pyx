@@ -96,7 +96,8 @@ cdef int _name(http_head *h, const uint8_t *name, uint32_t n) noexcept nogil:
 
 cdef int _value(http_head *h, const uint8_t *value, uint32_t n) noexcept nogil:
     cdef uint32_t i
-    while n and (value[n - 1] == c' ' or value[n - 1] == c'\t'):
+    # a tab behind 'chunked' may be there (RFC 9110 section 5.6.3), and servers do not agree on it
+    while n and (value[n - 1] == c' ' or value[n - 1] == c'\t' and h.header != H_ENCODING):
         n -= 1
     if h.header == H_LENGTH:
         if n == 0 or n > 18:  # 18 digits fit 63 bits
