@@ -18,7 +18,7 @@ from test_serve import REQUEST, body, digest, read_all, settle
 pytestmark = pytest.mark.modes("direct", "nfqueue-direct")  # how packets travel is not the point
 UNAVAILABLE = "Service Unavailable\n503"
 # longer to compile than HELLO may take
-LONG = [f"/(a{n}|b{n}c+)+d[^e]*e{n}" for n in range(600)]
+LONG = [f"/(a{n}|b{n}c+)+d[^e]*e{n}" for n in range(400)]
 REGISTER = "dregister = 1\nfeaddr = 192.168.1.23\n"
 
 

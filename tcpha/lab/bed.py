@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from tcpha.admin.server import ask
 
 T = TypeVar("T")
-START = 60.0  # seconds for a daemon to serve: ten thousand rules take a while to compile
+START = 120.0  # seconds for a daemon to serve: ten thousand rules take a while to compile
 CLONE_NEWNET = 0x40000000
 BIN = Path(sys.executable).parent
 # The clocks of hosts, by turns, as TCPHA_LAB_CLOCK takes them (nanoseconds ahead of the machine's,
