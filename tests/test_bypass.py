@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 from test_bpf import ip_header
 from test_edges import first_frame, send_again
-from test_fastpath import ask, handshake_ack, internet_sum, retransmitted, with_data
+from test_fastpath import (
+    ask,
+    be_patient,
+    handshake_ack,
+    internet_sum,
+    retransmitted,
+    with_data,
+)
 
 from tcpha.backend.tunnels import AWAY, Tunnels
 from tcpha.lab.bed import Cluster, Host, wait_for
@@ -186,6 +193,7 @@ def test_a_long_first_segment_that_is_cut(c: Cluster) -> None:
     """It is one packet to the front end and many to the back end; none of them is lost."""
     assert c.fe
     c.fe_host.run("ethtool", "-K", "eth0", "tso", "off", "gso", "off")
+    be_patient(c.client)
     data = b"x" * 12000
     before = retransmitted(c.client), c.be_hosts[0].counter("rx_packets")
     with c.client.connect(c.VIP) as s:

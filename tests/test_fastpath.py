@@ -343,6 +343,12 @@ def swapped(host: Host, *match: str) -> Iterator[list[Any]]:
         yield gone
 
 
+def be_patient(host: Host) -> None:
+    """Send nothing again that is only late: what is sent again then, was lost (RFC 6298, 8985)."""
+    host.run("sysctl", "-qw", "net.ipv4.tcp_early_retrans=0")
+    host.ip("route", "change", "192.168.1.0/24", "dev", "eth0", "rto_min", "10s")
+
+
 def retransmitted(host: Host) -> int:
     return int(host.run("nstat", "-asz", "TcpRetransSegs").stdout.split()[-2])
 

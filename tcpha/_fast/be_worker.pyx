@@ -172,8 +172,9 @@ cdef inline finished *_was_over(backend_state *b, uint64_t id) noexcept nogil:
     return &b.over[(id * 0x9e3779b97f4a7c15u) >> 52]
 
 
-cdef void _ended(backend_state *b, worker *w, adopted *a, uint32_t how) noexcept nogil:
-    """A connection is over. b.lock is held."""
+cdef bint _ended(backend_state *b, worker *w, adopted *a, uint32_t how) noexcept nogil:
+    """A connection is over. b.lock is held. True: it is out of the table; else nobody could be told
+    yet."""
     cdef finished *was = _was_over(b, a.id)
     was.id = a.id
     was.flow = a.flow
@@ -184,8 +185,16 @@ cdef void _ended(backend_state *b, worker *w, adopted *a, uint32_t how) noexcept
         say_flow(b.c, 2, &a.flow, b"closed")
     if _tell_closed(b, w, a, how):
         _remove(b, a)
-    else:
-        a.over = True  # told when the front end is back
+        return True
+    a.over = True  # told when the front end is back
+    return False
+
+
+cdef void _replaced(backend_state *b, worker *w, adopted *a) noexcept nogil:
+    """Its client has connected anew, which it could not have otherwise: out of the table, whether
+    somebody hears of it or not. b.lock is held."""
+    if not _ended(b, w, a, END_GONE):
+        _remove(b, a)
 
 
 cdef uint32_t _check_piece(backend_state *b, worker *w, uint32_t at, uint32_t end) noexcept nogil:
@@ -366,9 +375,7 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
         pthread_mutex_lock(&b.lock)
         a = _find(b, &m.snap.flow)
         if a != NULL:
-            _ended(b, w, a, END_GONE)  # the client could not have connected anew otherwise
-            if a.over:
-                _remove(b, a)
+            _replaced(b, w, a)
         a = NULL if b.unloading else _insert(b, &m.snap.flow)
         if a == NULL and not b.unloading:
             pthread_mutex_unlock(&b.lock)
@@ -578,9 +585,7 @@ cdef void _take_event(backend_state *b, worker *w, const tcpha_event *e) noexcep
             a.fast = True
             a.peer = e.frontend
         if a != NULL and a.id != id:
-            _ended(b, w, a, END_GONE)  # the client could not have connected anew otherwise
-            if a.over:
-                _remove(b, a)
+            _replaced(b, w, a)
             a = NULL
             reused = True
         if a == NULL:
