@@ -90,9 +90,9 @@ cdef struct fe_datapath:
     tcpha_load *loads      # by back end
     uint64_t *rule_hits    # by rule
     void (*keep_verdict)(void *self, uint64_t key, const tcpha_verdict *verdict) noexcept nogil
-    # The back end did not take it: the client's next attempt is a request again. As forget().
+    # This back end did not take it: the client's next attempt is a request again. As forget().
     int (*take_back)(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
-                     tcpha_entry *entry) noexcept nogil
+                     uint32_t backend, tcpha_entry *entry) noexcept nogil
     # Copy the entries that follow a place in the table, TABLE_PIECE at most, and go there. Returns
     # how many; 0: there are no more. What comes or goes meanwhile may be among them, or not.
     int (*next_entries)(void *self, table_place *place, tcpha_flow *keys,

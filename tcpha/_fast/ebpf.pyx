@@ -530,11 +530,12 @@ cdef void _fast_early(void *self, uint32_t queue, uint32_t worker, uint8_t *fram
 
 
 cdef int _take_back(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
-                    tcpha_entry *entry) noexcept nogil:
-    """The entry stays, so that what the client still sends is not mistaken for a stranger's."""
+                    uint32_t backend, tcpha_entry *entry) noexcept nogil:
+    """The entry stays, so that what the client still sends is not mistaken for a stranger's. A
+    request has one id, and the word of who had it before may come when another one has it."""
     cdef fe_ebpf *d = <fe_ebpf *>self
     return id and _find(d, flow, entry) == 0 and tcpha_live(entry) == id and \
-        _change(d, worker, flow, id, True, TCPHA_OP_TAKE_BACK)
+        entry.backend == backend and _change(d, worker, flow, id, True, TCPHA_OP_TAKE_BACK)
 
 
 cdef void _keep_verdict(void *self, uint64_t key, const tcpha_verdict *verdict) noexcept nogil:

@@ -3,7 +3,8 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from tcpha._fast.core cimport Core, core, worker
 from tcpha._fast.datapath cimport FAST_QUEUES, fe_datapath
-from tcpha._fast.defs cimport TCPHA_MAX_BACKENDS, tcpha_entry, tcpha_load, tcpha_member
+from tcpha._fast.defs cimport (
+    TCPHA_MAX_BACKENDS, tcpha_entry, tcpha_flow, tcpha_load, tcpha_member)
 from tcpha._fast.http cimport http_head
 from tcpha._fast.match cimport hs_scratch_t, ruleset
 from tcpha._fast.meter cimport histogram, slow_ones
@@ -33,7 +34,21 @@ cdef enum:                 # stages of a handoff, as measured
     STAGES = 4
 
 
-# A connection in the front end's hands. Guarded by its lock.
+# A request in the front end's hands, whatever path it has come by. It is offered to a back end, which has
+# it then, or has refused it; what nobody has may be offered again.
+cdef struct request:
+    tcpha_flow flow
+    http_head head
+    uint64_t id            # of the last offer,
+    uint32_t backend       # to whom,
+    uint32_t rule          # and by which rule
+    uint64_t began_ns      # accepted, or arrived by the packet path
+    uint64_t offered_ns
+    uint64_t tried[TRIED_WORDS]    # who has refused it
+    uint64_t crowded[TRIED_WORDS]  # those of them whose accept queue was full
+
+
+# A connection whose request comes by a socket. Guarded by its lock.
 cdef struct conn:
     pthread_mutex_t lock
     uint32_t index
@@ -48,17 +63,13 @@ cdef struct conn:
     bint ended             # while in CONN_TAKEN: the back end has said CLOSED,
     bint linger            # and has a TIME_WAIT socket
     uint32_t seen          # bytes peeked so far
-    uint64_t accept_ns
-    uint64_t offered_ns
     uint64_t deadline_ns
+    uint64_t crowded_ns    # since when it waits for room in an accept queue; or 0
     uint32_t link
     uint32_t link_gen
-    http_head head
+    request req
     snapshot snap
-    tcpha_entry entry      # its id, backend and rule are those of the current offer
-    uint64_t tried[TRIED_WORDS]
-    uint64_t crowded[TRIED_WORDS]  # those of them whose accept queue was full
-    uint64_t crowded_ns    # since when it waits for room in one of these; or 0
+    tcpha_entry entry      # as the flow table has it, or will
 
 
 cdef struct backend:
@@ -74,12 +85,14 @@ cdef struct backend:
     uint32_t link[LINKS_MAX]      # indexes into core.links
     uint64_t handed
     uint64_t refused
+    uint64_t returned
     uint64_t closed
 
 
 cdef struct fe_counters:
     uint64_t accepted
     uint64_t handed
+    uint64_t returned      # of those handed over: by the packet path, and refused; they come again
     uint64_t closed
     uint64_t refused       # offers that came to nothing; the connection went elsewhere
     uint64_t lost          # connections that ended in our hands: reset or closed by the client
@@ -103,7 +116,7 @@ cdef struct fe_worker:
     uint64_t *bits         # what matched last,
     uint32_t words
     ruleset *rules         # of these
-    conn request           # of the packet path; no slot of 'conns'
+    request req            # the one of the packet path that it dispatches
 
 
 # A request of the packet path that back ends have returned: who has. The client sends it again.

@@ -130,6 +130,17 @@ cdef const char *ANSWER_503 = (
     b"Retry-After: 1\r\nConnection: close\r\n\r\nService Unavailable\n")
 
 
+cdef inline void _flow_from(frontend *f, const void *address, const void *port,
+                            tcpha_flow *flow) noexcept nogil:
+    """The flow of a client at 4 bytes of address and 2 of port, network byte order."""
+    memset(flow, 0, sizeof(tcpha_flow))
+    flow.caddr[10] = flow.caddr[11] = 0xff
+    memcpy(flow.caddr + 12, address, 4)
+    memcpy(&flow.cport, port, 2)
+    memcpy(flow.vaddr, f.vaddr, 16)
+    flow.vport = f.vport
+
+
 # Slots
 
 cdef conn *_take_slot(frontend *f) noexcept nogil:
@@ -197,7 +208,7 @@ cdef void _thaw(frontend *f, conn *k) noexcept nogil:
         setsockopt(k.fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one))
         k.frozen = False
     if k.diverted:
-        f.dp.give_back(f.dp.self, &k.snap.flow, k.index)
+        f.dp.give_back(f.dp.self, &k.req.flow, k.index)
         k.diverted = False
 
 
@@ -306,7 +317,7 @@ cdef fe_worker *_of_worker(worker *w) noexcept nogil:
     return <fe_worker *>w.role
 
 
-cdef bint _by_rules(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
+cdef bint _by_rules(frontend *f, worker *w, request *r, const uint8_t *buf) noexcept nogil:
     """Match the rules and pick a back end. False: there is none."""
     cdef ruleset *rules = <ruleset *>loadp(<void **>&f.rules)
     cdef fe_worker *fw = _of_worker(w)
@@ -327,77 +338,105 @@ cdef bint _by_rules(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogi
         if fw.bits == NULL:
             return False
     fw.rules = rules
-    if match_target(rules, fw.scratch, &k.head, buf, fw.bits) < 0:
+    if match_target(rules, fw.scratch, &r.head, buf, fw.bits) < 0:
         return False
-    if not _pick(f, rules, fw.bits, k.tried, False, &chosen) and \
-            not _pick(f, rules, fw.bits, k.tried, True, &chosen):
+    if not _pick(f, rules, fw.bits, r.tried, False, &chosen) and \
+            not _pick(f, rules, fw.bits, r.tried, True, &chosen):
         return False
-    set32(&k.entry.backend, chosen.backend)
-    k.entry.rule = chosen.rule
+    set32(&r.backend, chosen.backend)
+    r.rule = chosen.rule
     return True
 
 
-cdef bint _choose(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
-    """Pick who takes the request: a back end, or the Local Node. False: nobody."""
-    if _by_rules(f, w, k, buf):
+cdef bint _choose(frontend *f, worker *w, request *r, const uint8_t *buf) noexcept nogil:
+    """Pick who takes the request, whose head begins at buf: a back end, or the Local Node. False:
+    nobody."""
+    if _by_rules(f, w, r, buf):
         return True
-    set32(&k.entry.backend, TCPHA_LOCAL_NODE)
-    k.entry.rule = <uint32_t>NO_RULE
-    return _refusal(f, TCPHA_LOCAL_NODE, k.tried, False, now_ns()) == TCPHA_MAY
+    set32(&r.backend, TCPHA_LOCAL_NODE)
+    r.rule = <uint32_t>NO_RULE
+    return _refusal(f, TCPHA_LOCAL_NODE, r.tried, False, now_ns()) == TCPHA_MAY
 
 
-# Handing over
+# A request's life. Each request that is offered ends with one of _handed() and _refused(); who has it is
+# over with _count_closed().
 
-cdef void _count_closed(frontend *f, uint32_t b) noexcept nogil:
-    add64(&f.n.closed, 1)
-    add64(&f.backends[b].closed, 1)
-    add32(&f.loads[b].live, -1)
+cdef inline bint _untried(const request *r) noexcept nogil:
+    """Nobody has refused it."""
+    cdef uint32_t i
+    for i in range(TRIED_WORDS):
+        if r.tried[i]:
+            return False
+    return True
 
 
-cdef inline void _count_handed(frontend *f, uint32_t b, uint32_t rule) noexcept nogil:
+cdef inline void _say_chosen(frontend *f, const request *r) noexcept nogil:
+    say_more(f.c, 5, &r.flow, b"chosen: back end %s, rule %ld", f.backends[r.backend].name,
+             <int>r.rule)
+
+
+cdef inline void _offered(frontend *f, request *r, uint64_t now) noexcept nogil:
+    """It counts as the back end's from here."""
+    r.offered_ns = now
+    add32(&f.loads[r.backend].live, 1)
+
+
+cdef inline void _call_off(frontend *f, const request *r) noexcept nogil:
+    """It was not offered after all."""
+    add32(&f.loads[r.backend].live, -1)
+
+
+cdef void _handed(frontend *f, const request *r, const char *target, uint64_t took,
+                  const uint8_t *head) noexcept nogil:
+    """The back end has it, 'took' ns after it began. target: as the flow table has it; head: its
+    bytes, for the access log, or NULL if they are gone."""
     add64(&f.n.handed, 1)
-    add64(&f.backends[b].handed, 1)
-    if rule < TCPHA_MAX_RULES:
-        add64(&f.rule_hits[rule], 1)
+    add64(&f.backends[r.backend].handed, 1)
+    if r.rule < TCPHA_MAX_RULES:
+        add64(&f.rule_hits[r.rule], 1)
+    slow_note(&f.slow, took, &r.flow, r.backend, r.rule, target, r.head.target_len)
+    say_more(f.c, 2, &r.flow, b"handed over to %s by rule %ld", f.backends[r.backend].name,
+             <int>r.rule)
+    if f.access_fd >= 0:
+        _log_access(f, r, head)
 
 
-cdef bint _takes_fast(frontend *f, uint32_t b) noexcept nogil:
-    """Whether a back end is there and has the key of the cookies that we make."""
-    cdef backend *be = &f.backends[b]
-    return load32(&be.may.used) and load32(&be.may.links) and load64(&be.keyed) >= load64(&f.key)
-
-
-cdef void _refused(frontend *f, uint32_t b, const tcpha_flow *flow, uint32_t reason) noexcept nogil:
-    """An offer to a back end came to nothing."""
-    cdef backend *be = &f.backends[b]
+cdef void _refused(frontend *f, request *r, uint32_t reason) noexcept nogil:
+    """The back end does not take it; another one may."""
+    cdef backend *be = &f.backends[r.backend]
+    cdef uint64_t bit = <uint64_t>1 << (r.backend & 63)
     cdef char line[160]
-    add32(&f.loads[b].live, -1)
+    if reason != REFUSE_LOST:
+        r.tried[r.backend >> 6] |= bit
+    if reason == REFUSE_BACKLOG and r.backend != TCPHA_LOCAL_NODE:  # that has waited itself
+        r.crowded[r.backend >> 6] |= bit
+    add32(&f.loads[r.backend].live, -1)
     add64(&be.refused, 1)
     add64(&f.n.refused, 1)
     if reason == REFUSE_FULL:
-        set32(&be.may.full_live, _live(f, b))
+        set32(&be.may.full_live, _live(f, r.backend))
         set64(&be.may.full_until_ns, now_ns() + FULL_NS)
         _void_verdicts(f)
     if load32(&f.c.dbglevel) >= 1:
         snprintf(line, sizeof(line), b"back end %s does not take it: %s", be.name,
                  refusal_text(reason))
-        say_flow(f.c, 1, flow, line)
+        say_flow(f.c, 1, &r.flow, line)
 
 
-cdef void _undo_offer(frontend *f, conn *k, uint32_t reason) noexcept nogil:
-    """The current offer came to nothing."""
-    cdef uint64_t bit = <uint64_t>1 << (k.entry.backend & 63)
-    k.tried[k.entry.backend >> 6] |= bit
-    if reason == REFUSE_BACKLOG and k.entry.backend != TCPHA_LOCAL_NODE:  # that has waited itself
-        k.crowded[k.entry.backend >> 6] |= bit
-    _refused(f, k.entry.backend, &k.snap.flow, reason)
+cdef void _count_closed(frontend *f, uint32_t b) noexcept nogil:
+    """What a back end had is over."""
+    add64(&f.n.closed, 1)
+    add64(&f.backends[b].closed, 1)
+    add32(&f.loads[b].live, -1)
 
+
+# The socket path
 
 cdef bint _send_offer(frontend *f, worker *w, conn *k, const uint8_t *data,
                       uint32_t most) noexcept nogil:
     """Queue the HANDOFF on one of the back end's links, with at most so many bytes queued. False:
     none takes it."""
-    cdef backend *be = &f.backends[k.entry.backend]
+    cdef backend *be = &f.backends[k.req.backend]
     cdef uint8_t head[MSG_HANDOFF_FIXED]
     cdef uint32_t i, n, at = add32(&be.next_link, 1)
     cdef link *l
@@ -406,13 +445,13 @@ cdef bint _send_offer(frontend *f, worker *w, conn *k, const uint8_t *data,
         if n >= MAX_LINKS:
             continue
         l = &f.c.links[n]
-        if load32(&l.state) != LINK_UP or l.peer != k.entry.backend or link_queued(l) > most:
+        if load32(&l.state) != LINK_UP or l.peer != k.req.backend or link_queued(l) > most:
             continue
         set32(&k.link, n)
         set32(&k.link_gen, l.gen)
-        n = message_handoff(head, k.entry.id, &k.snap)
+        n = message_handoff(head, k.req.id, &k.snap)
         if link_put(f.c, w, l, head, n, data, k.snap.len) == 0:
-            say_more(f.c, 4, &k.snap.flow, b"HANDOFF to %s on control connection %ld", be.name,
+            say_more(f.c, 4, &k.req.flow, b"HANDOFF to %s on control connection %ld", be.name,
                      k.link)
             return True
     return False
@@ -425,21 +464,32 @@ cdef bint _await_room(frontend *f, conn *k) noexcept nogil:
     cdef uint64_t crowded = 0, waited, now = now_ns()
     cdef uint32_t i
     for i in range(TRIED_WORDS):
-        crowded |= k.crowded[i]
-        k.tried[i] &= ~k.crowded[i]
-        k.crowded[i] = 0
+        crowded |= k.req.crowded[i]
+        k.req.tried[i] &= ~k.req.crowded[i]
+        k.req.crowded[i] = 0
     if k.crowded_ns == 0:
         k.crowded_ns = now
     waited = now - k.crowded_ns
     if crowded == 0 or waited > ROOM_NS or load32(&f.pool_len) < f.nconns // 2:
         return False
-    say_number(f.c, 3, &k.snap.flow, b"an accept queue is full, waiting since %ld ms",
+    say_number(f.c, 3, &k.req.flow, b"an accept queue is full, waiting since %ld ms",
                waited // 1000000)
     _thaw(f, k)                # our stack acknowledges meanwhile, and hears of the client's end
     set64(&k.deadline_ns, now + min(max(waited, ROOM_SOON_NS), ROOM_LATE_NS))
     set32(&k.state, CONN_WAIT)
     _watch_client(f, k)
     return True
+
+
+cdef inline void _describe(conn *k, const uint8_t *head) noexcept nogil:
+    """Its entry, as the flow table gets it."""
+    k.entry.start_ns = k.req.began_ns
+    k.entry.last_ns = now_ns()
+    k.entry.backend = k.req.backend
+    k.entry.rule = k.req.rule
+    tcpha_hold(&k.entry, k.index)
+    k.entry.target_len = k.req.head.target_len
+    memcpy(k.entry.target, head + k.req.head.target, min(k.entry.target_len, TCPHA_TARGET_MAX))
 
 
 cdef void _offer(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
@@ -449,19 +499,14 @@ cdef void _offer(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
     cdef ssize_t n
     cdef tcpha_entry old
     # a client on this very host: its packets and the answers would never meet
-    while not k.local and _choose(f, w, k, buf):
-        k.entry.id = (add64(&f.next_id, 1) << SLOT_BITS) | k.index
-        say_more(f.c, 5, &k.snap.flow, b"chosen: back end %s, rule %ld",
-                 f.backends[k.entry.backend].name, <int>k.entry.rule)
+    while not k.local and _choose(f, w, &k.req, buf):
+        k.req.id = (add64(&f.next_id, 1) << SLOT_BITS) | k.index
+        _say_chosen(f, &k.req)
         if not k.diverted:
-            k.entry.start_ns = k.accept_ns
-            k.entry.last_ns = now_ns()
-            tcpha_hold(&k.entry, k.index)
-            k.entry.target_len = k.head.target_len
-            memcpy(k.entry.target, buf + k.head.target, min(k.head.target_len, TCPHA_TARGET_MAX))
-            rc = f.dp.divert(f.dp.self, w.index, &k.snap.flow, &k.entry, &old)
+            _describe(k, buf)
+            rc = f.dp.divert(f.dp.self, w.index, &k.req.flow, &k.entry, &old)
             if rc < 0:
-                say_flow(f.c, 1, &k.snap.flow, b"the flow table is full")
+                say_flow(f.c, 1, &k.req.flow, b"the flow table is full")
                 add64(&f.n.table_full, 1)
                 break
             if rc == 1:        # the client reused its port before CLOSED came
@@ -470,48 +515,44 @@ cdef void _offer(frontend *f, worker *w, conn *k, uint8_t *buf) noexcept nogil:
         rc = f.dp.freeze(f.dp.self, w.index, k.fd, &k.snap)
         k.frozen = True
         if rc == DP_GONE:
-            say_flow(f.c, 2, &k.snap.flow, b"the client has reset the connection")
+            say_flow(f.c, 2, &k.req.flow, b"the client has reset the connection")
             add64(&f.n.lost, 1)
-            f.dp.give_back(f.dp.self, &k.snap.flow, k.index)
+            f.dp.give_back(f.dp.self, &k.req.flow, k.index)
             _close(f, k)
             return
         if rc < 0:
-            say_flow(f.c, 0, &k.snap.flow, b"cannot freeze the connection")
+            say_flow(f.c, 0, &k.req.flow, b"cannot freeze the connection")
             break
         if k.snap.len != k.seen or k.seen == 0:
             setsockopt(k.fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, &one, sizeof(one))
             n = recv(k.fd, buf, SCRATCH, MSG_PEEK | MSG_DONTWAIT)
             if n < <ssize_t>k.snap.len:
-                say_flow(f.c, 0, &k.snap.flow, b"cannot read the connection's bytes")
+                say_flow(f.c, 0, &k.req.flow, b"cannot read the connection's bytes")
                 break
             k.seen = <uint32_t>n
             if k.seen > k.snap.len:  # arrived between the two looks
                 k.snap.rcv_nxt += k.seen - k.snap.len
                 k.snap.len = k.seen
-        add32(&f.loads[k.entry.backend].live, 1)
+        _offered(f, &k.req, now_ns())
         set32(&k.state, CONN_SENT)
-        k.offered_ns = now_ns()
-        set64(&k.deadline_ns, k.offered_ns + f.offer_ns)
+        set64(&k.deadline_ns, k.req.offered_ns + f.offer_ns)
         if _send_offer(f, w, k, buf, LINK_FULL):
-            say_more(f.c, 3, &k.snap.flow, b"offered to %s, %ld bytes",
-                     f.backends[k.entry.backend].name, k.snap.len)
+            say_more(f.c, 3, &k.req.flow, b"offered to %s, %ld bytes",
+                     f.backends[k.req.backend].name, k.snap.len)
             return
-        _undo_offer(f, k, REFUSE_LINK)
+        _refused(f, &k.req, REFUSE_LINK)
     else:
         if _await_room(f, k):
             return
-    say_flow(f.c, 1, &k.snap.flow, b"no back end takes the request: 503")
+    say_flow(f.c, 1, &k.req.flow, b"no back end takes the request: 503")
     _answer(f, k, ANSWER_503, &f.n.answered_503)
 
 
 cdef inline bint _may_have_it(conn *k, uint32_t reason) noexcept nogil:
     """Whether the back end at hand, and no other one, may have adopted a connection of which it has
     not said so: what it has refused in so many words it has not."""
-    cdef int i
-    for i in range(TRIED_WORDS):
-        if k.tried[i]:
-            return False
-    return reason == REFUSE_TIMEOUT or reason == REFUSE_LINK or reason == REFUSE_STALE
+    return _untried(&k.req) and \
+        (reason == REFUSE_TIMEOUT or reason == REFUSE_LINK or reason == REFUSE_STALE)
 
 
 cdef void _offer_again(frontend *f, worker *w, conn *k, uint32_t reason) noexcept nogil:
@@ -520,15 +561,15 @@ cdef void _offer_again(frontend *f, worker *w, conn *k, uint32_t reason) noexcep
     cdef ssize_t n
     if _may_have_it(k, reason) and f.dp.answered(f.dp.self, k.index, k.snap.snd_nxt):
         # what was lost is the word of the back end that has it, and none other must answer now
-        say_more(f.c, 1, &k.snap.flow, b"%s has adopted it without a word",
-                 f.backends[k.entry.backend].name, 0)
+        say_more(f.c, 1, &k.req.flow, b"%s has adopted it without a word",
+                 f.backends[k.req.backend].name, 0)
         _complete(f, w, k)
         return
-    _undo_offer(f, k, reason)
+    _refused(f, &k.req, reason)
     setsockopt(k.fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, &one, sizeof(one))
     n = recv(k.fd, w.scratch, SCRATCH, MSG_PEEK | MSG_DONTWAIT)
     k.seen = <uint32_t>n if n > 0 else 0
-    if k.seen < k.head.pos:
+    if k.seen < k.req.head.pos:
         _answer(f, k, ANSWER_503, &f.n.answered_503)
         return
     _offer(f, w, k, w.scratch)
@@ -537,7 +578,7 @@ cdef void _offer_again(frontend *f, worker *w, conn *k, uint32_t reason) noexcep
 cdef void _offer_later(frontend *f, worker *w, conn *k) noexcept nogil:
     """There may be room now."""
     cdef ssize_t n = recv(k.fd, w.scratch, SCRATCH, MSG_PEEK | MSG_DONTWAIT)
-    if n < <ssize_t>k.head.pos:  # reset
+    if n < <ssize_t>k.req.head.pos:  # reset
         add64(&f.n.lost, 1)
         _close(f, k)
         return
@@ -545,7 +586,7 @@ cdef void _offer_later(frontend *f, worker *w, conn *k) noexcept nogil:
     _offer(f, w, k, w.scratch)
 
 
-cdef void _log_access(frontend *f, conn *k, const uint8_t *head_bytes) noexcept nogil:
+cdef void _log_access(frontend *f, const request *r, const uint8_t *head_bytes) noexcept nogil:
     """One line: time, client, request-target, number of the rule (or -), back end, microseconds in
     the front end. What a full disk had room for of one is taken back: only whole lines stay."""
     cdef char head[96]
@@ -558,23 +599,26 @@ cdef void _log_access(frontend *f, conn *k, const uint8_t *head_bytes) noexcept 
     cdef time_t seconds = <time_t>(now // 1000000000)
     cdef tm at
     cdef int n
+    if head_bytes == NULL:
+        add64(&f.n.access_lost, 1)
+        return
     memcpy(rule, b"-", 2)
     gmtime_r(&seconds, &at)
     n = <int>strftime(head, sizeof(head), b"%Y-%m-%dT%H:%M:%S", &at)
     n += snprintf(head + n, sizeof(head) - n, b".%06uZ ",
                   <unsigned int>(now // 1000 % 1000000))
-    n += flow_text(&k.snap.flow, head + n, <int>sizeof(head) - n)
+    n += flow_text(&r.flow, head + n, <int>sizeof(head) - n)
     head[n] = c" "
     iov[0].iov_base = head
     iov[0].iov_len = n + 1
-    iov[1].iov_base = <uint8_t *>head_bytes + k.head.target
-    iov[1].iov_len = k.head.target_len
-    if k.entry.rule != <uint32_t>NO_RULE:
-        snprintf(rule, sizeof(rule), b"%u", k.entry.rule)
+    iov[1].iov_base = <uint8_t *>head_bytes + r.head.target
+    iov[1].iov_len = r.head.target_len
+    if r.rule != <uint32_t>NO_RULE:
+        snprintf(rule, sizeof(rule), b"%u", r.rule)
     iov[2].iov_base = tail
     iov[2].iov_len = snprintf(tail, sizeof(tail), b" %s %s %lu\n", rule,
-                              f.backends[k.entry.backend].name,
-                              <unsigned long>((now_ns() - k.accept_ns) // 1000))
+                              f.backends[r.backend].name,
+                              <unsigned long>((now_ns() - r.began_ns) // 1000))
     size = iov[0].iov_len + iov[1].iov_len + iov[2].iov_len
     pthread_mutex_lock(&f.access_lock)  # for the position, which is then the end of our line
     written = writev(f.access_fd, iov, 3)
@@ -623,10 +667,11 @@ cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
     cdef ssize_t n
     cdef bint fin
     cdef uint64_t at
-    now.flow = k.snap.flow
+    cdef const uint8_t *head = NULL
+    now.flow = k.req.flow
     # A packet that another CPU had in its hands when the flow was diverted may have reached our
     # socket after the snapshot: our stack has acknowledged it, so it must be passed on from here.
-    if k.entry.backend == TCPHA_LOCAL_NODE:
+    if k.req.backend == TCPHA_LOCAL_NODE:
         fin = _look_again(k, w, &now, &late)
     elif f.dp.freeze(f.dp.self, w.index, k.fd, &now) == 0:
         fin = (now.flags & SNAP_FIN) != 0 and not k.snap.flags & SNAP_FIN
@@ -639,35 +684,31 @@ cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
     else:
         fin = False
         now = k.snap
-    tcpha_forward(&k.entry, k.entry.id)
+    k.entry.backend = k.req.backend
+    k.entry.rule = k.req.rule
+    tcpha_forward(&k.entry, k.req.id)
     k.entry.end_seq = now.rcv_nxt
     if now.flags & SNAP_FIN:
         k.entry.flags |= TCPHA_F_FIN
     if f.dp.forward(f.dp.self, w.index, &k.entry, &now, w.scratch + k.snap.len, late, fin) < 0:
         if k.state != CONN_TAKEN:
-            say_flow(f.c, 0, &k.snap.flow, b"cannot divert the flow, trying again: out of memory")
+            say_flow(f.c, 0, &k.req.flow, b"cannot divert the flow, trying again: out of memory")
         set32(&k.state, CONN_TAKEN)
         set64(&k.deadline_ns, now_ns())
         return
     k.diverted = False
     add64(&f.n.late_bytes, late)
-    _count_handed(f, k.entry.backend, k.entry.rule)
     at = now_ns()
-    histogram_add(&f.stages[STAGE_OFFER], at - k.offered_ns)
-    histogram_add(&f.stages[STAGE_TOTAL], at - k.accept_ns)
-    slow_note(&f.slow, at - k.accept_ns, &k.snap.flow, k.entry.backend, k.entry.rule,
-              k.entry.target, k.entry.target_len)
-    say_more(f.c, 2, &k.snap.flow, b"handed over to %s by rule %ld",
-             f.backends[k.entry.backend].name, <int>k.entry.rule)
+    histogram_add(&f.stages[STAGE_OFFER], at - k.req.offered_ns)
+    histogram_add(&f.stages[STAGE_TOTAL], at - k.req.began_ns)
     if f.access_fd >= 0:
         setsockopt(k.fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, &one, sizeof(one))
-        if recv(k.fd, w.scratch, SCRATCH, MSG_PEEK | MSG_DONTWAIT) < \
-                <ssize_t>(k.head.target + k.head.target_len):
-            add64(&f.n.access_lost, 1)
-        else:
-            _log_access(f, k, w.scratch)
+        n = recv(k.fd, w.scratch, SCRATCH, MSG_PEEK | MSG_DONTWAIT)
+        if n >= <ssize_t>(k.req.head.target + k.req.head.target_len):
+            head = w.scratch
+    _handed(f, &k.req, k.entry.target, at - k.req.began_ns, head)
     if k.ended:
-        _forget(f, w, &k.snap.flow, k.entry.id, k.linger)
+        _forget(f, w, &k.req.flow, k.req.id, k.linger)
     _close(f, k)
 
 
@@ -689,28 +730,28 @@ cdef void _read_head(frontend *f, worker *w, conn *k) noexcept nogil:
             _close(f, k)
             return
         k.seen = <uint32_t>n
-        say_number(f.c, 6, &k.snap.flow, b"%ld bytes are there", k.seen)
-        rc = http_parse(&k.head, w.scratch, min(k.seen, f.headlimit))
+        say_number(f.c, 6, &k.req.flow, b"%ld bytes are there", k.seen)
+        rc = http_parse(&k.req.head, w.scratch, min(k.seen, f.headlimit))
         # a FIN may have come with the last bytes; if so, look once more for what came before it
         if rc != HTTP_MORE or ended or not half_closed(k.fd):
             break
         ended = True
     if rc == HTTP_BAD:
-        say_flow(f.c, 1, &k.snap.flow, k.head.error)
+        say_flow(f.c, 1, &k.req.flow, k.req.head.error)
         _answer(f, k, ANSWER_400, &f.n.answered_400)
     elif rc != HTTP_MORE:
-        k.method_head = (k.head.method_len == 4
-                         and memcmp(w.scratch + k.head.method, b"HEAD", 4) == 0)
-        histogram_add(&f.stages[STAGE_HEAD], now_ns() - k.accept_ns)
+        k.method_head = (k.req.head.method_len == 4
+                         and memcmp(w.scratch + k.req.head.method, b"HEAD", 4) == 0)
+        histogram_add(&f.stages[STAGE_HEAD], now_ns() - k.req.began_ns)
         _offer(f, w, k, w.scratch)
     elif k.seen >= f.headlimit:
-        say_flow(f.c, 1, &k.snap.flow, b"request head over headlimit: 431")
+        say_flow(f.c, 1, &k.req.flow, b"request head over headlimit: 431")
         _answer(f, k, ANSWER_431, &f.n.answered_431)
-    elif ended and not http_begun(&k.head):
+    elif ended and not http_begun(&k.req.head):
         add64(&f.n.lost, 1)
         _leave_silent(f, k)
     elif ended:
-        say_flow(f.c, 1, &k.snap.flow, b"the client ended in its request head: 400")
+        say_flow(f.c, 1, &k.req.flow, b"the client ended in its request head: 400")
         _answer(f, k, ANSWER_400, &f.n.answered_400)
     else:
         _watch_client(f, k)
@@ -740,22 +781,17 @@ cdef void _accept(frontend *f, worker *w) noexcept nogil:
         k.fd = fd
         k.frozen = k.diverted = k.watched = k.method_head = k.ended = False
         k.seen = 0
-        k.accept_ns = now_ns()
-        set64(&k.deadline_ns, k.accept_ns + f.headtimeout_ns)
-        memset(&k.head, 0, sizeof(k.head))
+        memset(&k.req, 0, sizeof(k.req))
+        k.req.began_ns = now_ns()
+        set64(&k.deadline_ns, k.req.began_ns + f.headtimeout_ns)
         memset(&k.snap, 0, sizeof(k.snap))
         memset(&k.entry, 0, sizeof(k.entry))
-        memset(k.tried, 0, sizeof(k.tried))
-        memset(k.crowded, 0, sizeof(k.crowded))
         k.crowded_ns = 0
-        k.snap.flow.caddr[10] = k.snap.flow.caddr[11] = 0xff
-        memcpy(k.snap.flow.caddr + 12, &peer.sin_addr, 4)
-        memcpy(k.snap.flow.vaddr, f.vaddr, 16)
+        _flow_from(f, &peer.sin_addr, &peer.sin_port, &k.req.flow)
+        k.snap.flow = k.req.flow
         k.local = memcmp(&peer.sin_addr, f.vaddr + 12, 4) == 0
-        k.snap.flow.cport = peer.sin_port
-        k.snap.flow.vport = f.vport
         set32(&k.state, CONN_READ)
-        say_flow(f.c, 6, &k.snap.flow, b"accepted")
+        say_flow(f.c, 6, &k.req.flow, b"accepted")
         _read_head(f, w, k)
         pthread_mutex_unlock(&k.lock)
     # more may wait: let another worker have a share
@@ -764,13 +800,19 @@ cdef void _accept(frontend *f, worker *w) noexcept nogil:
 
 # The packet path
 
+cdef bint _takes_fast(frontend *f, uint32_t b) noexcept nogil:
+    """Whether a back end is there and has the key of the cookies that we make."""
+    cdef backend *be = &f.backends[b]
+    return load32(&be.may.used) and load32(&be.may.links) and load64(&be.keyed) >= load64(&f.key)
+
+
 cdef bint _make_verdict(frontend *f, fe_worker *fw, tcpha_verdict *t) noexcept nogil:
     """Who may take a request by the rules that matched. False: no verdict can say so."""
     cdef const ruleset *rules = fw.rules
     cdef int64_t g = _next_group(fw.bits, rules.words, -1)
     cdef uint32_t i
     while g >= 0 and rules.first[g + 1] - rules.first[g] <= TCPHA_CHOICES:
-        t.count = _members(f, rules, <uint32_t>g, fw.request.tried, False, t.choice,
+        t.count = _members(f, rules, <uint32_t>g, fw.req.tried, False, t.choice,
                            <uint64_t *>&t.until_ns)
         for i in range(t.count):
             if load64(&f.backends[t.choice[i].backend].keyed) < load64(&f.key):
@@ -790,23 +832,23 @@ cdef bint _sighted(frontend *f, uint64_t key) noexcept nogil:
     return False
 
 
-cdef void _keep_verdict(frontend *f, fe_worker *fw, conn *k, const tcp_view *v,
+cdef void _keep_verdict(frontend *f, fe_worker *fw, const tcp_view *v,
                         uint64_t generation) noexcept nogil:
     """Have the program decide requests like this one, from the second on: see verdict.bpf.h."""
     cdef tcpha_cache *c = f.dp.cache
-    cdef uint32_t line = k.head.target + k.head.target_len, i
+    cdef request *r = &fw.req
+    cdef uint32_t line = r.head.target + r.head.target_len
     cdef uint32_t limit = load32(&f.headlimit)
     cdef uint64_t target, rest
     cdef tcpha_verdict t
-    if c == NULL or not load32(&c.on) or k.head.pos != v.data_len or \
+    if c == NULL or not load32(&c.on) or r.head.pos != v.data_len or \
             v.data_len > TCPHA_HEAD_MAX or line >= TCPHA_LINE_MAX:
         return
     # the program knows a head by its halves, and any two of those that are known may come together
     if limit < TCPHA_HEAD_MAX and max(line, v.data_len - line) > limit // 2:
         return
-    for i in range(TRIED_WORDS):
-        if k.tried[i]:
-            return
+    if not _untried(r):
+        return
     target = tcpha_siphash(v.data, line, c.key[0], c.key[1])
     rest = tcpha_siphash(v.data + line, v.data_len - line, c.key[0], ~c.key[1])
     memset(&t, 0, sizeof(t))
@@ -817,13 +859,36 @@ cdef void _keep_verdict(frontend *f, fe_worker *fw, conn *k, const tcp_view *v,
         f.dp.keep_verdict(f.dp.self, target, &t)
 
 
-cdef void _flow_of(frontend *f, const tcp_view *v, tcpha_flow *flow) noexcept nogil:
-    memset(flow, 0, sizeof(tcpha_flow))
-    flow.caddr[10] = flow.caddr[11] = 0xff
-    memcpy(flow.caddr + 12, v.ip + 12, 4)
-    memcpy(&flow.cport, v.tcp, 2)
-    memcpy(flow.vaddr, f.vaddr, 16)
-    flow.vport = f.vport
+cdef void _recall(frontend *f, request *r, uint64_t id) noexcept nogil:
+    """A request of the packet path, with what is remembered of it."""
+    cdef returned *back = &f.back[id % RETURNED]
+    memset(r, 0, sizeof(request))
+    r.id = id
+    if load32(&f.returns) == 0:
+        return
+    pthread_mutex_lock(&f.return_lock)
+    if back.id == id:
+        memcpy(r.tried, back.tried, sizeof(r.tried))
+    pthread_mutex_unlock(&f.return_lock)
+
+
+cdef void _remember(frontend *f, const request *r) noexcept nogil:
+    """Who has refused it, for when the client sends it again."""
+    cdef returned *back = &f.back[r.id % RETURNED]
+    pthread_mutex_lock(&f.return_lock)
+    back.id = r.id
+    memcpy(back.tried, r.tried, sizeof(r.tried))
+    pthread_mutex_unlock(&f.return_lock)
+    add32(&f.returns, 1)
+
+
+cdef bint _choose_fast(frontend *f, worker *w, request *r, const tcp_view *v) noexcept nogil:
+    """Whether the request is plain and somebody takes it by a cookie of ours, who is chosen then."""
+    # of urgent data, a server reads other bytes than there are in the segment: so does our socket
+    return not v.tcp[13] & TCP_URG and \
+        http_parse(&r.head, v.data, min(v.data_len, f.headlimit)) == HTTP_DONE and \
+        _choose(f, w, r, v.data) and \
+        load64(&f.backends[r.backend].keyed) >= load64(&f.key)  # never the Local Node
 
 
 cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint32_t length,
@@ -832,61 +897,46 @@ cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint
     this very segment, and is accepted."""
     cdef fe_worker *fw = _of_worker(w)
     cdef tcpha_offer *o = &f.dp.offers[w.index]
-    cdef backend *be
-    cdef conn *k
-    cdef bint chosen
+    cdef request *r
     cdef uint64_t generation = 0, took
     if fw == NULL:
         return                 # out of memory: the client sends it again
     if f.dp.cache != NULL:     # before we look at anything that it stands for
         generation = load64(&f.dp.cache.generation)
-    k = &fw.request
-    o.id = fast_id(get32(v.tcp + 4) - 1, get32(v.tcp + 8) - 1)
-    _recall_returns(f, k, o.id)
-    memset(&k.head, 0, sizeof(k.head))
-    _flow_of(f, v, &k.snap.flow)
-    say_number(f.c, 6, &k.snap.flow, b"a first segment of %ld bytes", v.data_len)
+    r = &fw.req
+    _recall(f, r, fast_id(get32(v.tcp + 4) - 1, get32(v.tcp + 8) - 1))
+    _flow_from(f, v.ip + 12, v.tcp, &r.flow)
+    say_number(f.c, 6, &r.flow, b"a first segment of %ld bytes", v.data_len)
+    o.id = r.id
     o.old = o.result = 0
-    be = NULL
-    # of urgent data, a server reads other bytes than there are in the segment: so does our socket
-    chosen = not v.tcp[13] & TCP_URG and \
-        http_parse(&k.head, v.data, min(v.data_len, f.headlimit)) == HTTP_DONE and \
-        _choose(f, w, k, v.data)
-    if chosen:
-        be = &f.backends[k.entry.backend]
-        chosen = load64(&be.keyed) >= load64(&f.key)  # never the Local Node
-    if not chosen:
-        say_flow(f.c, 5, &k.snap.flow, b"to a socket")
-        f.dp.fast_socket(f.dp.self, queue, w.index, frame, length, &k.snap.flow)
+    if not _choose_fast(f, w, r, v):
+        say_flow(f.c, 5, &r.flow, b"to a socket")
+        f.dp.fast_socket(f.dp.self, queue, w.index, frame, length, &r.flow)
         if o.old:
             _count_closed(f, o.old - 1)
         return
     add64(&f.next_id, 1)       # equal loads take turns
-    say_more(f.c, 5, &k.snap.flow, b"chosen: back end %s, rule %ld", be.name, <int>k.entry.rule)
-    o.backend = k.entry.backend
-    o.rule = k.entry.rule
-    o.alone = k.head.pos == v.data_len and v.data[0] in (b'G', b'H')  # GET, HEAD
-    o.target_len = k.head.target_len
-    memcpy(o.target, v.data + k.head.target, min(k.head.target_len, TCPHA_TARGET_MAX))
-    say_more(f.c, 3, &k.snap.flow, b"offered to %s, %ld bytes", be.name, v.data_len)
-    add32(&f.loads[o.backend].live, 1)
+    _say_chosen(f, r)
+    o.backend = r.backend
+    o.rule = r.rule
+    o.alone = r.head.pos == v.data_len and v.data[0] in (b'G', b'H')  # GET, HEAD
+    o.target_len = r.head.target_len
+    memcpy(o.target, v.data + r.head.target, min(r.head.target_len, TCPHA_TARGET_MAX))
+    say_more(f.c, 3, &r.flow, b"offered to %s, %ld bytes", f.backends[r.backend].name, v.data_len)
+    _offered(f, r, 0)
     f.dp.fast_pass(f.dp.self, queue, w.index, frame, length, TCPHA_FAST_SEND)
     if o.old:
         _count_closed(f, o.old - 1)
     if o.result != 1:          # a copy of a segment, or its flow is over
-        add32(&f.loads[o.backend].live, -1)
+        _call_off(f, r)
         return
+    r.began_ns = o.start_ns
+    took = now_ns() - o.start_ns
     add64(&f.n.accepted, 1)
     add64(&f.n.fast, 1)
-    _count_handed(f, o.backend, o.rule)
-    took = now_ns() - o.start_ns
     histogram_add(&f.stages[STAGE_FAST], took)
-    slow_note(&f.slow, took, &k.snap.flow, o.backend, o.rule, o.target, o.target_len)
-    say_more(f.c, 2, &k.snap.flow, b"handed over to %s by rule %ld", be.name, <int>k.entry.rule)
-    if f.access_fd >= 0:
-        k.accept_ns = o.start_ns
-        _log_access(f, k, v.data)
-    _keep_verdict(f, fw, k, v, generation)
+    _handed(f, r, o.target, took, v.data)
+    _keep_verdict(f, fw, v, generation)
 
 
 cdef void _on_requests(frontend *f, worker *w, uint32_t queue) noexcept nogil:
@@ -909,7 +959,7 @@ cdef void _on_requests(frontend *f, worker *w, uint32_t queue) noexcept nogil:
             if kind == TCPHA_FAST_FIRST:
                 _dispatch(f, w, queue, w.scratch, length, &v)
             elif kind == TCPHA_FAST_EARLY:
-                _flow_of(f, &v, &flow)
+                _flow_from(f, v.ip + 12, v.tcp, &flow)
                 say_flow(f.c, 6, &flow, b"a later segment has come first: to a socket")
                 f.dp.fast_early(f.dp.self, queue, w.index, w.scratch, length, &flow)
             else:
@@ -952,31 +1002,23 @@ cdef void _on_return(frontend *f, worker *w, uint32_t b, message *m) noexcept no
     """A request of the packet path that the back end did not take: the client sends it again, and
     then it is dispatched anew."""
     cdef backend *be = &f.backends[b]
-    cdef returned *r = &f.back[m.id % RETURNED]
     cdef tcpha_entry entry
+    cdef request r
     say_more(f.c, 4, &m.snap.flow, b"RETURN from %s", be.name, 0)
     if f.dp.nfast == 0 or \
-            f.dp.take_back(f.dp.self, w.index, &m.snap.flow, m.id, &entry) != 1:
+            f.dp.take_back(f.dp.self, w.index, &m.snap.flow, m.id, b, &entry) != 1:
         return
-    pthread_mutex_lock(&f.return_lock)
-    if r.id != m.id:
-        r.id = m.id
-        memset(r.tried, 0, sizeof(r.tried))
-    if m.reason != REFUSE_LOST:
-        r.tried[b >> 6] |= <uint64_t>1 << (b & 63)
-    pthread_mutex_unlock(&f.return_lock)
-    add32(&f.returns, 1)
-    # it was counted when it was sent, and is again when it comes again
-    add64(&f.n.accepted, -1)
-    add64(&f.n.handed, -1)
-    add64(&f.n.fast, -1)
-    add64(&f.backends[entry.backend].handed, -1)
-    if entry.rule < TCPHA_MAX_RULES:
-        add64(&f.rule_hits[entry.rule], -1)
+    _recall(f, &r, m.id)
+    r.flow = m.snap.flow
+    r.backend = b
+    r.rule = entry.rule
+    add64(&f.n.returned, 1)    # it was counted when it was sent, and is again when it comes again
+    add64(&be.returned, 1)
     if m.reason == REFUSE_UNSUPPORTED:
         store64(&be.keyed, 0)  # of the connections that our cookies make
         _void_verdicts(f)
-    _refused(f, entry.backend, &m.snap.flow, m.reason)
+    _refused(f, &r, m.reason)
+    _remember(f, &r)
 
 
 cdef void _restore(frontend *f, worker *w, uint32_t b, const message *m) noexcept nogil:
@@ -1002,18 +1044,6 @@ cdef void _restore(frontend *f, worker *w, uint32_t b, const message *m) noexcep
     pthread_mutex_unlock(&f.restore_lock)
 
 
-cdef void _recall_returns(frontend *f, conn *k, uint64_t id) noexcept nogil:
-    """Set k.tried."""
-    cdef returned *r = &f.back[id % RETURNED]
-    memset(k.tried, 0, sizeof(k.tried))
-    if f.returns == 0:
-        return
-    pthread_mutex_lock(&f.return_lock)
-    if r.id == id:
-        memcpy(k.tried, r.tried, sizeof(k.tried))
-    pthread_mutex_unlock(&f.return_lock)
-
-
 cdef void _on_closed(frontend *f, worker *w, uint32_t b, const message *m) noexcept nogil:
     cdef uint32_t slot = <uint32_t>(m.id & ((1 << SLOT_BITS) - 1))
     cdef bint linger = m.reason == END_TIME_WAIT
@@ -1022,7 +1052,7 @@ cdef void _on_closed(frontend *f, worker *w, uint32_t b, const message *m) noexc
         return
     k = &f.conns[slot]
     pthread_mutex_lock(&k.lock)
-    if k.state == CONN_TAKEN and k.entry.id == m.id and k.entry.backend == b:
+    if k.state == CONN_TAKEN and k.req.id == m.id and k.req.backend == b:
         k.ended = True
         k.linger = linger
     pthread_mutex_unlock(&k.lock)
@@ -1069,8 +1099,8 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
         return -1
     k = &f.conns[slot]
     pthread_mutex_lock(&k.lock)
-    if k.state == CONN_SENT and k.entry.id == m.id and k.entry.backend == l.peer:
-        say_more(c, 4, &k.snap.flow, b"ADOPTED from %s" if m.type == MSG_ADOPTED else
+    if k.state == CONN_SENT and k.req.id == m.id and k.req.backend == l.peer:
+        say_more(c, 4, &k.req.flow, b"ADOPTED from %s" if m.type == MSG_ADOPTED else
                  b"REFUSED from %s", f.backends[l.peer].name, 0)
         if m.type == MSG_ADOPTED:
             _complete(f, w, k)
@@ -1083,7 +1113,7 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
 cdef bint _waits(frontend *f, conn *k, uint32_t b) noexcept nogil:
     """Whether a connection waits for a back end's answer that cannot come any more."""
     cdef link *l = &f.c.links[load32(&k.link)]
-    return load32(&k.state) == CONN_SENT and load32(&k.entry.backend) == b and \
+    return load32(&k.state) == CONN_SENT and load32(&k.req.backend) == b and \
         (load32(&l.gen) != load32(&k.link_gen) or load32(&l.state) != LINK_UP)
 
 
@@ -1103,8 +1133,8 @@ cdef bint _ask_again(frontend *f, worker *w, conn *k) noexcept nogil:
     if not asked:
         return False
     set64(&k.deadline_ns, now_ns() + f.offer_ns)
-    say_more(f.c, 1, &k.snap.flow, b"asked %s again, as a control connection broke",
-             f.backends[k.entry.backend].name, 0)
+    say_more(f.c, 1, &k.req.flow, b"asked %s again, as a control connection broke",
+             f.backends[k.req.backend].name, 0)
     return True
 
 
@@ -1162,12 +1192,12 @@ cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
         if pthread_mutex_trylock(&k.lock) != 0:
             continue
         if k.state != CONN_FREE and k.deadline_ns <= now:
-            if k.state == CONN_READ and not http_begun(&k.head):
-                say_flow(c, 2, &k.snap.flow, b"no request in headtimeout: closed")
+            if k.state == CONN_READ and not http_begun(&k.req.head):
+                say_flow(c, 2, &k.req.flow, b"no request in headtimeout: closed")
                 add64(&f.n.silent, 1)
                 _leave_silent(f, k)
             elif k.state == CONN_READ:
-                say_flow(c, 1, &k.snap.flow, b"no complete request head in headtimeout: 408")
+                say_flow(c, 1, &k.req.flow, b"no complete request head in headtimeout: 408")
                 _answer(f, k, ANSWER_408, &f.n.answered_408)
             elif k.state == CONN_LINGER:
                 _discard(k)
@@ -1180,7 +1210,7 @@ cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
                     load32(&c.links[k.link].state) == LINK_UP:
                 _stalled(f, k)
                 _offer_again(f, w, k, REFUSE_TIMEOUT)
-            elif load32(&f.backends[k.entry.backend].may.dead) or not _ask_again(f, w, k):
+            elif load32(&f.backends[k.req.backend].may.dead) or not _ask_again(f, w, k):
                 _offer_again(f, w, k, REFUSE_LINK)
         pthread_mutex_unlock(&k.lock)
 
@@ -1188,7 +1218,7 @@ cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
 cdef void _stalled(frontend *f, conn *k) noexcept nogil:
     """A back end did not answer in time. It must not find the offer later: its links are broken (by
     Python, at once), and it refuses what has grown old on the way."""
-    store32(&f.backends[k.entry.backend].may.dead, 1)
+    store32(&f.backends[k.req.backend].may.dead, 1)
     _void_verdicts(f)
     notice(f.c)
 
@@ -1468,7 +1498,7 @@ cdef class FrontEnd(Core):
 
     def hits(self, int count):
         """How many connections each of the first 'count' rules has handed over since the start, by
-        index: rules that were at its place before are included. What is taken back is not."""
+        index: rules that were at its place before are included."""
         cdef int i
         return [load64(&self.f.rule_hits[i]) for i in range(min(count, <int>TCPHA_MAX_RULES))]
 
@@ -1605,7 +1635,7 @@ cdef class FrontEnd(Core):
                 "draining": bool(load32(&be.may.draining)), "dead": bool(load32(&be.may.dead)),
                 "listens": bool(load64(&be.server_said) & 1), "live": load32(&load.live),
                 "handed": load64(&be.handed) + load64(<uint64_t *>&load.handed),
-                "refused": load64(&be.refused),
+                "refused": load64(&be.refused), "returned": load64(&be.returned),
                 "closed": load64(&be.closed) + load64(<uint64_t *>&load.closed)}
 
     def drop_strangers(self, bint drop):
@@ -1622,7 +1652,7 @@ cdef class FrontEnd(Core):
             closed += load64(<uint64_t *>&self.f.loads[i].closed)
         return {"accepted": n.accepted + cached, "handed": n.handed + cached,
                 "closed": n.closed + closed,
-                "refused": n.refused, "lost": n.lost, "silent": n.silent, "expired": n.expired,
+                "refused": n.refused, "returned": n.returned, "lost": n.lost, "silent": n.silent, "expired": n.expired,
                 "restored": n.restored,
                 "answered_400": n.answered_400, "answered_408": n.answered_408,
                 "fast": n.fast + cached, "answered_431": n.answered_431,

@@ -76,9 +76,11 @@ def frontend(status: Mapping[str, Any], rules: list[dict[str, Any]],
     yield from _shared("fe", status)
     yield _labelled(
         CounterMetricFamily("tcpha_handoffs", "Handoffs, by back end and outcome: handed, refused "
-                            "(offered elsewhere then), closed (ended after it was handed over).",
+                            "(offered elsewhere then), returned (those of both: refused after "
+                            "they were handed over), closed (ended after it was handed over).",
                             labels=["server", "outcome"]),
-        [([s["server"], how], s[how]) for s in servers for how in ("handed", "refused", "closed")])
+        [([s["server"], how], s[how]) for s in servers
+         for how in ("handed", "refused", "returned", "closed")])
     yield _labelled(
         CounterMetricFamily("tcpha_rule_handoffs", "Connections handed over, by rule.",
                             labels=["rule", "server", "pattern"]),

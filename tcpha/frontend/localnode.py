@@ -91,7 +91,8 @@ class LocalNode:
         stats = self.core.backend_stats(INDEX)
         return {"redirectaddr": self.address, "redirectport": self.port,
                 "listening": self.application.usable,
-                **{key: stats[key] for key in ("live", "handed", "refused", "closed")}}
+                **{key: stats[key] for key in ("live", "handed", "refused", "returned",
+                                                 "closed")}}
 
     def close(self, end_log: Callable[[Any], None]) -> None:
         """The front end's workers have ended."""

@@ -688,7 +688,8 @@ class Registry:
                          "mtu": entry.path.mtu if entry.path else 0,
                          "registered": entry.server.address in self.registered,
                          "live": stats["live"], "handed": stats["handed"],
-                         "refused": stats["refused"], "closed": stats["closed"]})
+                         "refused": stats["refused"], "returned": stats["returned"],
+                         "closed": stats["closed"]})
         return rows
 
     def drain(self, address: str, draining: bool) -> dict[str, Any]:
