@@ -12,7 +12,7 @@ DEB_APT := build-essential clang debhelper dh-python fakeroot libbpf-dev libelf-
 BENCH_APT := haproxy wrk
 KERNELS_APT := qemu-system-x86 kmod busybox-static cpio zstd xz-utils ipvsadm
 TEST_APT := debootstrap lintian chromium fonts-dejavu-core strace
-SOURCES := $(wildcard tcpha/_fast/*.pyx tcpha/_fast/*.pxd tcpha/_bpf/*.c tcpha/_bpf/*.h) setup.py \
+SOURCES := $(wildcard tcpha/_fast/*.pyx tcpha/_fast/*.pxd tcpha/_fast/*/*.pxi tcpha/_bpf/*.c tcpha/_bpf/*.h) setup.py \
 	pyproject.toml
 
 .PHONY: build demo test test-kernels bench deb lint clean

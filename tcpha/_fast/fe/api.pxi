@@ -1,0 +1,463 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# What Python may call.
+
+cdef class FrontEnd(Core):
+    """The front end's shared state.
+
+    maxclients: connections in hand at one time (at most 65,535); headlimit in bytes; headtimeout
+    and offer_timeout in seconds.
+    """
+
+    def __cinit__(self, int maxclients, uint32_t headlimit, double headtimeout,
+                  double offer_timeout=3.0):
+        cdef uint32_t i
+        if not 0 < maxclients < 1 << SLOT_BITS:
+            raise ValueError("maxclients out of range")
+        self.f = <frontend *>calloc(1, sizeof(frontend))
+        if self.f == NULL:
+            raise MemoryError
+        self.f.nconns = maxclients
+        self.f.conns = <conn *>calloc(maxclients, sizeof(conn))
+        self.f.pool = <uint32_t *>calloc(maxclients, sizeof(uint32_t))
+        self.f.own_loads = <tcpha_load *>calloc(TCPHA_MAX_BACKENDS, sizeof(tcpha_load))
+        self.f.own_hits = <uint64_t *>calloc(TCPHA_MAX_RULES, sizeof(uint64_t))
+        if self.f.conns == NULL or self.f.pool == NULL or self.f.own_loads == NULL or \
+                self.f.own_hits == NULL:
+            raise MemoryError
+        self.f.loads = self.f.own_loads
+        self.f.rule_hits = self.f.own_hits
+        slow_open(&self.f.slow)
+        pthread_mutex_init(&self.f.pool_lock, NULL)
+        pthread_mutex_init(&self.f.return_lock, NULL)
+        pthread_mutex_init(&self.f.restore_lock, NULL)
+        pthread_mutex_init(&self.f.access_lock, NULL)
+        for i in range(self.f.nconns):
+            self.f.conns[i].index = i
+            self.f.conns[i].fd = -1
+            pthread_mutex_init(&self.f.conns[i].lock, NULL)
+            self.f.pool[i] = maxclients - 1 - i
+        self.f.pool_len = maxclients
+        self.f.c = self.c
+        self.f.listen_fd = self.f.access_fd = -1
+        self.f.headlimit = headlimit
+        self.f.headtimeout_ns = <uint64_t>(headtimeout * 1e9)
+        self.f.offer_ns = <uint64_t>(offer_timeout * 1e9)
+        # ids of an earlier run must not come again: it may have left flows behind
+        self.f.next_id = <uint64_t>(time.time() * 1e6) >> 3
+        self.c.role = self.f
+        self.c.on_event = _on_event
+        self.c.on_message = _on_message
+        self.c.on_link_down = _on_link_down
+        self.c.on_timer = _on_timer
+        self.c.on_retire = _on_retire
+        self._open(50)
+
+    def __dealloc__(self):
+        cdef uint32_t i
+        if self.f == NULL:
+            return
+        if self.f.conns != NULL:
+            for i in range(self.f.nconns):
+                pthread_mutex_destroy(&self.f.conns[i].lock)
+        pthread_mutex_destroy(&self.f.pool_lock)
+        pthread_mutex_destroy(&self.f.return_lock)
+        pthread_mutex_destroy(&self.f.restore_lock)
+        pthread_mutex_destroy(&self.f.access_lock)
+        ruleset_free(self.f.rules)
+        free(self.f.conns)
+        free(self.f.pool)
+        free(self.f.own_loads)
+        free(self.f.own_hits)
+        slow_close(&self.f.slow)
+        free(self.f)
+
+    def start(self, datapath, listener, str vaddr):
+        """Take over a listening socket on vaddr and an opened datapath: see accept()."""
+        cdef FeDatapath d = datapath
+        cdef uint32_t i
+        self.datapath = d
+        self.f.dp = d.table
+        self.f.key = 1         # and so no back end has it
+        if d.table.loads != NULL:
+            self.f.loads = d.table.loads
+            self.f.rule_hits = d.table.rule_hits
+        address_bytes(vaddr, self.f.vaddr)
+        self.f.vport = htons(listener.getsockname()[1])
+        listener.setblocking(False)
+        self.f.listen_fd = listener.detach()
+        self.fds["listener"] = self.f.listen_fd
+        if d.table.event_fd >= 0:
+            watch(self.c, EPOLL_CTL_ADD, d.table.event_fd, EPOLLIN | EPOLLET, EV_TAP, 0, 0)
+        for i in range(d.table.nfast):
+            watch(self.c, EPOLL_CTL_ADD, d.table.fast_fd[i], EPOLLIN | EPOLLET, EV_FAST, i, 0)
+
+    def key_in_use(self):
+        """The number of the cookie key that an earlier run used last, if its connections go on; the
+        other place holds the one before, or the next. 0: there are none."""
+        return self.f.dp.state.key_number if self.datapath.taken_over else 0
+
+    def set_key(self, uint64_t number, bytes key):
+        """Know a cookie key (16 bytes) by its number: it replaces the last but one."""
+        memcpy(self.f.dp.keys.key[number & 1], <const char *>key, 16)
+
+    def use_key(self, uint64_t number):
+        """Make cookies with a key from now on."""
+        store64(&self.f.key, number)
+        self.f.dp.state.key_number = number
+        store32(&self.f.dp.keys.current, number & 1)
+        _void_verdicts(self.f)
+
+    def answer_syns(self, bint answer):
+        """Answer SYNs by cookie from now on, or leave them to the listener."""
+        if self.f.dp.nfast:
+            store32(&self.f.dp.keys.used, answer)
+
+    def answers_syns(self):
+        return bool(self.f.dp.nfast and load32(&self.f.dp.keys.used))
+
+    def cache_verdicts(self, bint on):
+        """Have the packet path's program decide repeated requests from now on, or no longer."""
+        if self.f.dp.cache != NULL:
+            store32(&self.f.dp.cache.on, on)
+
+    def send_key(self, uint32_t link_index, uint64_t number):
+        """Tell a back end a cookie key."""
+        cdef worker *w = self.outsider()
+        cdef uint8_t buf[MSG_KEYS_SIZE]
+        with nogil:
+            link_put(self.c, w, &self.c.links[link_index], buf, message_keys(
+                buf, number << 8 | self.f.dp.keys.wscale,
+                <const uint64_t *>self.f.dp.keys.key[number & 1]), NULL, 0)
+            self.flush_outsider()
+
+    def fast_backends(self):
+        """How many back ends could take a request of the packet path now."""
+        cdef uint32_t i
+        return sum([_takes_fast(self.f, i) for i in range(TCPHA_LOCAL_NODE)])
+
+    def ask_all(self, uint32_t b, double age):
+        """Have a back end tell which connections it has; told (see backend_stats) is false until it
+        has, or as long as it cannot be asked."""
+        cdef backend *be = &self.f.backends[b]
+        cdef worker *w = self.outsider()
+        cdef uint8_t buf[MSG_HEADER]
+        cdef uint32_t n
+        cdef int i
+        store64(&be.asked_ns, now_ns() - min(<uint64_t>(age * 1e9), now_ns()))
+        store32(&be.asked, be.asked + 1)
+        for i in range(LINKS_MAX):
+            n = be.link[i]
+            if n < MAX_LINKS and link_put(self.c, w, &self.c.links[n], buf,
+                                          message_short(buf, MSG_ASK, be.asked), NULL, 0) == 0:
+                break
+        with nogil:
+            self.flush_outsider()
+
+    def ask(self, Questions questions):
+        """Have back ends say whether they have the flows that were found last. Those of requests
+        that have reached them need no answer: they take note of them, if they were started anew."""
+        cdef worker *w = self.outsider()
+        cdef uint32_t i
+        with nogil:
+            for i in range(questions.count):
+                self._ask(w, &questions.list[i])
+            self.flush_outsider()
+
+    cdef void _ask(self, worker *w, const question *q) noexcept nogil:
+        cdef uint8_t buf[MSG_OWNED_SIZE]
+        cdef uint32_t n, length = message_doubt(buf, q.id, &q.flow) if q.doubtful else \
+            message_owned(buf, q.id, &q.flow)
+        cdef int i
+        for i in range(LINKS_MAX):
+            n = self.f.backends[q.backend].link[i]
+            if n < MAX_LINKS and link_put(self.c, w, &self.c.links[n], buf, length, NULL, 0) == 0:
+                return
+
+    def drop_pending(self):
+        """Remove the entries of requests that came to nothing on the way through user space."""
+        cdef Scan scan = Scan(self.datapath)
+        cdef uint32_t older
+        with nogil:
+            while scan.next():
+                if tcpha_is_pending(tcpha_state_of(scan.entry)):
+                    older = self.f.dp.drop_pending(self.f.dp.self, TCPHA_MAX_OPS - 2, scan.key,
+                                                   PENDING_NS)
+                    if older:  # of whose flow that had taken the place
+                        _count_closed(self.f, older - 1)
+        scan.check()
+
+    def offer_mtu(self, int mtu, int headers):
+        """Offer clients an MSS that this leaves room for, headers deducted, and no more than their
+        interface has room for. 0: that decides alone."""
+        cdef int mss = max(mtu - headers, MSS_MIN) if mtu else 0
+        if self.f.dp.state != NULL:
+            self.f.dp.state.mtu = mtu
+        if "listener" in self.fds:
+            setsockopt(self.f.listen_fd, IPPROTO_TCP, TCP_MAXSEG, &mss, sizeof(mss))
+
+    def accept(self):
+        """Begin to accept, if the listener was not closed meanwhile."""
+        if "listener" not in self.fds:
+            return
+        watch(self.c, EPOLL_CTL_ADD, self.f.listen_fd, EPOLLIN | EPOLLET, EV_LISTENER, 0, 0)
+
+    def refuse_new(self):
+        """Take no SYN any more. Handshakes that have begun can end and be accepted: close() would
+        reset them."""
+        cdef sock_filter program[4]
+        cdef sock_fprog filter
+        program[0] = sock_filter(code=BPF_LD | BPF_B | BPF_ABS, jt=0, jf=0, k=13)  # TCP's flags
+        program[1] = sock_filter(code=BPF_JMP | BPF_JSET | BPF_K, jt=0, jf=1, k=2)  # SYN
+        program[2] = sock_filter(code=BPF_RET | BPF_K, jt=0, jf=0, k=0)
+        program[3] = sock_filter(code=BPF_RET | BPF_K, jt=0, jf=0, k=<uint32_t>-1)
+        filter.len = 4
+        filter.filter = program
+        if setsockopt(self.f.listen_fd, SOL_SOCKET, SO_ATTACH_FILTER, &filter, sizeof(filter)) < 0:
+            raise OSError(errno, os.strerror(errno))
+
+    def backlog(self):
+        """Connections that wait to be accepted."""
+        cdef tcp_info_head info
+        cdef socklen_t n = sizeof(info)
+        if "listener" not in self.fds or \
+                getsockopt(self.f.listen_fd, IPPROTO_TCP, 11, &info, &n) < 0:  # TCP_INFO
+            return 0
+        return info.tcpi_unacked
+
+    def stop_accepting(self):
+        """Close the listener; connections in hand go on."""
+        if "listener" in self.fds:
+            store32(&self.f.unloading, 1)
+            watch(self.c, EPOLL_CTL_DEL, self.f.listen_fd, 0, EV_LISTENER, 0, 0)
+            self.later(partial(os.close, self.fds.pop("listener")))
+
+    def access_log(self, str path):
+        """Append a line for each handoff to a file from now on, opened anew; None: no longer.
+        Raises OSError and goes on as before."""
+        fd = -1
+        if path is not None:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        old = self.fds.pop("access", None)
+        if fd >= 0:
+            self.fds["access"] = fd
+        self.f.access_fd = fd
+        if old is not None:
+            self.later(partial(os.close, old))
+
+    def set_limits(self, uint32_t headlimit, double headtimeout):
+        self.f.headlimit = headlimit
+        self.f.headtimeout_ns = <uint64_t>(headtimeout * 1e9)
+        _void_verdicts(self.f)
+
+    def publish_rules(self, Matcher matcher, list groups):
+        """Put rules in force. matcher: of their patterns, in order; groups: the rules that bear
+        each, [[(backend index, rule index), ...], ...]."""
+        cdef ruleset *old
+        self.generation += 1
+        fresh = ruleset_new(matcher, groups, self.generation)
+        old = self.f.rules
+        storep(<void **>&self.f.rules, fresh)
+        _void_verdicts(self.f)
+        self.later(partial(self._free_rules, <size_t>old))
+
+    def _free_rules(self, size_t rules):
+        ruleset_free(<ruleset *>rules)
+
+    def hits(self, int count):
+        """How many connections each of the first 'count' rules has handed over since the start, by
+        index: rules that were at its place before are included."""
+        cdef int i
+        return [load64(&self.f.rule_hits[i]) for i in range(min(count, <int>TCPHA_MAX_RULES))]
+
+    def stages(self):
+        """{stage: what histogram_read() says}, see fe_worker.pxd."""
+        return {name: histogram_read(&self.f.stages[i]) for name, i in (
+            ("head", STAGE_HEAD), ("offer", STAGE_OFFER), ("total", STAGE_TOTAL),
+            ("fast", STAGE_FAST))}
+
+    def slowest(self, double seconds):
+        """The slowest handoffs of the last so many seconds, one dict each."""
+        return slow_read(&self.f.slow, seconds)
+
+    def consider(self, bytes head):
+        """What would become of a request with this head: (what is wrong with it or None, target,
+        what rules see of that, [(index of a rule that matches, MAY or why not)] in the order in
+        which they are tried, the rule whose back end gets it or -1, the same of the Local Node).
+        Raises MemoryError."""
+        cdef http_head h
+        cdef bytearray buf = bytearray(head)
+        cdef ruleset *rules
+        cdef hs_scratch_t *scratch = NULL
+        cdef uint64_t nobody[TRIED_WORDS]
+        cdef tcpha_choice chosen
+        cdef uint32_t g, i, b
+        cdef int rc
+        memset(&h, 0, sizeof(h))
+        memset(nobody, 0, sizeof(nobody))
+        rc = http_parse(&h, head, min(<uint32_t>len(head), self.f.headlimit))
+        if rc != HTTP_DONE:
+            error = h.error.decode() if rc == HTTP_BAD else \
+                "longer than headlimit" if len(head) >= self.f.headlimit else "not complete"
+            return error, "", "", [], -1, 0
+        target = head[h.target:h.target + h.target_len].decode("ascii")
+        seen = (chr(h.root) if h.root else "") + target[h.origin - h.target:]
+        rules = self.f.rules   # the loop's thread publishes them, and runs this
+        matched = []
+        winner = -1
+        if rules != NULL and rules.groups:
+            bits = bytearray(rules.words * 8)
+            if hs_clone_scratch(rules.patterns.scratch, &scratch) != HS_SUCCESS:
+                raise MemoryError
+            rc = match_target(rules, scratch, &h, <uint8_t *><char *>buf,
+                              <uint64_t *><char *>bits)
+            hs_free_scratch(scratch)
+            if rc < 0:
+                raise MemoryError
+            for g in range(rules.groups):
+                if bits[g >> 3] >> (g & 7) & 1:
+                    for i in range(rules.first[g], rules.first[g + 1]):
+                        b = rules.choices[i].backend
+                        matched.append((rules.choices[i].rule,
+                                        _refusal(self.f, b, nobody, False, now_ns())))
+            if _pick(self.f, rules, <uint64_t *><char *>bits, nobody, False, &chosen):
+                winner = chosen.rule
+        return None, target, seen, matched, winner, \
+            _refusal(self.f, TCPHA_LOCAL_NODE, nobody, False, now_ns())
+
+    # Back ends, by index
+
+    def backend_open(self, uint32_t b, str name):
+        """Take a place in the table of back ends into use. name: its address."""
+        cdef backend *be = &self.f.backends[b]
+        cdef bytes text = name.encode()[:sizeof(be.name) - 1] + b"\0"
+        cdef int i
+        memcpy(be.name, <const char *>text, len(text))
+        for i in range(LINKS_MAX):
+            be.link[i] = MAX_LINKS
+        be.may.links = 0
+        be.may.dead = be.may.draining = be.may.app_down = be.missed = be.told = 0
+        be.may.full_until_ns = 0
+        store32(&be.may.used, 1)
+
+    def backend_has(self, uint32_t b, uint32_t live):
+        """So many connections of an earlier run go on there."""
+        store32(&self.f.loads[b].live, live)
+
+    def backend_close(self, uint32_t b):
+        store32(&self.f.backends[b].may.used, 0)
+        _void_verdicts(self.f)
+
+    def backend_add_link(self, uint32_t b, uint32_t link_index):
+        """Use a link (see add_link) for a back end."""
+        cdef backend *be = &self.f.backends[b]
+        cdef worker *w = self.outsider()
+        cdef int i
+        for i in range(LINKS_MAX):
+            if load32(&be.link[i]) == MAX_LINKS:
+                store32(&be.link[i], link_index)
+                add32(&be.may.links, 1)
+                _void_verdicts(self.f)
+                if load32(&self.c.links[link_index].state) != LINK_UP and \
+                        load32(&be.link[i]) == link_index:
+                    store32(&be.link[i], MAX_LINKS)
+                    add32(&be.may.links, -1)
+                with nogil:
+                    _ask_all_again(self.f, w, b)
+                    self.flush_outsider()
+                return
+        raise RuntimeError("too many links to a back end")
+
+    def backend_missed(self, uint32_t b):
+        """Whether MISSED came since the last call."""
+        return bool(xchg32(&self.f.backends[b].missed, 0))
+
+    def backend_server(self, uint32_t b, uint64_t said):
+        """What HELLO told of the application, as SERVER does."""
+        store64(&self.f.backends[b].server_said, said)
+
+    def backend_forgets_keys(self, uint32_t b):
+        """A new run of it, or one that cannot have them."""
+        store64(&self.f.backends[b].keyed, 0)
+        _void_verdicts(self.f)
+
+    def backend_flags(self, uint32_t b, draining=None, dead=None, app_down=None):
+        cdef backend *be = &self.f.backends[b]
+        before = (load32(&be.may.draining), load32(&be.may.dead), load32(&be.may.app_down))
+        if draining is not None:
+            store32(&be.may.draining, draining)
+        if dead is not None:
+            store32(&be.may.dead, dead)
+        if app_down is not None:
+            store32(&be.may.app_down, app_down)
+        if before != (load32(&be.may.draining), load32(&be.may.dead), load32(&be.may.app_down)):
+            _void_verdicts(self.f)
+
+    def backend_stats(self, uint32_t b):
+        cdef backend *be = &self.f.backends[b]
+        cdef tcpha_load *load = &self.f.loads[b]
+        return {"links": load32(&be.may.links),
+                "told": be.asked != 0 and load32(&be.told) == be.asked,
+                "fast": bool(self.f.dp.nfast and _takes_fast(self.f, b)),
+                "app_down": bool(load32(&be.may.app_down)),
+                "draining": bool(load32(&be.may.draining)), "dead": bool(load32(&be.may.dead)),
+                "listens": bool(load64(&be.server_said) & 1), "live": load32(&load.live),
+                "handed": load64(&be.handed) + load64(<uint64_t *>&load.handed),
+                "refused": load64(&be.refused),
+                "returned": load64(&be.returned),
+                "closed": load64(&be.closed) + load64(<uint64_t *>&load.closed)}
+
+    def drop_strangers(self, bint drop):
+        """See datapath.pxd."""
+        self.f.dp.drop_strangers(self.f.dp.self, drop)
+
+    def counters(self):
+        cdef fe_counters n
+        cdef uint64_t cached = 0, closed = 0
+        cdef uint32_t i
+        read_counters(&n, &self.f.n, sizeof(n))
+        for i in range(TCPHA_MAX_BACKENDS):
+            cached += load64(<uint64_t *>&self.f.loads[i].handed)
+            closed += load64(<uint64_t *>&self.f.loads[i].closed)
+        return {"accepted": n.accepted + cached, "handed": n.handed + cached,
+                "closed": n.closed + closed,
+                "refused": n.refused, "returned": n.returned, "lost": n.lost, "silent": n.silent,
+                "expired": n.expired, "restored": n.restored,
+                "answered_400": n.answered_400, "answered_408": n.answered_408,
+                "fast": n.fast + cached, "answered_431": n.answered_431,
+                "answered_503": n.answered_503, "no_descriptors": n.no_descriptors,
+                "table_full": n.table_full, "access_lost": n.access_lost,
+                "late_bytes": n.late_bytes}
+
+    def in_hand(self):
+        """Connections accepted and not yet handed over or closed."""
+        return self.f.nconns - load32(&self.f.pool_len)
+
+    def expire(self, double idle, dict limits):
+        """Forget flows that were silent for 'idle' seconds (limits: {back end: seconds} for others
+        than that). Returns how many."""
+        cdef Scan scan = Scan(self.datapath)
+        cdef uint64_t silence[TCPHA_MAX_BACKENDS]
+        cdef uint64_t now = now_ns()
+        cdef tcpha_entry entry
+        cdef uint64_t id
+        cdef uint32_t b
+        cdef long n = 0
+        for b in range(TCPHA_MAX_BACKENDS):
+            silence[b] = _ns(limits.get(b, idle))
+        with nogil:
+            while scan.next():
+                b = scan.entry.backend
+                id = tcpha_live(scan.entry)
+                if id and now > scan.entry.last_ns and \
+                        now - scan.entry.last_ns > silence[b] and self.f.dp.forget(
+                            self.f.dp.self, TCPHA_MAX_OPS - 2, scan.key, id, False,
+                            &entry) == 1:
+                    n += 1
+                    add64(&self.f.n.expired, 1)
+                    add32(&self.f.loads[b].live, -1)
+        scan.check()
+        return n
+
+
+cdef uint64_t _ns(double seconds) noexcept:
+    return <uint64_t>-1 if seconds == INFINITY else <uint64_t>(seconds * 1e9)

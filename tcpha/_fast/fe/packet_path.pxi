@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# The packet path: a request in one segment, that has no socket.
+
+cdef bint _takes_fast(frontend *f, uint32_t b) noexcept nogil:
+    """Whether a back end is there and has the key of the cookies that we make."""
+    cdef backend *be = &f.backends[b]
+    return load32(&be.may.used) and load32(&be.may.links) and load64(&be.keyed) >= load64(&f.key)
+
+
+cdef bint _make_verdict(frontend *f, fe_worker *fw, tcpha_verdict *t) noexcept nogil:
+    """Who may take a request by the rules that matched. False: no verdict can say so."""
+    cdef const ruleset *rules = fw.rules
+    cdef int64_t g = _next_group(fw.bits, rules.words, -1)
+    cdef uint32_t i
+    while g >= 0 and rules.first[g + 1] - rules.first[g] <= TCPHA_CHOICES:
+        t.count = _members(f, rules, <uint32_t>g, fw.req.tried, False, t.choice,
+                           <uint64_t *>&t.until_ns)
+        for i in range(t.count):
+            if load64(&f.backends[t.choice[i].backend].keyed) < load64(&f.key):
+                return False  # its requests take the socket path
+        if t.count:
+            return True
+        g = _next_group(fw.bits, rules.words, g)
+    return False
+
+
+cdef bint _sighted(frontend *f, uint64_t key) noexcept nogil:
+    """Whether it was there lately. What comes once is not worth a place in the kernel."""
+    cdef uint64_t *p = &f.sighted[key % SIGHTED]
+    if load64(p) == key:
+        return True
+    store64(p, key)
+    return False
+
+
+cdef void _keep_verdict(frontend *f, fe_worker *fw, const tcp_view *v,
+                        uint64_t generation) noexcept nogil:
+    """Have the program decide requests like this one, from the second on: see verdict.bpf.h."""
+    cdef tcpha_cache *c = f.dp.cache
+    cdef request *r = &fw.req
+    cdef uint32_t line = r.head.target + r.head.target_len
+    cdef uint32_t limit = load32(&f.headlimit)
+    cdef uint64_t target, rest
+    cdef tcpha_verdict t
+    if c == NULL or not load32(&c.on) or r.head.pos != v.data_len or \
+            v.data_len > TCPHA_HEAD_MAX or line >= TCPHA_LINE_MAX:
+        return
+    # the program knows a head by its halves, and any two of those that are known may come together
+    if limit < TCPHA_HEAD_MAX and max(line, v.data_len - line) > limit // 2:
+        return
+    if not _untried(r):
+        return
+    target = tcpha_siphash(v.data, line, c.key[0], c.key[1])
+    rest = tcpha_siphash(v.data + line, v.data_len - line, c.key[0], ~c.key[1])
+    memset(&t, 0, sizeof(t))
+    t.generation = generation
+    if _sighted(f, rest):
+        f.dp.keep_verdict(f.dp.self, rest, &t)
+    if _sighted(f, target) and _make_verdict(f, fw, &t):
+        f.dp.keep_verdict(f.dp.self, target, &t)
+
+
+cdef void _recall(frontend *f, request *r, uint64_t id) noexcept nogil:
+    """A request of the packet path, with what is remembered of it."""
+    cdef returned *back = &f.back[id % RETURNED]
+    memset(r, 0, sizeof(request))
+    r.id = id
+    if load32(&f.returns) == 0:
+        return
+    pthread_mutex_lock(&f.return_lock)
+    if back.id == id:
+        memcpy(r.tried, back.tried, sizeof(r.tried))
+    pthread_mutex_unlock(&f.return_lock)
+
+
+cdef void _remember(frontend *f, const request *r) noexcept nogil:
+    """Who has refused it, for when the client sends it again."""
+    cdef returned *back = &f.back[r.id % RETURNED]
+    pthread_mutex_lock(&f.return_lock)
+    back.id = r.id
+    memcpy(back.tried, r.tried, sizeof(r.tried))
+    pthread_mutex_unlock(&f.return_lock)
+    add32(&f.returns, 1)
+
+
+cdef bint _choose_fast(frontend *f, worker *w, request *r, const tcp_view *v) noexcept nogil:
+    """Whether the request is plain and somebody takes it by a cookie of ours; chooses who."""
+    # of urgent data, a server reads other bytes than there are in the segment: so does our socket
+    return not v.tcp[13] & TCP_URG and \
+        http_parse(&r.head, v.data, min(v.data_len, f.headlimit)) == HTTP_DONE and \
+        _choose(f, w, r, v.data) and \
+        load64(&f.backends[r.backend].keyed) >= load64(&f.key)  # never the Local Node
+
+
+cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint32_t length,
+                    const tcp_view *v) noexcept nogil:
+    """A request in one segment: to a back end. Whatever is not plain becomes a socket of ours, from
+    this very segment, and is accepted."""
+    cdef fe_worker *fw = _of_worker(w)
+    cdef tcpha_offer *o = &f.dp.offers[w.index]
+    cdef request *r
+    cdef uint64_t generation = 0, took
+    if fw == NULL:
+        return                 # out of memory: the client sends it again
+    if f.dp.cache != NULL:     # before we look at anything that it stands for
+        generation = load64(&f.dp.cache.generation)
+    r = &fw.req
+    _recall(f, r, fast_id(get32(v.tcp + 4) - 1, get32(v.tcp + 8) - 1))
+    _flow_from(f, v.ip + 12, v.tcp, &r.flow)
+    say_number(f.c, 6, &r.flow, b"a first segment of %ld bytes", v.data_len)
+    o.id = r.id
+    o.old = o.result = 0
+    if not _choose_fast(f, w, r, v):
+        say_flow(f.c, 5, &r.flow, b"to a socket")
+        f.dp.fast_socket(f.dp.self, queue, w.index, frame, length, &r.flow)
+        if o.old:
+            _count_closed(f, o.old - 1)
+        return
+    add64(&f.next_id, 1)       # equal loads take turns
+    _say_chosen(f, r)
+    o.backend = r.backend
+    o.rule = r.rule
+    o.alone = r.head.pos == v.data_len and v.data[0] in (b'G', b'H')  # GET, HEAD
+    o.target_len = r.head.target_len
+    memcpy(o.target, v.data + r.head.target, min(r.head.target_len, TCPHA_TARGET_MAX))
+    say_more(f.c, 3, &r.flow, b"offered to %s, %ld bytes", f.backends[r.backend].name,
+             v.data_len)
+    _offered(f, r, 0)
+    f.dp.fast_pass(f.dp.self, queue, w.index, frame, length, TCPHA_FAST_SEND)
+    if o.old:
+        _count_closed(f, o.old - 1)
+    if o.result != 1:          # a copy of a segment, or its flow is over
+        _call_off(f, r)
+        return
+    r.began_ns = o.start_ns
+    took = now_ns() - o.start_ns
+    add64(&f.n.accepted, 1)
+    add64(&f.n.fast, 1)
+    histogram_add(&f.stages[STAGE_FAST], took)
+    _handed(f, r, o.target, took, v.data)
+    _keep_verdict(f, fw, v, generation)
+
+
+cdef void _on_requests(frontend *f, worker *w, uint32_t queue) noexcept nogil:
+    """What a queue holds, or as much as one turn is for. One reader at a time keeps the segments of
+    a flow in order; who comes second makes the first look again."""
+    cdef tcp_view v
+    cdef tcpha_flow flow
+    cdef uint32_t length
+    cdef int kind
+    cdef int turns = 0
+    if add32(&f.fast_readers[queue], 1) != 1:
+        return
+    while True:
+        store32(&f.fast_readers[queue], 1)
+        while turns < TURN:
+            turns += 1
+            kind = f.dp.fast_next(f.dp.self, queue, w.scratch, &length, &v)
+            if kind == 0:
+                break
+            if kind == TCPHA_FAST_FIRST:
+                _dispatch(f, w, queue, w.scratch, length, &v)
+            elif kind == TCPHA_FAST_EARLY:
+                _flow_from(f, v.ip + 12, v.tcp, &flow)
+                say_flow(f.c, 6, &flow, b"a later segment has come first: to a socket")
+                f.dp.fast_early(f.dp.self, queue, w.index, w.scratch, length, &flow)
+            else:
+                f.dp.fast_later(f.dp.self, queue, w.index, w.scratch, length)
+        if turns == TURN:
+            store32(&f.fast_readers[queue], 0)
+            rearm(f.c, f.dp.fast_fd[queue], EV_FAST, queue)
+            return
+        if add32(&f.fast_readers[queue], -1) == 0:
+            return
+
+
+cdef void _on_return(frontend *f, worker *w, uint32_t b, message *m) noexcept nogil:
+    """A request of the packet path that the back end did not take: the client sends it again, and
+    then it is dispatched anew."""
+    cdef backend *be = &f.backends[b]
+    cdef tcpha_entry entry
+    cdef request r
+    say_more(f.c, 4, &m.snap.flow, b"RETURN from %s", be.name, 0)
+    if f.dp.nfast == 0 or \
+            f.dp.take_back(f.dp.self, w.index, &m.snap.flow, m.id, b, &entry) != 1:
+        return
+    _recall(f, &r, m.id)
+    r.flow = m.snap.flow
+    r.backend = b
+    r.rule = entry.rule
+    add64(&f.n.returned, 1)    # it was counted when it was sent, and is again when it comes again
+    add64(&be.returned, 1)
+    if m.reason == REFUSE_UNSUPPORTED:
+        store64(&be.keyed, 0)  # of the connections that our cookies make
+        _void_verdicts(f)
+    _refused(f, &r, m.reason)
+    _remember(f, &r)
