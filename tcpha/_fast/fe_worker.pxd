@@ -34,8 +34,8 @@ cdef enum:                 # stages of a handoff, as measured
     STAGES = 4
 
 
-# A request in the front end's hands, whatever path it has come by. It is offered to a back end, which
-# has it then, or has refused it. What nobody has may be offered again.
+# A request in the front end's hands, whatever path it has come by. It is offered to a back end,
+# which has it then, or has refused it. What nobody has may be offered again.
 cdef struct request:
     tcpha_flow flow
     http_head head

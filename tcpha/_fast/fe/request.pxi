@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-# A request's life, and its accounts. Each one that is offered ends with _handed() or _refused(); what
-# a back end has ends with _count_closed().
+# A request's life, and its accounts. Each one that is offered ends with _handed() or _refused();
+# what a back end has ends with _count_closed().
 
 cdef inline bint _untried(const request *r) noexcept nogil:
     """Nobody has refused it."""

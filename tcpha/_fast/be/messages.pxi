@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# What wakes a worker: a message, the kernel, a deadline. Each goes to the part that it concerns.
+
+cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
+    cdef backend_state *b = <backend_state *>c.role
+    cdef uint8_t buf[MSG_REFUSED_SIZE]
+    cdef adopted *a
+    cdef int rc
+    if m.type == MSG_PONG:
+        if b.dp.keys != NULL and l.peer < TCPHA_MAX_FAST:
+            store64(&b.dp.keys[l.peer].clock, clock_word(&l.clock))
+        return 0
+    if m.type == MSG_OWNED:
+        _on_ring(b, w)
+        _claim(b, w, l, m)
+        return 0
+    if m.type == MSG_ASK:
+        store32(&l.asked, <uint32_t>m.id)
+        notice(c)
+        return 0
+    if m.type == MSG_DOUBT:
+        if b.dp.gate != NULL:
+            _doubted(b, w, l, m)
+        else:
+            _claim(b, w, l, m)
+        return 0
+    if m.type == MSG_KEYS:
+        if b.dp.keys != NULL and l.peer < TCPHA_MAX_FAST:
+            memcpy(b.dp.keys[l.peer].key[m.id >> 8 & 1], m.data, 16)
+            store64(&b.dp.keys[l.peer].clock, clock_word(&l.clock))
+            store32(&b.dp.keys[l.peer].wscale, m.id & 0xff)
+            # the other one is yet to come: until then, a stranger may know what is in its place
+            or32(&b.dp.keys[l.peer].used, <uint32_t>1 << (m.id >> 8 & 1))
+            link_put(c, w, l, buf, message_short(buf, MSG_KEYED, m.id), NULL, 0)
+        return 0
+    if m.type != MSG_HANDOFF:
+        return -1
+    say_number(c, 4, &m.snap.flow, b"HANDOFF of %ld bytes", m.data_len)
+    if _is_stale(b, l, m):
+        rc = REFUSE_STALE  # the front end has given up on it, or is about to
+    else:
+        _on_ring(b, w)     # what came before this one is in the table
+        if _is_known(b, w, l, m):
+            return 0
+        # In the table before the socket exists: its end may be reported at any moment after.
+        pthread_mutex_lock(&b.lock)
+        a = _find(b, &m.snap.flow)
+        if a != NULL:
+            _ended(b, w, a, END_GONE)  # the client could not have connected anew otherwise
+            if a.over:
+                _remove(b, a)
+        a = NULL if b.unloading else _insert(b, &m.snap.flow)
+        if a == NULL and not b.unloading:
+            pthread_mutex_unlock(&b.lock)
+            _reap(b, w, l.last_rx_ns, False)
+            pthread_mutex_lock(&b.lock)
+            a = _insert(b, &m.snap.flow)
+        if a != NULL:
+            _set_origin(b, a, l, m.id)
+            a.adopting = True
+        pthread_mutex_unlock(&b.lock)
+        if a == NULL:
+            rc = REFUSE_FULL
+        else:
+            rc = b.dp.adopt(b.dp.self, w.index, &m.snap, m.data)
+            if rc == DP_MORE:
+                _keep_leftover(b, m)
+                rc = 0
+            l = _answer_to(b, l, m)
+            if rc != 0:
+                pthread_mutex_lock(&b.lock)
+                a = _find(b, &m.snap.flow)
+                if a != NULL and a.id == m.id:
+                    _remove(b, a)
+                pthread_mutex_unlock(&b.lock)
+    if rc == 0:
+        add64(&b.n.adopted, 1)
+        say_flow(c, 2, &m.snap.flow, b"adopted")
+        link_put(c, w, l, buf, message_short(buf, MSG_ADOPTED, m.id), NULL, 0)
+        _adopted(b, w, m)  # behind ADOPTED: CLOSED must not overtake it
+    else:
+        add64(&b.n.refused[rc & 15], 1)
+        say_more(c, 1, &m.snap.flow, b"refused: %s", refusal_text(rc), 0)
+        link_put(c, w, l, buf, message_refused(buf, m.id, rc), NULL, 0)
+    return 0
+
+
+cdef void _on_event(core *c, worker *w, int kind, uint32_t index, uint32_t gen,
+                    uint32_t events) noexcept nogil:
+    cdef backend_state *b = <backend_state *>c.role
+    if kind == EV_NETLINK:
+        if not load32(&b.lazy):
+            _on_netlink(b, w)
+            _await_ends(b, EPOLL_CTL_MOD)
+    elif kind == EV_RING:
+        _on_ring(b, w)
+    elif kind == EV_TAP:
+        _on_waiting(b, w)
+
+
+cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
+    """Look for ends that wait, and feed sockets that had no room."""
+    cdef backend_state *b = <backend_state *>c.role
+    cdef leftover **at
+    cdef leftover *p
+    b.dp.sweep(b.dp.self, now)
+    _pace(b, w)
+    _on_ring(b, w)
+    _look_again(b, w)
+    _sweep(b, w, now)
+    if b.leftovers == NULL or pthread_mutex_trylock(&b.feed_lock) != 0:
+        return
+    at = &b.leftovers
+    while at[0] != NULL:
+        p = at[0]
+        if b.dp.feed(b.dp.self, w.index, &p.snap, p.data) == 0:
+            at[0] = p.next
+            free(p)
+        else:
+            at = &p.next
+    pthread_mutex_unlock(&b.feed_lock)
+
+
+cdef void _on_link_down(core *c, worker *w, link *l) noexcept nogil:
+    """The front end may have given the link up long before we heard of it, and what we said there
+    is lost: it should ask what is over. Other links may be as dead as this one."""
+    cdef uint8_t buf[MSG_HEADER]
+    cdef uint32_t i
+    for i in range(MAX_LINKS):
+        if load32(&c.links[i].state) == LINK_UP and c.links[i].peer == l.peer:
+            link_put(c, w, &c.links[i], buf, message_short(buf, MSG_MISSED, 0), NULL, 0)
+
+
+cdef void _on_retire(core *c, worker *w) noexcept nogil:
+    pass

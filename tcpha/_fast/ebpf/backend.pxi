@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# The back end's half, for Python.
+
+cdef class BeEbpf(BeDatapath):
+    """The back end's half. instance, and left, for those who tunnel to us: as for FeEbpf; sockets:
+    given on the front end, for its Local Node; fast: with the packet path."""
+
+    cdef be_ebpf *d
+    cdef readonly Object obj
+    cdef SockDiag sockets
+
+    def __cinit__(self, str path, tap, str vaddr, str raddr, str listen_addr, int listen_port,
+                  uint32_t instance, SockDiag sockets=None, bint fast=False, dict left=None):
+        cdef tcpha_be_conf conf
+        self.d = <be_ebpf *>calloc(1, sizeof(be_ebpf))
+        if self.d == NULL:
+            raise MemoryError
+        memset(&conf, 0, sizeof(conf))
+        address_bytes(vaddr, conf.vaddr)
+        address_bytes(raddr, conf.raddr)
+        conf.tap = tap[1]
+        conf.fast = fast
+        self.obj = Object(path, (<char *>&conf)[:sizeof(conf)], None,
+                          _fitting(left, {"frontends": (16, 4)}), instance)
+        self.d.tap = tap[0]
+        self.d.forged = self.obj.program_fd("be_forged")
+        self.d.gate = <tcpha_gate *>self.obj.map_memory("gate", sizeof(tcpha_gate))
+        self.d.ops = <tcpha_op *>self.obj.map_memory("ops", TCPHA_MAX_OPS * sizeof(tcpha_op))
+        self.sockets = sockets
+        if sockets is not None:
+            self.d.sockets = &sockets.d
+        address_bytes(vaddr, self.d.vaddr)
+        address_bytes(listen_addr, self.d.listen_addr)
+        self.d.listen_port = self.table.listen_port = htons(listen_port)
+        self.table.self = self.d
+        self.table.adopt = _adopt
+        self.table.alive = _alive
+        self.table.feed = _feed
+        self.table.position = _position
+        self.table.outside = _outside
+        self.table.ended = _ended
+        self.table.sweep = _nothing
+        self.table.event_fd = -1
+        if fast:
+            self.table.event_fd = self.obj.map_fd("events")
+            self.d.consumed = <uint64_t *>self.obj.ring_memory("events", 0, True, 4096)
+            self.d.produced = <uint64_t *>self.obj.ring_memory("events", 4096, False,
+                                                               4096 + 2 * RING)
+            self.d.ring = <uint8_t *>self.d.produced + 4096
+            self.table.next_event = _next_event
+            self.table.give_up = _give_up
+            self.table.tap_fd = tap[0]
+            self.table.admit = _admit
+            self.d.adoptions = self.obj.map_fd("adoptions")
+            self.table.keys = <tcpha_keys *>self.obj.map_memory(
+                "keys", TCPHA_MAX_FAST * sizeof(tcpha_keys))
+            self.table.gate = self.d.gate
+            memcpy(self.table.gate.listen_addr, self.d.listen_addr, 16)
+            self.table.gate.listen_port = self.d.listen_port
+
+    def __dealloc__(self):
+        free(self.d)
+
+    def follow(self, uint32_t device):
+        """The listener is bound to a device. The way over it, where be_forged must run, is kept
+        when one comes that is bound to none: its sockets are found there, too."""
+        store32(&self.d.gate.device, device)
+        if self.sockets is not None:
+            self.sockets.look_from(device)
+
+    def allow(self, str address, bint allowed):
+        """Accept tunnelled packets from a front end, or no longer."""
+        cdef uint8_t key[16]
+        cdef uint32_t one = 1
+        address_bytes(address, key)
+        if allowed:
+            bpf_map_update_elem(self.obj.map_fd("frontends"), key, &one, BPF_ANY)
+        else:
+            bpf_map_delete_elem(self.obj.map_fd("frontends"), key)
+
+    def allowed(self):
+        """Front ends whose tunnelled packets are accepted; also those of an earlier run."""
+        cdef uint8_t keys[FRONTENDS * 16]
+        cdef uint32_t values[FRONTENDS]
+        cdef uint32_t cursor, i, count = FRONTENDS
+        cdef int rc = bpf_map_lookup_batch(self.obj.map_fd("frontends"), NULL, &cursor, keys,
+                                           values, &count, NULL)
+        if rc < 0 and rc != -ENOENT:  # ENOENT: that was all
+            raise OSError(-rc, "cannot read the table of front ends")
+        return [address_text(keys + 16 * i) for i in range(count)]
+
+    def counters(self):
+        out = _counters(self.obj)
+        out["killed"] = self.d.killed
+        return out
