@@ -14,8 +14,9 @@
 #ifndef COOKIE_BPF_H
 #define COOKIE_BPF_H
 
-#include "common.bpf.h"
+#include "packet.bpf.h"
 #include "siphash.h"
+#include "socket.bpf.h"
 
 #define META_BITS 10
 #define META_MASK ((1U << META_BITS) - 1)
@@ -139,10 +140,11 @@ static long read_option(__u32 i, void *ctx)
 	return 0;
 }
 
-/* Read the TCP options, 'length' bytes at 'offset' of the packet. 0, or -1: malformed. */
-static __always_inline int read_options(struct __sk_buff *skb, __u32 offset, __u32 length, struct options *o)
+/* Read the TCP options of a packet. 0, or -1: malformed. */
+static __always_inline int read_options(struct __sk_buff *skb, const struct packet *p, struct options *o)
 {
 	struct options_left *l = in_reading();
+	__u32 offset = p->l4 + sizeof(struct tcphdr), length = p->doff - sizeof(struct tcphdr);
 
 	__builtin_memset(o, 0, sizeof(*o));
 	if (length == 0)
@@ -233,98 +235,6 @@ static __always_inline int write_tag(struct __sk_buff *skb, __u32 at, __u32 ack,
 	       bpf_l4_csum_replace(skb, at_check, old_urgent, urgent, sizeof(urgent)) ||
 	       bpf_skb_store_bytes(skb, at_ack, &new_ack, sizeof(new_ack), 0) ||
 	       bpf_skb_store_bytes(skb, at_urgent, &urgent, sizeof(urgent), 0);
-}
-
-struct bpf_tcp_req_attrs { /* include/net/tcp.h of the kernel, since 6.9 */
-	__u32 rcv_tsval;
-	__u32 rcv_tsecr;
-	__u16 mss;
-	__u8 rcv_wscale;
-	__u8 snd_wscale;
-	__u8 ecn_ok;
-	__u8 wscale_ok;
-	__u8 sack_ok;
-	__u8 tstamp_ok;
-	__u8 usec_ts_ok;
-	__u8 reserved[3];
-};
-
-extern int bpf_sk_assign_tcp_reqsk(struct __sk_buff *skb, struct sock *sk, struct bpf_tcp_req_attrs *attrs,
-				   int attrs__sz) __ksym __weak;
-
-struct list_head {
-	struct list_head *next;
-} __attribute__((preserve_access_index));
-
-struct packet_type {
-	__be16 type;
-	struct list_head list;
-} __attribute__((preserve_access_index));
-
-struct ipv4_devconf {
-	int data[IPV4_DEVCONF_RP_FILTER]; /* and more */
-} __attribute__((preserve_access_index));
-
-struct in_device {
-	void *ifa_list;
-	struct ipv4_devconf cnf;
-} __attribute__((preserve_access_index));
-
-struct netns_ipv4 {
-	struct ipv4_devconf *devconf_all;
-} __attribute__((preserve_access_index));
-
-struct net {
-	struct netns_ipv4 ipv4;
-} __attribute__((preserve_access_index));
-
-typedef struct {
-	struct net *net;
-} __attribute__((preserve_access_index)) possible_net_t;
-
-enum netdev_priv_flags {
-	IFF_L3MDEV_SLAVE = 1 << 21,
-};
-
-struct net_device {
-	unsigned int priv_flags;
-	unsigned int mtu;
-	struct in_device *ip_ptr;
-	struct list_head ptype_specific; /* packet sockets that are bound to it, and to one protocol */
-	possible_net_t nd_net;
-} __attribute__((preserve_access_index));
-
-struct sk_buff {
-	struct net_device *dev;
-	__u8 ip_summed : 2;
-	__u32 csum;
-} __attribute__((preserve_access_index));
-
-extern void *bpf_cast_to_kern_ctx(void *obj) __ksym __weak;
-
-/*
- * Whether somebody else gets what a device receives behind our stack: a DHCP client, say. Then the stack
- * works on a clone, and a clone has no socket assigned: adoption must wait until the packet has gone through
- * a device of ours.
- */
-static __always_inline bool is_shared(struct __sk_buff *skb)
-{
-	const struct sk_buff *kernel = bpf_cast_to_kern_ctx(skb);
-	const struct net_device *dev = kernel->dev;
-	__u64 end = (__u64)dev + bpf_core_field_offset(struct net_device, ptype_specific);
-	__u64 at = (__u64)dev->ptype_specific.next;
-	__be16 type;
-	int i;
-
-	for (i = 0; i < 8 && at != end; i++) { /* of LLDP or ARP there may be some */
-		if (bpf_probe_read_kernel(&type, sizeof(type),
-					  (void *)(at - bpf_core_field_offset(struct packet_type, list) +
-						   bpf_core_field_offset(struct packet_type, type))) < 0 ||
-		    type == bpf_htons(ETH_P_IP) ||
-		    bpf_probe_read_kernel(&at, sizeof(at), (void *)at) < 0) /* list.next */
-			return true;
-	}
-	return at != end;
 }
 
 /*

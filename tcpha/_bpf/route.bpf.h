@@ -7,9 +7,8 @@
 #ifndef ROUTE_BPF_H
 #define ROUTE_BPF_H
 
-#include "cookie.bpf.h"
+#include "socket.bpf.h"
 
-#define AF_INET 2
 #define LOOPBACK_IFINDEX 1   /* include/net/flow.h of the kernel */
 #define BPF_FIB_SKIP_NEIGH 4 /* BPF_FIB_LOOKUP_SKIP_NEIGH, since Linux 6.3 */
 #define RP_LOOSE 2
@@ -66,11 +65,11 @@ static __always_inline bool may_differ(const struct net_device *dev)
  * for the routes of its own packets ('ip rule ... iif lo'); forwarding is on there for this alone. A VRF has
  * routes of its own, which the interface leads to.
  */
-static __always_inline struct way *way_back(struct __sk_buff *skb, const struct headers *h)
+static __always_inline struct way *way_back(struct __sk_buff *skb, const struct tcpha_flow *flow)
 {
 	const struct sk_buff *kernel = bpf_cast_to_kern_ctx(skb);
 	struct tcpha_route route = {.prefixlen = 8 * (sizeof(route) - sizeof(route.prefixlen))};
-	__u32 zero = 0, first = bpf_ntohl(h->ip->saddr) >> 24, *mss;
+	__u32 zero = 0, first = flow->caddr[12], *mss;
 	struct way *w = bpf_map_lookup_elem(&ways, &zero);
 	__u64 flags;
 
@@ -80,10 +79,10 @@ static __always_inline struct way *way_back(struct __sk_buff *skb, const struct 
 	__builtin_memset(w, 0, sizeof(*w));
 	w->fib.family = AF_INET;
 	w->fib.l4_protocol = IPPROTO_TCP;
-	w->fib.sport = h->tcp->dest;
-	w->fib.dport = h->tcp->source;
-	w->fib.ipv4_src = h->ip->daddr;
-	w->fib.ipv4_dst = h->ip->saddr;
+	w->fib.sport = flow->vport;
+	w->fib.dport = flow->cport;
+	w->fib.ipv4_src = unmap_v4(flow->vaddr);
+	w->fib.ipv4_dst = unmap_v4(flow->caddr);
 	w->fib.tot_len = sizeof(struct iphdr) + sizeof(struct tcphdr); /* not 0: the MTU is asked for */
 	w->fib.ifindex = flags & bpf_core_enum_value(enum netdev_priv_flags, IFF_L3MDEV_SLAVE)
 				 ? skb->ifindex
@@ -93,7 +92,7 @@ static __always_inline struct way *way_back(struct __sk_buff *skb, const struct 
 		return 0;
 	w->mss = w->fib.mtu_result - sizeof(struct iphdr) - sizeof(struct tcphdr);
 	route.ifindex = w->fib.ifindex;
-	map_v4(route.addr, h->ip->saddr);
+	__builtin_memcpy(route.addr, flow->caddr, sizeof(route.addr));
 	mss = bpf_map_lookup_elem(&routes, &route);
 	if (mss && *mss && *mss < w->mss)
 		w->mss = *mss;

@@ -35,7 +35,7 @@ cdef bint _sighted(frontend *f, uint64_t key) noexcept nogil:
 
 cdef void _keep_verdict(frontend *f, fe_worker *fw, const tcp_view *v,
                         uint64_t generation) noexcept nogil:
-    """Have the program decide requests like this one, from the second on: see verdict.bpf.h."""
+    """Have the program decide requests like this one, from the second on: see cache.bpf.h."""
     cdef tcpha_cache *c = f.dp.cache
     cdef request *r = &fw.req
     cdef uint32_t line = r.head.target + r.head.target_len

@@ -8,8 +8,8 @@
  * SipHash-2-4 with a secret key, so nobody can make one string pass for another. Where a head ends is part of
  * what was accepted: behind one that ends earlier, or later, comes another string.
  */
-#ifndef VERDICT_BPF_H
-#define VERDICT_BPF_H
+#ifndef CACHE_BPF_H
+#define CACHE_BPF_H
 
 #include "choose.h"
 #include "cookie.bpf.h"

@@ -1,0 +1,47 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* What the back end's programs know. */
+#ifndef BE_MAPS_BPF_H
+#define BE_MAPS_BPF_H
+
+#include "packet.bpf.h"
+
+const volatile struct tcpha_be_conf conf SEC(".rodata.conf");
+
+/* Front ends that send us tunnelled packets, as they said; the value is not used. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 256);
+	__type(key, __u8[16]);
+	__type(value, __u32);
+} frontends SEC(".maps");
+
+/* The cookie keys of each front end that uses the packet path. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, TCPHA_MAX_FAST);
+	__type(key, __u32);
+	__type(value, struct tcpha_keys);
+} keys SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct tcpha_gate);
+} gate SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 22);
+} events SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct tcpha_flow);
+	__type(value, struct tcpha_adoption);
+} adoptions SEC(".maps");
+
+#endif
