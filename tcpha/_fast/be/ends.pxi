@@ -53,6 +53,18 @@ cdef void _ended(backend_state *b, worker *w, adopted *a, uint32_t how) noexcept
         a.over = True  # told when the front end is back
 
 
+cdef bint _replace(backend_state *b, worker *w, const tcpha_flow *flow) noexcept nogil:
+    """An older connection of the flow is over: the client could not have connected anew otherwise.
+    b.lock is held. Whether there was one."""
+    cdef adopted *a = _find(b, flow)
+    if a == NULL:
+        return False
+    _ended(b, w, a, END_GONE)
+    if a.over:
+        _remove(b, a)
+    return True
+
+
 cdef uint32_t _check_piece(backend_state *b, worker *w, uint32_t at, uint32_t end) noexcept nogil:
     """Look at each connection of some buckets. The first that was not looked at."""
     cdef uint32_t i

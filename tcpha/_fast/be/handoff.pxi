@@ -89,3 +89,67 @@ cdef link *_answer_to(backend_state *b, link *l, message *m) noexcept nogil:
         l = &b.c.links[a.link]
     pthread_mutex_unlock(&b.lock)
     return l
+
+
+cdef bint _enter(backend_state *b, worker *w, link *l, const message *m) noexcept nogil:
+    """Have the connection in the table, before its socket exists: its end may be reported at any
+    moment after. False: there is no room."""
+    cdef adopted *a
+    pthread_mutex_lock(&b.lock)
+    _replace(b, w, &m.snap.flow)
+    a = NULL if b.unloading else _insert(b, &m.snap.flow)
+    if a == NULL and not b.unloading:
+        pthread_mutex_unlock(&b.lock)
+        _reap(b, w, l.last_rx_ns, False)
+        pthread_mutex_lock(&b.lock)
+        a = _insert(b, &m.snap.flow)
+    if a != NULL:
+        _set_origin(b, a, l, m.id)
+        a.adopting = True
+    pthread_mutex_unlock(&b.lock)
+    return a != NULL
+
+
+cdef void _leave(backend_state *b, const message *m) noexcept nogil:
+    """It was not adopted."""
+    cdef adopted *a
+    pthread_mutex_lock(&b.lock)
+    a = _find(b, &m.snap.flow)
+    if a != NULL and a.id == m.id:
+        _remove(b, a)
+    pthread_mutex_unlock(&b.lock)
+
+
+cdef int _take(backend_state *b, worker *w, link *l, message *m) noexcept nogil:
+    """Adopt it. 0, or why not: REFUSE_*."""
+    cdef int rc
+    if not _enter(b, w, l, m):
+        return REFUSE_FULL
+    rc = b.dp.adopt(b.dp.self, w.index, &m.snap, m.data)
+    if rc == DP_MORE:
+        _keep_leftover(b, m)
+        rc = 0
+    return rc
+
+
+cdef void _on_handoff(backend_state *b, worker *w, link *l, message *m) noexcept nogil:
+    cdef uint8_t buf[MSG_REFUSED_SIZE]
+    cdef int rc = REFUSE_STALE  # the front end has given up on it, or is about to
+    say_number(b.c, 4, &m.snap.flow, b"HANDOFF of %ld bytes", m.data_len)
+    if not _is_stale(b, l, m):
+        _on_ring(b, w)     # what came before this one is in the table
+        if _is_known(b, w, l, m):
+            return
+        rc = _take(b, w, l, m)
+        l = _answer_to(b, l, m)
+        if rc != 0:
+            _leave(b, m)
+    if rc == 0:
+        add64(&b.n.adopted, 1)
+        say_flow(b.c, 2, &m.snap.flow, b"adopted")
+        link_put(b.c, w, l, buf, message_short(buf, MSG_ADOPTED, m.id), NULL, 0)
+        _adopted(b, w, m)  # behind ADOPTED: CLOSED must not overtake it
+    else:
+        add64(&b.n.refused[rc & 15], 1)
+        say_more(b.c, 1, &m.snap.flow, b"refused: %s", refusal_text(rc), 0)
+        link_put(b.c, w, l, buf, message_refused(buf, m.id, rc), NULL, 0)

@@ -3,9 +3,9 @@
 
 cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
     cdef backend_state *b = <backend_state *>c.role
-    cdef uint8_t buf[MSG_REFUSED_SIZE]
-    cdef adopted *a
-    cdef int rc
+    if m.type == MSG_HANDOFF:
+        _on_handoff(b, w, l, m)
+        return 0
     if m.type == MSG_PONG:
         if b.dp.keys != NULL and l.peer < TCPHA_MAX_FAST:
             store64(&b.dp.keys[l.peer].clock, clock_word(&l.clock))
@@ -25,64 +25,21 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
             _claim(b, w, l, m)
         return 0
     if m.type == MSG_KEYS:
-        if b.dp.keys != NULL and l.peer < TCPHA_MAX_FAST:
-            memcpy(b.dp.keys[l.peer].key[m.id >> 8 & 1], m.data, 16)
-            store64(&b.dp.keys[l.peer].clock, clock_word(&l.clock))
-            store32(&b.dp.keys[l.peer].wscale, m.id & 0xff)
-            # the other one is yet to come: until then, a stranger may know what is in its place
-            or32(&b.dp.keys[l.peer].used, <uint32_t>1 << (m.id >> 8 & 1))
-            link_put(c, w, l, buf, message_short(buf, MSG_KEYED, m.id), NULL, 0)
+        _on_keys(b, w, l, m)
         return 0
-    if m.type != MSG_HANDOFF:
-        return -1
-    say_number(c, 4, &m.snap.flow, b"HANDOFF of %ld bytes", m.data_len)
-    if _is_stale(b, l, m):
-        rc = REFUSE_STALE  # the front end has given up on it, or is about to
-    else:
-        _on_ring(b, w)     # what came before this one is in the table
-        if _is_known(b, w, l, m):
-            return 0
-        # In the table before the socket exists: its end may be reported at any moment after.
-        pthread_mutex_lock(&b.lock)
-        a = _find(b, &m.snap.flow)
-        if a != NULL:
-            _ended(b, w, a, END_GONE)  # the client could not have connected anew otherwise
-            if a.over:
-                _remove(b, a)
-        a = NULL if b.unloading else _insert(b, &m.snap.flow)
-        if a == NULL and not b.unloading:
-            pthread_mutex_unlock(&b.lock)
-            _reap(b, w, l.last_rx_ns, False)
-            pthread_mutex_lock(&b.lock)
-            a = _insert(b, &m.snap.flow)
-        if a != NULL:
-            _set_origin(b, a, l, m.id)
-            a.adopting = True
-        pthread_mutex_unlock(&b.lock)
-        if a == NULL:
-            rc = REFUSE_FULL
-        else:
-            rc = b.dp.adopt(b.dp.self, w.index, &m.snap, m.data)
-            if rc == DP_MORE:
-                _keep_leftover(b, m)
-                rc = 0
-            l = _answer_to(b, l, m)
-            if rc != 0:
-                pthread_mutex_lock(&b.lock)
-                a = _find(b, &m.snap.flow)
-                if a != NULL and a.id == m.id:
-                    _remove(b, a)
-                pthread_mutex_unlock(&b.lock)
-    if rc == 0:
-        add64(&b.n.adopted, 1)
-        say_flow(c, 2, &m.snap.flow, b"adopted")
-        link_put(c, w, l, buf, message_short(buf, MSG_ADOPTED, m.id), NULL, 0)
-        _adopted(b, w, m)  # behind ADOPTED: CLOSED must not overtake it
-    else:
-        add64(&b.n.refused[rc & 15], 1)
-        say_more(c, 1, &m.snap.flow, b"refused: %s", refusal_text(rc), 0)
-        link_put(c, w, l, buf, message_refused(buf, m.id, rc), NULL, 0)
-    return 0
+    return -1
+
+
+cdef void _on_keys(backend_state *b, worker *w, link *l, const message *m) noexcept nogil:
+    cdef uint8_t buf[MSG_HEADER]
+    if b.dp.keys == NULL or l.peer >= TCPHA_MAX_FAST:
+        return
+    memcpy(b.dp.keys[l.peer].key[m.id >> 8 & 1], m.data, 16)
+    store64(&b.dp.keys[l.peer].clock, clock_word(&l.clock))
+    store32(&b.dp.keys[l.peer].wscale, m.id & 0xff)
+    # the other one is yet to come: until then, a stranger may know what is in its place
+    or32(&b.dp.keys[l.peer].used, <uint32_t>1 << (m.id >> 8 & 1))
+    link_put(b.c, w, l, buf, message_short(buf, MSG_KEYED, m.id), NULL, 0)
 
 
 cdef void _on_event(core *c, worker *w, int kind, uint32_t index, uint32_t gen,

@@ -1,70 +1,79 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 # The packet path: what the programs have adopted.
 
-cdef void _take_event(backend_state *b, worker *w, const tcpha_event *e) noexcept nogil:
-    """The program has adopted a connection, or refused it."""
-    cdef adopted *a
+cdef void _took(backend_state *b, worker *w, const tcpha_event *e) noexcept nogil:
+    """The program has adopted a connection."""
     cdef uint64_t id = fast_id(e.isn, e.ours)
-    cdef uint32_t reason = REFUSE_FULL
     cdef bint reused = e.reused != 0
+    cdef adopted *a
+    pthread_mutex_lock(&b.lock)
+    a = _find(b, &e.flow)
+    if a != NULL and a.found and a.id != id:
+        a.found = False        # the search for what an earlier run adopted has seen it before us
+        a.id = id
+        a.fast = True
+        a.peer = e.frontend
+    if a != NULL and a.id != id:
+        reused = _replace(b, w, &e.flow)
+        a = NULL
+    if a == NULL:
+        a = _insert_any(b, &e.flow)
+        if a == NULL:          # full of connections whose end we have not heard of yet
+            pthread_mutex_unlock(&b.lock)
+            _check_all(b, w)
+            pthread_mutex_lock(&b.lock)
+            a = _insert_any(b, &e.flow)
+        if a != NULL:
+            a.fast = True
+            a.reused = reused
+            a.id = id
+            a.since_ns = e.at_ns
+            a.link = a.link_gen = 0  # any: no link has generation 0
+            a.peer = e.frontend
+            _share(b, w, a)
+            add64(&b.n.adopted, 1)
+            add64(&b.n.fast, 1)
+            say_flow(b.c, 2, &e.flow, b"adopted")
+        else:
+            say_flow(b.c, 0, &e.flow, b"no room in the table: its end will not be noticed")
+    pthread_mutex_unlock(&b.lock)
+    add32(&b.dp.gate.coming, -1)
+
+
+cdef inline uint32_t _reason(uint32_t result) noexcept nogil:
+    """What a front end is told of TCPHA_R_*."""
+    if result == TCPHA_R_BACKLOG:
+        return REFUSE_BACKLOG
+    if result == TCPHA_R_NO_LISTENER:
+        return REFUSE_LISTENER
+    return REFUSE_UNSUPPORTED if result == TCPHA_R_ASSIGN else REFUSE_FULL
+
+
+cdef void _return_it(backend_state *b, worker *w, const tcpha_event *e) noexcept nogil:
+    """The program has refused a connection: the front end has it again."""
+    cdef uint32_t reason = _reason(e.result)
     cdef uint8_t buf[MSG_CLOSED_SIZE]
     cdef link *l
     cdef int i
-    if e.result == TCPHA_R_OK:
-        pthread_mutex_lock(&b.lock)
-        a = _find(b, &e.flow)
-        if a != NULL and a.found and a.id != id:
-            a.found = False    # the search for what an earlier run adopted has seen it before us
-            a.id = id
-            a.fast = True
-            a.peer = e.frontend
-        if a != NULL and a.id != id:
-            _ended(b, w, a, END_GONE)  # the client could not have connected anew otherwise
-            if a.over:
-                _remove(b, a)
-            a = NULL
-            reused = True
-        if a == NULL:
-            a = _insert_any(b, &e.flow)
-            if a == NULL:  # full of connections whose end we have not heard of yet
-                pthread_mutex_unlock(&b.lock)
-                _check_all(b, w)
-                pthread_mutex_lock(&b.lock)
-                a = _insert_any(b, &e.flow)
-            if a != NULL:
-                a.fast = True
-                a.reused = reused
-                a.id = id
-                a.since_ns = e.at_ns
-                a.link = a.link_gen = 0  # any: no link has generation 0
-                a.peer = e.frontend
-                _share(b, w, a)
-                add64(&b.n.adopted, 1)
-                add64(&b.n.fast, 1)
-                say_flow(b.c, 2, &e.flow, b"adopted")
-            else:
-                say_flow(b.c, 0, &e.flow, b"no room in the table: its end will not be noticed")
-        pthread_mutex_unlock(&b.lock)
-        add32(&b.dp.gate.coming, -1)
-        return
-    if e.result == TCPHA_R_FULL:
-        if not b.unloading:
-            _reap(b, w, e.at_ns, False)
-            if not _is_full(b):
-                return     # the client's next attempt finds room
-    elif e.result == TCPHA_R_BACKLOG:
-        reason = REFUSE_BACKLOG
-    elif e.result == TCPHA_R_NO_LISTENER:
-        reason = REFUSE_LISTENER
-    elif e.result == TCPHA_R_ASSIGN:
-        reason = REFUSE_UNSUPPORTED
     add64(&b.n.refused[reason], 1)
     say_more(b.c, 1, &e.flow, b"refused: %s", refusal_text(reason), 0)
     for i in range(MAX_LINKS):
         l = &b.c.links[i]
         if load32(&l.state) == LINK_UP and l.peer == e.frontend and link_put(
-                b.c, w, l, buf, message_return(buf, id, &e.flow, reason), NULL, 0) == 0:
+                b.c, w, l, buf, message_return(buf, fast_id(e.isn, e.ours), &e.flow, reason),
+                NULL, 0) == 0:
             return
+
+
+cdef void _take_event(backend_state *b, worker *w, const tcpha_event *e) noexcept nogil:
+    if e.result == TCPHA_R_OK:
+        _took(b, w, e)
+        return
+    if e.result == TCPHA_R_FULL and not b.unloading:
+        _reap(b, w, e.at_ns, False)
+        if not _is_full(b):
+            return             # the client's next attempt finds room
+    _return_it(b, w, e)
 
 
 cdef void _on_ring(backend_state *b, worker *w) noexcept nogil:
