@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 
 from tcpha.lab import bed
 from tcpha.lab.bed import Cluster
+from tests.support.modes import MODES, NFQUEUE, USUAL
 
 # a loaded machine is no fault of what is tested
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -27,20 +28,6 @@ HOUR = 3_600_000_000_000
 bed.CLOCKS[:] = ["0:0", f"{5 * HOUR}:200", f"{11 * HOUR}:-200"]
 
 
-EBPF, NFQUEUE = "ebpf", "nfqueue"
-MODES = {  # forward, datapath of the FE and of the BEs, fastpath
-    "direct": ("direct", EBPF, EBPF, False), "tunnel": ("tunnel", EBPF, EBPF, False),
-    "fast-direct": ("direct", EBPF, EBPF, True), "fast-tunnel": ("tunnel", EBPF, EBPF, True),
-    "nfqueue-direct": ("direct", NFQUEUE, NFQUEUE, False),
-    "nfqueue-tunnel": ("tunnel", NFQUEUE, NFQUEUE, False),
-    "ebpf-nfqueue": ("tunnel", EBPF, NFQUEUE, True),
-    "nfqueue-ebpf": ("direct", NFQUEUE, EBPF, True)}
-ONLY_IN = {  # modes that not every file has, unless a test names them
-    "fast-direct": {"test_serve.py", "test_clients.py"},
-    "fast-tunnel": {"test_serve.py", "test_faults.py"},
-    "ebpf-nfqueue": {"test_serve.py"}, "nfqueue-ebpf": {"test_serve.py"}}
-
-
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test of what one datapath alone has exists in the modes that have it, and in no other. So
@@ -50,9 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if mode is None:
             return True
         named = item.get_closest_marker("modes")
-        if named is not None and mode not in named.args:
-            return False
-        if named is None and mode in ONLY_IN and item.path.name not in ONLY_IN[mode]:
+        if mode not in (named.args if named else USUAL):
             return False
         if item.get_closest_marker("socket_path") and mode.startswith("fast-"):
             return False

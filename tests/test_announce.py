@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from test_host import arp_sent_by
 
 from tcpha.lab.bed import Cluster, wait_for
 from tcpha.net.announcer import Announcer
 from tcpha.net.host import Host as NetHost
+from tests.support.wire import arp_sent_by
 
 pytestmark = pytest.mark.modes("fast-direct", "nfqueue-direct")
 ELSEWHERE = "02:00:00:00:00:99"

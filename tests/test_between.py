@@ -3,7 +3,6 @@
 requests, without offloads, with many short connections."""
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -15,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from tcpha.lab.bed import Cluster, Host, freeze, inside, sh, wait_for
-from test_clients import connect_from
-from test_serve import REQUEST, body, read_all, settle, upload_many
+from tcpha.lab.bed import Cluster, Host, freeze, inside, wait_for
+from tests.support.client import REQUEST, body, connect_from, read_all, upload_many
+from tests.support.network import let_grow, mac, nft_on_switch
+from tests.support.state import fast, settle
 
 pytestmark = pytest.mark.modes("fast-direct", "fast-tunnel")
 BODY = os.urandom(2000)
@@ -25,25 +25,9 @@ SENT = 48 << 20
 PUT = b"PUT /up/between HTTP/1.1\r\nHost: lab\r\nConnection: close\r\nContent-Length: 2000\r\n\r\n"
 
 
-def fast(c: Cluster) -> int:
-    """Connections that took the packet path."""
-    assert c.fe
-    return int(c.fe.ctl("status")["counters"]["fast"])
-
-
-def mac(host: Host) -> bytes:
-    link, = json.loads(host.ip("-j", "link", "show", "eth0"))
-    return bytes.fromhex(link["address"].replace(":", ""))
-
-
 def forwarded(c: Cluster) -> str:
     """What the front end sends to back ends in the clients' name, for nft."""
     return "ip protocol 4" if c.forward == "tunnel" else f"ip saddr {c.client.address}"
-
-
-def nft_on_switch(c: Cluster, rules: str) -> None:
-    sh("nsenter", f"--net=/run/netns/{c.bed.switch}", "nft", "-f", "-",
-       input=f"table bridge lab\ndelete table bridge lab\n{rules}")
 
 
 @contextmanager
@@ -256,18 +240,6 @@ def test_without_offloads(cluster: Cluster, where: str) -> None:
         switch("on")
     settle(cluster)
     assert fast(cluster) == before + 18
-
-
-def let_grow(ns: str, device: str, size: int) -> None:
-    """gso_ipv4_max_size and gro_ipv4_max_size of a device; Debian 12's ip(8) does not know them."""
-    def ask() -> int:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as s:
-            message = struct.pack("=BxHiII", 0, 0, socket.if_nametoindex(device), 0, 0) + \
-                struct.pack("=HHIHHI", 8, 63, size, 8, 64, size)
-            s.send(struct.pack("=IHHII", 16 + len(message), 16, 5, 1, 0) + message)
-            return int(struct.unpack_from("=i", s.recv(4096), 16)[0])
-    error = inside(ns, ask)
-    assert error == 0, os.strerror(-error)
 
 
 def test_packets_above_64_kilobytes(cluster: Cluster) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_host import state
 
 from tcpha.lab.bed import BIN, Cluster, Daemon, Host, sh, wait_for
 from tcpha.service import WAIT, WAIT_STEP
+from tests.support.host import state
 
 pytestmark = pytest.mark.modes("fast-direct", "nfqueue-direct")
 UNITS = Path(__file__).parent.parent / "debian"

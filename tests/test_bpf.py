@@ -2,82 +2,57 @@
 """The BPF programs, packet by packet (BPF_PROG_TEST_RUN): of running daemons, in their maps."""
 from __future__ import annotations
 
-import ctypes
-import json
-import mmap
-import os
 import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-from hooks import programs
-from test_rewrite import ECN
 
-from tcpha.lab.bed import Cluster, Host
+from tcpha.lab.bed import Cluster
+from tests.support.bpf import (
+    DROP,
+    F_FIN,
+    F_NEW_SYN,
+    F_RST,
+    FORWARD,
+    GONE,
+    HELD,
+    LINGERING,
+    PENDING,
+    REDIRECT,
+    REPLACING,
+    STACK,
+    Bpf,
+    entry,
+    flow,
+    mapped,
+    number,
+    phase,
+    state_of,
+    tag,
+)
+from tests.support.packets import (
+    ACK,
+    BE,
+    CLIENT,
+    ECN,
+    FE,
+    FIN,
+    FULL,
+    IPIP,
+    PSH,
+    RST,
+    SYN,
+    VIP,
+    Packet,
+    ip_header,
+)
 
-STACK, DROP, REDIRECT = 0xFFFFFFFF, 2, 7  # TC_ACT_UNSPEC, _SHOT, _REDIRECT
-CLIENT, VIP, FE, BE = "192.168.1.50", "192.168.1.36", "192.168.1.23", "192.168.1.33"
-FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
-HELD, DRAINING, FORWARD, PENDING, REPLACING, LINGERING, GONE = range(1, 8)
 OP_DROP, R_OK, R_NO_SOCKET = 5, 1, 4
-F_FIN, F_RST, F_NEW_SYN = 1, 2, 4
 DIRECT, TUNNEL, LOCAL = 1, 2, 3
-IPIP = 4
-FULL = 0x4000  # DF
 LEAP = 1 << 24  # TCPHA_LEAP
-
-
-@dataclass(frozen=True)
-class Packet:
-    """An Ethernet frame with an IPv4 TCP segment, or what claims to be one."""
-
-    flags: int = ACK
-    seq: int = 1000
-    ack: int = 1
-    data: bytes = b""
-    tcp_options: bytes = b""
-    source: str = CLIENT
-    destination: str = VIP
-    sport: int = 4000
-    dport: int = 80
-    ethertype: int = 0x0800
-    protocol: int = socket.IPPROTO_TCP
-    fragment: int = FULL
-    options: bytes = b""      # of IP
-    ihl: int | None = None
-    version: int = 4
-    tos: int = 0
-    doff: int | None = None
-    urgent: int = 0
-    cut: int | None = None    # bytes that are there, if not all
-    tunnel: tuple[str, str] | None = None  # addresses of an outer header
-    outer_fragment: int = 0
-    outer_tos: int = 0
-    outer_options: bytes = b""
-    body: bytes | None = None  # instead of the TCP segment
-
-    def ip(self) -> bytes:
-        doff = 5 + len(self.tcp_options) // 4 if self.doff is None else self.doff
-        tcp = struct.pack("!HHIIBBHHH", self.sport, self.dport, self.seq, self.ack, doff << 4,
-                          self.flags, 1000, 0, self.urgent) + self.tcp_options + self.data
-        if self.body is not None:
-            tcp = self.body
-        ihl = 5 + len(self.options) // 4 if self.ihl is None else self.ihl
-        return ip_header(self.version, ihl, len(self.options) + 20 + len(tcp), self.fragment,
-                         self.protocol, self.source, self.destination, self.tos) \
-            + self.options + tcp
-
-    def frame(self) -> bytes:
-        ip = self.ip()
-        if self.tunnel:
-            more = self.outer_options
-            ip = ip_header(4, 5 + len(more) // 4, 20 + len(more + ip), self.outer_fragment, IPIP,
-                           *self.tunnel, self.outer_tos) + more + ip
-        return (bytes(12) + struct.pack("!H", self.ethertype) + ip)[:self.cut]
 
 
 def error(kind: int = 3, code: int = 4, quote: int = 28, source: str = VIP, sport: int = 80,
@@ -86,102 +61,6 @@ def error(kind: int = 3, code: int = 4, quote: int = 28, source: str = VIP, spor
     about = Packet(source=source, destination=CLIENT, sport=sport, dport=dport, options=more, **of)
     return Packet(protocol=socket.IPPROTO_ICMP, source="192.168.1.200", body=struct.pack(
         "!BBHHH", kind, code, 0, 0, 1300) + about.ip()[:quote + len(more)])
-
-
-def ip_header(version: int, ihl: int, length: int, fragment: int, protocol: int, source: str,
-              destination: str, tos: int = 0, number: int = 7) -> bytes:
-    head = struct.pack("!BBHHHBBH4s4s", version << 4 | ihl, tos, length, number, fragment, 64,
-                       protocol, 0, socket.inet_aton(source), socket.inet_aton(destination))
-    total = sum(struct.unpack("!10H", head))
-    total = (total & 0xFFFF) + (total >> 16)
-    return head[:10] + struct.pack("!H", ~(total + (total >> 16)) & 0xFFFF) + head[12:]
-
-
-def mapped(address: str) -> bytes:
-    return bytes(10) + b"\xff\xff" + socket.inet_aton(address)
-
-
-def flow(port: int = 4000) -> bytes:
-    return mapped(CLIENT) + mapped(VIP) + struct.pack("!HH", port, 80)
-
-
-def phase(state: int, older: int = 0, which: int = 1) -> int:
-    """As tcpha_phase()."""
-    return which * 0x9e3779b97f4a7c15 % 2**64 >> 12 << 12 | older << 3 | state
-
-
-def entry(state: int, backend: int = 0, slot: int = 0, flags: int = 0, end_seq: int = 1000,
-          syn_seq: int = 0, ahead: tuple[int, int] = (0, 0), older: int = 0) -> bytes:
-    return struct.pack("=6Q12I64x", 1, 0, 0, 0, 0, phase(state, older), 0, backend, slot, flags, 0,
-                       end_seq, *ahead, syn_seq, 0, 0, 0)
-
-
-def tag(key: bytes) -> bytes:
-    """As tcpha_tag()."""
-    vport, cport, *address = struct.unpack("=HH4I", key[34:] + key[32:34] + key[:16])
-    n = vport << 16 | cport
-    for word in address:
-        n = (n ^ word) * 0x9e3779b1 % 2**32
-    return struct.pack("=I", n)
-
-
-class Bpf:
-    """The programs of a daemon on a host, and their maps."""
-
-    def __init__(self, host: Host, names: tuple[str, ...]):
-        self.host = host
-        self.file = host.dir / "frame"
-        found = programs(host)
-        self.programs = {name: found[name] for name in names}
-        self.maps = {}
-        for program in self.programs.values():
-            known = json.loads(host.run("bpftool", "-j", "prog", "show", "id",
-                                        str(program)).stdout)
-            for number in known["map_ids"]:
-                name = json.loads(host.run("bpftool", "-j", "map", "show", "id",
-                                           str(number)).stdout)["name"]
-                self.maps[name] = str(number)
-
-    def run(self, program: str, packet: Packet) -> tuple[int, bytes]:
-        """(verdict, what became of the frame)"""
-        out = Path(f"{self.file}.out")
-        self.file.write_bytes(packet.frame())
-        out.unlink(missing_ok=True)
-        done = json.loads(self.host.run(
-            "bpftool", "-j", "prog", "run", "id", str(self.programs[program]), "data_in",
-            str(self.file), "data_out", str(out)).stdout)
-        return int(done["retval"]), out.read_bytes()
-
-    def put(self, name: str, key: bytes, value: bytes, mark: bytes | None = None) -> None:
-        """mark: of an entry, in place of its own tag."""
-        if name == "flows":  # last seen now, or the daemon takes it for idle and removes it
-            value = value[:16] + struct.pack("=Q", self.host.now_ns()) + value[24:48] + \
-                (mark or tag(key)) + value[52:]
-        self.host.run("bpftool", "map", "update", "id", self.maps[name],
-                      "key", *map(str, key), "value", *map(str, value))
-
-    def memory(self, name: str) -> mmap.mmap:
-        """A mapped array, in which single bytes can be changed."""
-        fd = ctypes.CDLL("libbpf.so.1").bpf_map_get_fd_by_id(int(self.maps[name]))
-        if fd < 0:
-            raise OSError(-fd, f"map {name}")
-        try:
-            return mmap.mmap(fd, mmap.PAGESIZE)
-        finally:
-            os.close(fd)
-
-    def get(self, name: str, key: bytes) -> bytes:
-        found = json.loads(self.host.run("bpftool", "-j", "map", "lookup", "id", self.maps[name],
-                                         "key", *map(str, key)).stdout)
-        return bytes(int(byte, 16) for byte in found["value"])
-
-    def count(self, name: str) -> int:
-        return len(json.loads(self.host.run("bpftool", "-j", "map", "dump", "id",
-                                            self.maps[name]).stdout))
-
-    def drop(self, name: str, key: bytes) -> None:
-        self.host.run("bpftool", "map", "delete", "id", self.maps[name], "key", *map(str, key),
-                      check=False)
 
 
 @pytest.fixture(scope="module")
@@ -205,18 +84,6 @@ def be(daemons: Cluster) -> Bpf:
     bpf = Bpf(daemons.be_hosts[0], ("be_ingress", "be_tap"))
     bpf.put("frontends", mapped(FE), number(1))  # as if it had said that it tunnels
     return bpf
-
-
-def number(index: int) -> bytes:
-    return struct.pack("=I", index)
-
-
-def state_of(e: bytes) -> dict[str, int]:
-    names = ("id", "start", "last", "packets", "bytes", "phase", "tag", "backend", "slot", "flags",
-             "rule", "end_seq", "ahead_seq", "ahead_end", "syn_seq", "first_seq", "first_ack",
-             "behind", "rtt_ms", "target_len")
-    known = dict(zip(names, struct.unpack("=6Q12I2H", e[:100]), strict=True))
-    return known | {"state": known["phase"] & 7, "older": known["phase"] >> 3 & 511}
 
 
 # What is none of a front end's business goes to the stack, whatever it looks like.

@@ -9,20 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from test_bpf import ip_header
-from test_edges import first_frame, send_again
-from test_fastpath import (
-    ask,
-    be_patient,
-    handshake_ack,
-    internet_sum,
-    retransmitted,
-    with_data,
-)
 
 from tcpha.backend.tunnels import AWAY, Tunnels
 from tcpha.lab.bed import Cluster, Host, wait_for
-from test_serve import REQUEST, body, read_all, settle
+from tests.support.client import REQUEST, ask, body, read_all
+from tests.support.host import be_patient, retransmitted
+from tests.support.packets import internet_sum, ip_header
+from tests.support.state import settle
+from tests.support.wire import first_frame, handshake_ack, send_again, with_data
 
 IPIP, SYN, ACK, FRAGMENTS = 4, 2, 16, 0x2000
 DIRECT = pytest.mark.modes("direct", "nfqueue-direct")

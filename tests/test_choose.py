@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from test_bpf import Bpf
 
 from tcpha.lab.bed import Cluster, wait_for
-from test_serve import read_all
+from tests.support.bpf import Bpf
+from tests.support.client import read_all
 
 pytestmark = pytest.mark.modes("fast-direct")
 PATTERNS = (r"jpg$", r"^/a", r"gif$|png$", r"x+", r".*")

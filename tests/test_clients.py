@@ -2,7 +2,6 @@
 """Clients that are slow, odd, or whose TCP differs; and lossy links."""
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import socket
@@ -12,8 +11,12 @@ from collections.abc import Iterator
 import pytest
 
 from tcpha.lab.bed import Cluster, wait_for
-from test_serve import LOSS, REQUEST, body, digest, read_all, settle, upload_many
+from tests.support.client import REQUEST, body, connect_from, digest, read_all, upload_many
+from tests.support.modes import USUAL
+from tests.support.network import LOSS
+from tests.support.state import settle
 
+pytestmark = pytest.mark.modes(*USUAL, "fast-direct")
 HEADLIMIT = 16384
 
 
@@ -253,29 +256,6 @@ def test_short_connections_under_loss(lossy: Cluster) -> None:
 
 
 # Load
-
-def dial(c: Cluster, port: int, to: int = 80) -> socket.socket | None:
-    """A connection from a port of the client's, in whose namespace we are. None: the client's
-    kernel waits for the last ACK of the one before."""
-    s = socket.socket()
-    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    s.settimeout(30)
-    s.bind((c.client.address, port))
-    try:
-        s.connect((c.VIP, to))
-    except OSError as error:
-        s.close()
-        if error.errno != errno.EADDRNOTAVAIL:
-            raise
-        return None
-    return s
-
-
-def connect_from(c: Cluster, port: int, to: int = 80) -> socket.socket:
-    """A connection from a port of the client's, as soon as the one before has left it."""
-    connection: socket.socket = wait_for(
-        lambda: c.client.inside(lambda: dial(c, port, to)), "the port to be free", 30)
-    return connection
 
 
 def test_port_used_again_at_once(cluster: Cluster) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_bpf import Bpf, number
 
 from tcpha._fast.peerclock import PeerClock
 from tcpha.lab.bed import Cluster, Daemon, wait_for
-from test_serve import REQUEST, body, read_all
+from tests.support.bpf import Bpf, number
+from tests.support.client import REQUEST, body, read_all
 
 SECOND = 1_000_000_000
 MS = SECOND // 1000

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from test_register import logged, secret_file
 
 from tcpha._fast.tls import Channel, TlsError
 from tcpha.lab.bed import Cluster, Daemon, Host, wait_for
-from test_serve import REQUEST, body, read_all, settle, upload_many
+from tests.support.client import REQUEST, body, read_all, upload_many
+from tests.support.daemons import logged, secret_file
+from tests.support.state import settle
 
 pytestmark = pytest.mark.modes("direct", "nfqueue-direct")  # how packets travel is not the point
 

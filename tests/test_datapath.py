@@ -11,10 +11,10 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-from hooks import programs
 
 from tcpha.lab.bed import Cluster, Daemon, Host, sh
-from test_serve import REQUEST, body, read_all
+from tests.support.client import REQUEST, body, read_all
+from tests.support.hooks import programs
 
 REFUSED = """
 #include <linux/bpf.h>

@@ -6,38 +6,30 @@ import os
 import random
 import select
 import socket
-import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from test_bpf import Bpf
-from test_nfqueue import OFF_NO_PROBE, TCP_REPAIR, TCP_TIMESTAMP, numbers, option
 
-from tcpha.lab.bed import Cluster, Host, wait_for
-from test_serve import REQUEST, body, read_all, settle
+from tcpha.lab.bed import Cluster, wait_for
+from tests.support.bpf import Bpf
+from tests.support.client import KEEP, REQUEST, body, read_all
+from tests.support.host import resets
+from tests.support.repair import OFF_NO_PROBE, TCP_REPAIR, TCP_TIMESTAMP, numbers, option
+from tests.support.state import settle
+from tests.support.wire import Forger, first_frame, send_again
 
 pytestmark = pytest.mark.modes("direct", "tunnel", "fast-direct", "nfqueue-direct",
                                "nfqueue-tunnel")
-KEEP = REQUEST.replace(b"close", b"keep-alive")
 RST, SYN, ACK, FIN = 4, 2, 16, 1
 
 
 def put(name: str, data: bytes) -> bytes:
     return (b"PUT /up/%s HTTP/1.1\r\nHost: lab\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
             % (name.encode(), len(data)))
-
-
-def resets(c: Cluster) -> int:
-    """RSTs that the client has received on live connections."""
-    for line in c.client.run("cat", "/proc/net/snmp").stdout.splitlines():
-        if line.startswith("Tcp: ") and line.split()[1].isdigit():
-            return int(line.split()[8])  # EstabResets
-    raise AssertionError("no TCP statistics")
 
 
 @pytest.fixture
@@ -178,36 +170,6 @@ def test_ip_options(calm: Cluster) -> None:
 
 # Packets of somebody who guesses
 
-class Forger:
-    """A host on the segment that sends in the client's name. It knows the addresses and ports."""
-
-    def __init__(self, host: Host, c: Cluster, port: int):
-        self.ends = socket.inet_aton(c.client.address), socket.inet_aton(c.VIP), port
-        self.raw = host.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW,
-                                                     socket.IPPROTO_RAW))
-        self.vip = c.VIP
-
-    def send(self, flags: int, seq: int, data: bytes = b"", tsval: int | None = None) -> None:
-        source, destination, port = self.ends
-        options = b"" if tsval is None else struct.pack("!BBBBII", 1, 1, 8, 10, tsval, 0)
-        tcp = struct.pack("!HHIIBBHHH", port, 80, seq, random.getrandbits(32),
-                          (20 + len(options)) // 4 << 4, flags, 512, 0, 0) + options + data
-        pseudo = source + destination + struct.pack("!HH", 6, len(tcp)) + tcp
-        pseudo += b"\0" * (len(tcp) & 1)
-        total = sum(struct.unpack(f"!{len(pseudo) // 2}H", pseudo))
-        while total >> 16:
-            total = (total & 0xFFFF) + (total >> 16)
-        tcp = tcp[:16] + struct.pack("!H", ~total & 0xFFFF) + tcp[18:]
-        head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(tcp), 0, 0x4000, 64, 6, 0, source,
-                           destination)
-        self.raw.sendto(head + tcp, (self.vip, 0))
-
-    def flood(self, ended: threading.Event, near: int, tsval: int) -> None:
-        """Data outside the window, with a TSval."""
-        while not ended.is_set():
-            for seq in (near + 2**20, near - 2**20, near + 2**31):
-                self.send(ACK, seq % 2**32, b"x", tsval)
-
 
 @pytest.mark.modes("nfqueue-direct", "nfqueue-tunnel")  # where no socket option tells TS.Recent
 def test_guessed_timestamps(calm: Cluster) -> None:
@@ -275,36 +237,6 @@ def test_blind_injection(mode: dict[str, Any]) -> None:
                 assert body(got) == want
     finally:
         c.close()
-
-
-@contextmanager
-def first_frame(host: Host, wanted: Callable[[bytes], bool]) -> Iterator[list[bytes]]:
-    """The next frame to port 80 that leaves the host and is wanted, whole."""
-    host.run("ethtool", "-K", "eth0", "tx", "off")  # or the checksum would not be there yet
-    s = host.inside(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0003)))
-    s.bind(("eth0", 0x0003))
-    s.settimeout(10)
-    frames: list[bytes] = []
-
-    def listen() -> None:
-        while not frames:
-            frame = s.recv(65536)
-            if frame[36:38] == b"\0P" and wanted(frame):
-                frames.append(frame)
-    thread = threading.Thread(target=listen)
-    thread.start()
-    try:
-        yield frames
-    finally:
-        thread.join()
-        s.close()
-        host.run("ethtool", "-K", "eth0", "tx", "on")
-
-
-def send_again(host: Host, frame: bytes) -> None:
-    with host.inside(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW)) as s:
-        s.bind(("eth0", 0))
-        s.send(frame)
 
 
 def read_more(s: socket.socket, size: int) -> bytes:

@@ -8,62 +8,56 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from netfilterqueue import NetfilterQueue
-from test_between import nft_on_switch
-from test_bpf import (
-    ACK,
-    CLIENT,
+
+from tcpha.lab.bed import Cluster, Host, wait_for
+from tests.support.bpf import (
     DROP,
+    F_FAST,
     F_FIN,
-    FE,
-    FIN,
     FORWARD,
     GONE,
     LINGERING,
     PENDING,
-    PSH,
     REDIRECT,
     REPLACING,
-    RST,
     STACK,
-    SYN,
-    VIP,
     Bpf,
-    Packet,
+    answer,
+    calm_down,
     entry,
     flow,
     state_of,
 )
-from test_edges import Forger, first_frame
-from test_nfqueue import OFF_NO_PROBE, TCP_REPAIR
-
-from tcpha.lab.bed import Cluster, Host, wait_for
-from test_clients import connect_from
-from test_serve import REQUEST, body, read_all, settle
+from tests.support.client import KEEP, REQUEST, ask, body, connect_from, read_all
+from tests.support.host import retransmitted
+from tests.support.network import nft_on_switch
+from tests.support.packets import (
+    ACK,
+    CLIENT,
+    FE,
+    FIN,
+    MSS,
+    PSH,
+    RST,
+    SACK_TS,
+    SYN,
+    VIP,
+    WSCALE,
+    Packet,
+    options,
+    stamped,
+)
+from tests.support.repair import OFF_NO_PROBE, TCP_REPAIR
+from tests.support.state import fast, settle
+from tests.support.wire import Forger, handshake_ack, queued, with_data
 
 pytestmark = pytest.mark.modes("fast-direct", "fast-tunnel")
 ECE, CWR = 64, 128
-KEEP = REQUEST.replace(b"close", b"keep-alive")
-F_FAST = 8
-
-
-def fast(c: Cluster) -> int:
-    """Connections that took the packet path."""
-    assert c.fe
-    return int(c.fe.ctl("status")["counters"]["fast"])
-
-
-def ask(s: socket.socket, data: bytes = KEEP) -> None:
-    s.sendall(data)
-    got = b""
-    while len(got.partition(b"\r\n\r\n")[2]) < 1024 and (more := s.recv(65536)):
-        got += more
-    assert len(body(got)) == 1024, got
 
 
 def test_no_socket_on_the_front_end(cluster: Cluster) -> None:
@@ -230,33 +224,6 @@ def test_every_packet_twice(cluster: Cluster) -> None:
     assert n["handed"] == n["closed"]
 
 
-def handshake_ack(host: Host) -> AbstractContextManager[list[bytes]]:
-    """The frame of the bare ACK with which the host's next handshake with port 80 ends."""
-    return first_frame(host, lambda frame: frame[47] == ACK)
-
-
-def with_data(ack: bytes, data: bytes, damage: int = 0, padding: bytes = b"") -> bytes:
-    """A segment like that of an ACK, with data; its checksum is wrong by so much. padding: behind
-    the packet, as Ethernet has it."""
-    ip, tcp = bytearray(ack[14:34]), bytearray(ack[34:66])
-    ip[2:4] = struct.pack("!H", len(ip) + len(tcp) + len(data))
-    ip[10:12] = b"\0\0"
-    ip[10:12] = struct.pack("!H", internet_sum(bytes(ip)))
-    tcp[13] |= PSH
-    tcp[16:18] = b"\0\0"
-    pseudo = bytes(ip[12:20]) + struct.pack("!HH", 6, len(tcp) + len(data))
-    tcp[16:18] = struct.pack("!H", internet_sum(pseudo + bytes(tcp) + data) ^ damage)
-    return ack[:14] + bytes(ip + tcp) + data + padding
-
-
-def internet_sum(data: bytes) -> int:
-    words = struct.unpack(f"!{(len(data) + 1) // 2}H", data + b"\0" * (len(data) % 2))
-    total = sum(words)
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
-
-
 @pytest.mark.parametrize("cached", [False, True], ids=["", "cached"])
 def test_a_damaged_request_decides_nothing(cluster: Cluster, cached: bool) -> None:
     """Its checksum is wrong: what the client repeats is another request."""
@@ -300,32 +267,6 @@ def test_what_is_behind_a_packet_is_not_read(cluster: Cluster) -> None:
 
 
 @contextmanager
-def queued(host: Host, on_packet: Callable[[Any], None], chain: str, *match: str) -> Iterator[None]:
-    """The host's packets that match come to on_packet(), which has the say."""
-    queue = host.inside(NetfilterQueue)
-    queue.bind(7, on_packet)
-    rule = (chain, *match, "-j", "NFQUEUE", "--queue-num", "7")
-    host.run("iptables", "-t", "mangle", "-A", *rule)
-    ended = threading.Event()
-
-    def run() -> None:
-        poll = select.poll()
-        poll.register(queue.get_fd(), select.POLLIN)
-        while not ended.is_set():
-            if poll.poll(50):
-                queue.run(block=False)
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield
-    finally:
-        host.run("iptables", "-t", "mangle", "-D", *rule)
-        ended.set()
-        thread.join()
-        queue.unbind()
-
-
-@contextmanager
 def swapped(host: Host, *match: str) -> Iterator[list[Any]]:
     """Of the host's packets that match, the first two leave it in the other order. Yields what was
     let go so far."""
@@ -341,16 +282,6 @@ def swapped(host: Host, *match: str) -> Iterator[list[Any]]:
             held.clear()
     with queued(host, on_packet, "OUTPUT", "-p", "tcp", "--dport", "80", "--tcp-flags", *match):
         yield gone
-
-
-def be_patient(host: Host) -> None:
-    """Send nothing again that is only late: what is sent again then, was lost (RFC 6298, 8985)."""
-    host.run("sysctl", "-qw", "net.ipv4.tcp_early_retrans=0")
-    host.ip("route", "change", "192.168.1.0/24", "dev", "eth0", "rto_min", "10s")
-
-
-def retransmitted(host: Host) -> int:
-    return int(host.run("nstat", "-asz", "TcpRetransSegs").stdout.split()[-2])
 
 
 @pytest.mark.parametrize("what", ["handshake", "request"])
@@ -388,12 +319,6 @@ def test_key_changes_during_a_handshake(cluster: Cluster) -> None:
             state[32] ^= 1  # or the daemon's next key would take the place of the one in use
     settle(cluster)
     assert fast(cluster) == before + 2
-
-
-def calm_down(bpf: Bpf) -> None:
-    """As if ten seconds had passed since the last guesses."""
-    with bpf.memory("guesses") as memory:
-        memory[:16] = bytes(16)
 
 
 def test_floods_leave_nothing(cluster: Cluster) -> None:
@@ -699,9 +624,6 @@ def lab() -> Iterator[Cluster]:
         c.close()
 
 
-MSS = b"\x02\x04\x05\xb4"
-SACK_TS = b"\x04\x02\x08\x0a" + struct.pack("!II", 0x01020304, 0)
-WSCALE = b"\x01\x03\x03\x07"
 # the SYN's options: the kinds of options that the answer must have, in order
 SYNS = {
     "none": (b"", [2]), "MSS": (MSS, [2]), "all": (MSS + SACK_TS + WSCALE, [2, 4, 8, 3]),
@@ -711,38 +633,6 @@ SYNS = {
     "window scale alone": (WSCALE, [2, 3]), "behind the end": (MSS + b"\0" + SACK_TS[1:], [2]),
     "an unknown one": (MSS + b"\xfe\4\0\0" + WSCALE, [2, 3]),
 }
-
-
-def total(data: bytes) -> int:
-    data += b"\0" * (len(data) & 1)
-    n = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    n = (n & 0xFFFF) + (n >> 16)
-    return (n & 0xFFFF) + (n >> 16)
-
-
-def options(tcp: bytes) -> dict[int, bytes]:
-    out, at = {}, 20
-    while at < tcp[12] >> 4 << 2:
-        if tcp[at] == 1:
-            at += 1
-            continue
-        out[tcp[at]] = tcp[at + 2:at + tcp[at + 1]]
-        at += tcp[at + 1]
-    return out
-
-
-def answer(bpf: Bpf, packet: Packet) -> bytes:
-    """The TCP header of the SYN-ACK."""
-    verdict, out = bpf.run("fe_ingress", packet)
-    assert verdict == REDIRECT
-    ip, tcp = out[14:34], out[34:]
-    assert ip[12:16] == socket.inet_aton(packet.destination)
-    assert ip[16:20] == socket.inet_aton(packet.source)
-    assert int.from_bytes(ip[2:4], "big") == 20 + len(tcp) and total(ip) == 0xFFFF
-    assert total(ip[12:] + struct.pack("!HH", 6, len(tcp)) + tcp) == 0xFFFF
-    assert tcp[:4] == struct.pack("!HH", packet.dport, packet.sport)
-    assert tcp[8:12] == struct.pack("!I", (packet.seq + 1) % 2**32)
-    return tcp
 
 
 @pytest.mark.parametrize("what", SYNS)
@@ -812,10 +702,6 @@ def test_segment_behind_one_that_yields(lab: Cluster) -> None:
         packet = Packet(ACK | PSH, sport=4010, seq=seq, data=b"body")
         assert bpf.run("be_ingress", packet)[0] == verdict, (age, yields, seq)
     bpf.drop("adoptions", flow(4010))
-
-
-def stamped(tsval: int, tsecr: int) -> bytes:
-    return b"\1\1\x08\x0a" + struct.pack("!II", tsval, tsecr % 2**32)
 
 
 def test_cookie(lab: Cluster) -> None:

@@ -17,17 +17,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from test_between import mac, nft_on_switch
-from test_bpf import Packet
-from test_edges import send_again
 
 from tcpha._fast import message
 from tcpha._fast.packet import forge_segment
 from tcpha.lab.bed import Cluster, Host, freeze, sh, wait_for
-from test_clients import connect_from
-from test_serve import REQUEST, body, read_all, settle, upload_many
+from tests.support.client import KEEP, REQUEST, body, connect_from, read_all, upload_many
+from tests.support.modes import USUAL
+from tests.support.network import mac, nft_on_switch
+from tests.support.packets import Packet
+from tests.support.state import settle
+from tests.support.wire import send_again
 
-KEEP = REQUEST.replace(b"close", b"keep-alive")
+pytestmark = pytest.mark.modes(*USUAL, "fast-tunnel")
 UNAVAILABLE = "Service Unavailable\n503"
 PAIR = [(0, "^/"), (1, "^/"), (1, ".*")]
 

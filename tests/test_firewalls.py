@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_edges import resets
 
 from tcpha.lab.bed import Bed, Cluster, Host, program
-from test_serve import digest, settle, upload_many
+from tests.support.client import digest, upload_many
+from tests.support.host import resets
+from tests.support.state import settle
 
 pytestmark = pytest.mark.modes("direct", "tunnel", "fast-direct", "nfqueue-direct")
 NAT = """

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from test_mtu import behind_a_router
 
 from tcpha.lab.bed import Cluster, Host, Nginx, wait_for
+from tests.support.network import behind_a_router
 
 pytestmark = pytest.mark.modes("direct", "tunnel", "fast-direct", "fast-tunnel", "nfqueue-direct",
                                "nfqueue-tunnel", "ebpf-nfqueue", "nfqueue-ebpf")

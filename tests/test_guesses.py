@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from test_bpf import ACK, DROP, PSH, REDIRECT, RST, STACK, SYN, Bpf, Packet, flow
-from test_edges import Forger, first_frame
-from test_fastpath import MSS, SACK_TS, answer, ask, calm_down, fast, options, stamped
 
 from tcpha.lab.bed import Cluster, wait_for
-from test_serve import settle
+from tests.support.bpf import DROP, REDIRECT, STACK, Bpf, answer, calm_down, flow
+from tests.support.client import ask
+from tests.support.packets import ACK, MSS, PSH, RST, SACK_TS, SYN, Packet, options, stamped
+from tests.support.state import fast, settle
+from tests.support.wire import Forger, first_frame
 
 pytestmark = pytest.mark.modes("fast-direct")
 GUESSES = 300  # more than TCPHA_GUESSES

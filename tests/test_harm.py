@@ -8,7 +8,6 @@ import re
 import resource
 import signal
 import socket
-import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +19,10 @@ from typing import Any
 import pytest
 
 from tcpha.lab.bed import Cluster, Daemon, freeze, listening, sh, wait_for
-from test_serve import REQUEST, body, read_all, settle
-
-KEEP = REQUEST.replace(b"close", b"keep-alive")
+from tests.support.client import KEEP, REQUEST, body, read_all
+from tests.support.daemons import lines
+from tests.support.memory import no_kernel_memory
+from tests.support.state import settle
 
 
 @contextmanager
@@ -54,10 +54,6 @@ def answer(s: socket.socket) -> bytes:
 def served(c: Cluster) -> bool:
     with request(c, REQUEST) as s:
         return len(body(read_all(s))) == 1024
-
-
-def lines(d: Daemon, what: str) -> int:
-    return d.log.read_text().count(what)
 
 
 def test_full_flow_table(mode: dict[str, Any]) -> None:
@@ -164,28 +160,6 @@ def test_full_disk_for_logs(mode: dict[str, Any], tmp_path: Path) -> None:
             for line in (disk / name).read_text().splitlines():
                 assert re.fullmatch(whole, line) and line.count(" tcphafe[") < 2, line
         assert fe.stop() == 0
-
-
-@contextmanager
-def no_kernel_memory(d: Daemon, call: str, *where: str, when: str = "1+") -> Iterator[None]:
-    """A daemon's system call fails in each thread, as soon as all threads are caught. where, when:
-    for strace, and not every such call."""
-    pid = d.process.pid
-    threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
-    tracer = subprocess.Popen(["strace", "-f", "-p", str(pid), *where, "-e", f"trace={call}", "-e",
-                               f"inject={call}:error=ENOMEM:when={when}", "-o", "/dev/null"],
-                              stderr=subprocess.PIPE, text=True)
-    try:
-        assert tracer.stderr
-        caught = 0
-        while caught < threads and (line := tracer.stderr.readline()):
-            caught += "attached" in line and (int(line.split(" with ")[1].split()[0])
-                                              if " with " in line else 1)
-        assert caught >= threads
-        yield
-    finally:
-        tracer.send_signal(signal.SIGINT)
-        tracer.communicate()
 
 
 @pytest.mark.modes("direct", "nfqueue-direct")

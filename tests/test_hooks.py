@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hooks import NEXT, PASS, Others, at_tcx, names_on, no_room_at_tcx
-from test_host import state
-from test_listeners import begin, fill, finish, listener, restart
 
 from tcpha._fast.bpf import open_program, tcx_detach
 from tcpha.lab.bed import BIN, Cluster, Daemon, Host, wait_for
-from test_serve import digest, settle, upload_many
+from tests.support.client import digest, upload_many
+from tests.support.downloads import begin_big, finish_big
+from tests.support.hooks import NEXT, PASS, Others, at_tcx, names_on, no_room_at_tcx
+from tests.support.host import state
+from tests.support.servers import fill, listener, restart
+from tests.support.state import settle
 
 pytestmark = pytest.mark.modes("direct", "tunnel", "fast-direct")
 EVERYTHING = ("u32", "match", "u32", "0", "0")
@@ -150,7 +152,7 @@ def test_from_one_hook_to_the_other(idle: Cluster, to: str) -> None:
             with_tc(idle, stack)
         idle.start()
         assert idle.fe
-        s, begun = begin(idle)
+        s, begun = begin_big(idle)
         wait_for(lambda: idle.be[0].ctl("status")["live"] == 1, "the download")
         for daemon in (idle.fe, idle.be[0]):
             daemon.kill()
@@ -162,7 +164,7 @@ def test_from_one_hook_to_the_other(idle: Cluster, to: str) -> None:
         for daemon in (idle.fe, idle.be[0]):
             daemon.start()
         idle.connected()
-        finish(idle, s, begun)
+        finish_big(idle, s, begun)
         assert idle.get("/a.jpg") == "be1\n"
         for host, name in zip(hosts, ("fe_ingress", "be_ingress"), strict=True):
             assert names_on(host, "eth0").count(name) == 1

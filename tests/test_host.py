@@ -8,39 +8,22 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import hooks
 import pytest
-from hooks import names_on
 
-from conftest import MODES
 from tcpha.admin.server import Refused
 from tcpha.lab.bed import BIN, Bed, Cluster, Daemon, Host, sh, wait_for
+from tests.support import hooks
+from tests.support.host import state
+from tests.support.modes import MODES
+from tests.support.wire import arp_sent_by
 
 # how packets travel is seldom the point
 pytestmark = pytest.mark.modes("direct", "nfqueue-direct")
 every_mode = pytest.mark.modes(*MODES)
 MAC = r"(?:[0-9A-F]{2}:){5}[0-9A-F]{2}"
-
-
-def state(host: Host) -> dict[str, str]:
-    """All that a daemon could have changed in a host's network."""
-    out = {
-        "addresses": re.sub(r"(valid|preferred)_lft \S+", "", host.ip("addr")),
-        "links": re.sub(r"^\d+: ", "", host.ip("link"), flags=re.M),
-        "routes": host.ip("route", "show", "table", "all"),
-        "rules": host.ip("rule"),
-        "qdiscs": host.run("tc", "qdisc").stdout,
-        "filters": host.run("tc", "filter", "show", "dev", "eth0", "ingress", check=False).stdout,
-        "programs": " ".join(names_on(host, "eth0")),
-        "nft": host.run("nft", "list", "ruleset").stdout,
-        "sysctls": "\n".join(line for line in host.run("sysctl", "-a", "-r", "^net\\.").stdout
-                             .splitlines() if "conntrack_count" not in line)}
-    return out
 
 
 def loaded() -> set[int]:
@@ -209,31 +192,6 @@ def test_a_front_end_without_the_vip_answers_nobody(idle: Cluster, value: str) -
     idle.start()
     out = idle.client.run("arping", "-c", "2", "-I", "eth0", idle.VIP, check=False).stdout
     assert not re.findall(MAC, out.upper())
-
-
-@contextmanager
-def arp_sent_by(host: Host) -> Iterator[list[tuple[int, str, str]]]:
-    """What a host puts on the wire meanwhile: (operation, sender, target) of each ARP packet."""
-    def listen() -> socket.socket:
-        s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))  # ETH_P_ALL
-        s.bind(("eth0", 3))
-        return s
-    seen: list[tuple[int, str, str]] = []
-    s = host.inside(listen)
-    s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 20)
-    yield seen
-    s.setblocking(False)
-    while True:
-        try:
-            frame, where = s.recvfrom(128)
-        except BlockingIOError:
-            break
-        except OSError:
-            continue  # said once, after the interface was down
-        if where[1] == 0x0806 and where[2] == socket.PACKET_OUTGOING:
-            seen.append((frame[21], socket.inet_ntoa(frame[28:32]),
-                         socket.inet_ntoa(frame[38:42])))
-    s.close()
 
 
 def test_no_arp_of_a_back_end_tells_of_the_vip(idle: Cluster) -> None:

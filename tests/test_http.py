@@ -2,39 +2,12 @@
 """The request-head parser, against llhttp (through httptools) and by itself."""
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
-import httptools
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tcpha._fast.http import BadRequest, parse_head
-
-
-class Llhttp:
-    """What llhttp reads of a head: None while incomplete. Raises httptools.HttpParserError."""
-
-    def __init__(self, data: bytes):
-        self.url = b""
-        self.headers: list[tuple[bytes, bytes]] = []
-        self.complete = False
-        parser = httptools.HttpRequestParser(self)
-        with contextlib.suppress(httptools.HttpParserUpgrade):
-            parser.feed_data(data)
-        if self.complete:
-            self.method = parser.get_method()
-            self.version = parser.get_http_version()
-
-    def on_url(self, url: bytes) -> None:
-        self.url += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name, value))
-
-    def on_headers_complete(self) -> None:
-        self.complete = True
+from tests.support.llhttp import agree
 
 
 def test_reads_what_is_there() -> None:
@@ -128,29 +101,6 @@ def heads(draw: st.DrawFn) -> bytes:
         out += draw(NAMES) + draw(st.sampled_from([b": ", b":", b" :"])) + draw(VALUES)
         out += draw(ENDS)
     return out + draw(ENDS) + draw(st.binary(max_size=4))
-
-
-def taken(data: bytes) -> Any:
-    """What parse_head() says, or None also if it refuses."""
-    try:
-        return parse_head(data)
-    except BadRequest:
-        return None
-
-
-def agree(data: bytes) -> None:
-    """Whatever we accept, llhttp accepts too and reads alike."""
-    ours = taken(data)
-    if ours is None:
-        return
-    method, target, minor, length = ours
-    theirs = Llhttp(data[:length])
-    assert theirs.complete
-    assert (theirs.method, theirs.url, theirs.version) == (method, target, f"1.{minor}")
-    assert data[:length].endswith(b"\r\n\r\n")
-    names = [n.lower() for n, _ in theirs.headers]
-    assert names.count(b"content-length") + names.count(b"transfer-encoding") <= 1
-    assert names.count(b"host") <= 1
 
 
 @settings(max_examples=3000, deadline=None)

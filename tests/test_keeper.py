@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hooks import names_on, take_away
-from test_host import state
 
-from conftest import MODES
 from tcpha.lab.bed import BIN, Cluster, Daemon, Host, wait_for
+from tests.support.hooks import names_on, take_away
+from tests.support.host import state
+from tests.support.modes import MODES
 
 pytestmark = pytest.mark.modes("direct", "fast-direct", "nfqueue-direct")
 

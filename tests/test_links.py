@@ -16,7 +16,7 @@ import pytest
 from tcpha._fast.message import PING, PONG, encode, encode_hello
 from tcpha.control.hello import Hello, answer, new_instance
 from tcpha.lab.bed import Cluster, wait_for
-from test_serve import REQUEST, body, read_all
+from tests.support.client import REQUEST, body, read_all
 
 pytestmark = pytest.mark.modes("direct")  # whatever the datapath, the event loop is the same
 PINGS = 1 << 16

@@ -8,58 +8,21 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hooks import names_on
 
 from tcpha.lab.bed import Cluster, Nginx, freeze, program, wait_for
-from test_clients import connect_from
-from test_serve import REQUEST, body, digest, read_all, settle, upload_many
+from tests.support.client import REQUEST, body, connect_from, digest, read_all, upload_many
+from tests.support.downloads import begin_big, finish_big
+from tests.support.hooks import names_on
+from tests.support.servers import fill, listener, restart
+from tests.support.state import settle
 
 pytestmark = pytest.mark.modes("direct", "tunnel", "fast-direct", "nfqueue-direct",
                                "nfqueue-tunnel")
 BOTH_FAMILIES = "[::]:{} ipv6only=off"
-BIG = 32 << 20
-
-
-def fill(server: Nginx) -> None:
-    for name in ("index.html", "a.jpg"):
-        server.file(name, f"{server.host.name}\n".encode())
-    server.file("1k", size=1024)
-    server.file("big", size=BIG)
-
-
-def listener(port: int = 80, device: str = "",
-             protocol: int = socket.IPPROTO_TCP) -> Callable[[], socket.socket]:
-    def make() -> socket.socket:
-        s = socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol)
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if device:
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
-        s.bind(("0.0.0.0", port))
-        s.listen(4096)
-        return s
-    return make
-
-
-def restart(server: Nginx, inherits: Callable[[], socket.socket] | None) -> None:
-    server.stop()
-    server.inherits = inherits
-    server.start()
-
-
-def begin(c: Cluster) -> tuple[socket.socket, bytes]:
-    """A download whose client waits, having read something."""
-    s = c.client.connect(c.VIP)
-    s.sendall(REQUEST.replace(b"1k", b"big"))
-    return s, s.recv(1 << 16)
-
-
-def finish(c: Cluster, s: socket.socket, begun: bytes) -> None:
-    with s:
-        assert body(begun + read_all(s)) == (c.nginx[0].root / "big").read_bytes()
 
 
 def application(c: Cluster) -> str:
@@ -117,7 +80,7 @@ def test_both_families_after_a_restart(dual: Cluster, fresh: bool) -> None:
     their end. With nfqueue, too: its table outlives the daemon."""
     be, fe = dual.be[0], dual.fe
     assert fe
-    s, begun = begin(dual)
+    s, begun = begin_big(dual)
     wait_for(lambda: be.ctl("status")["live"] == 1, "the download")
     be.kill()
     if fresh:
@@ -127,7 +90,7 @@ def test_both_families_after_a_restart(dual: Cluster, fresh: bool) -> None:
         fe.start()
     dual.connected()
     wait_for(lambda: be.ctl("status")["live"] == 1, "the download of before")
-    finish(dual, s, begun)
+    finish_big(dual, s, begun)
     settle(dual)
 
 
@@ -182,7 +145,7 @@ def test_bound_to_a_device(bound: Cluster) -> None:
 
 def test_bound_no_longer(bound: Cluster) -> None:
     """Connections to the listener of before go on, also past a restart of the daemon."""
-    s, begun = begin(bound)
+    s, begun = begin_big(bound)
     be = bound.be[0]
     wait_for(lambda: be.ctl("status")["live"] == 1, "the download")
     be.kill()
@@ -195,7 +158,7 @@ def test_bound_no_longer(bound: Cluster) -> None:
     bound.nginx[0].start()
     wait_for(lambda: application(bound) == "listening", "the new listener")
     assert bound.get("/a.jpg") == "be1\n"
-    finish(bound, s, begun)
+    finish_big(bound, s, begun)
     assert old.wait(20) == 0
     restart(bound.nginx[0], listener(device="eth0"))
     wait_for(lambda: application(bound) == "listening", "the listener of before")

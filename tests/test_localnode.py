@@ -15,13 +15,23 @@ from typing import Any
 import pytest
 
 from tcpha.lab.bed import Cluster, Daemon, Nginx, freeze, wait_for
-from test_clients import connect_from, dial
-from test_serve import REQUEST, body, digest, links, read_all, settle, upload_many
+from tests.support.client import (
+    KEEP,
+    REQUEST,
+    body,
+    connect_from,
+    dial,
+    digest,
+    read_all,
+    upload_many,
+)
+from tests.support.daemons import front
+from tests.support.network import links
+from tests.support.state import settle
 
 # back ends play a small part here
 pytestmark = pytest.mark.modes("direct", "tunnel", "fast-direct", "nfqueue-direct",
                                "nfqueue-tunnel")
-KEEP = REQUEST.replace(b"close", b"keep-alive")
 UNAVAILABLE = "Service Unavailable\n503"
 
 
@@ -58,11 +68,6 @@ def cluster(node: Cluster) -> Iterator[Cluster]:
 def path(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Cluster]:
     with links(cluster, request.param):
         yield cluster
-
-
-def front(c: Cluster) -> Daemon:
-    assert c.fe
-    return c.fe
 
 
 def status(c: Cluster) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from tcpha.lab.bed import Cluster, Host, wait_for
-from test_serve import read_all, settle
+from tests.support.client import read_all
+from tests.support.state import settle
 
 pytestmark = pytest.mark.modes("direct", "fast-direct", "nfqueue-direct")
 FE, BE = "http://127.0.0.1:9110", "http://127.0.0.1:9111"

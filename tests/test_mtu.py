@@ -10,26 +10,8 @@ from typing import Any
 import pytest
 
 from tcpha.lab.bed import Cluster, Host, Nginx, sh, wait_for
-from test_serve import upload_many
-
-NARROW = 1300
-FAR = "10.9.0.2"
-
-
-def behind_a_router(c: Cluster) -> Host:
-    """A client whose way to the others has a link that takes no more than NARROW bytes."""
-    router = c.bed.host("router", "192.168.1.200")
-    far = c.bed.host("far", FAR)
-    router.ip("addr", "add", "10.9.0.1/24", "dev", "eth0")
-    router.ip("route", "replace", "10.9.0.0/24", "dev", "eth0", "mtu", "lock", str(NARROW))
-    router.ip("route", "add", c.VIP, "dev", "eth0", "mtu", "lock", str(NARROW))
-    router.sysctl("net.ipv4.conf.all.send_redirects", "0")
-    router.sysctl("net.ipv4.conf.eth0.send_redirects", "0")
-    router.sysctl("net.ipv4.ip_forward", "1")
-    far.ip("route", "add", "default", "via", "10.9.0.1")
-    for host in (c.fe_host, *c.be_hosts):
-        host.ip("route", "add", "10.9.0.0/24", "via", router.address)
-    return far
+from tests.support.client import upload_many
+from tests.support.network import FAR, NARROW, behind_a_router
 
 
 def check(c: Cluster, far: Host, server: Nginx) -> None:

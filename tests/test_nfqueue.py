@@ -15,28 +15,10 @@ from typing import Any
 import pytest
 
 from tcpha.lab.bed import Bed, Cluster, Host, freeze, wait_for
-from test_serve import LOSS, REQUEST, body, digest, left, read_all, settle, upload_many
-
-TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_TIMESTAMP = 19, 20, 21, 24
-RECV_QUEUE, SEND_QUEUE = 1, 2
-OFF_NO_PROBE = -1
-
-
-def option(s: socket.socket, name: int, value: int | None = None) -> int:
-    if value is not None:
-        s.setsockopt(socket.IPPROTO_TCP, name, value - 2**32 if value >= 2**31 else value)
-    return s.getsockopt(socket.IPPROTO_TCP, name) & 0xFFFFFFFF
-
-
-def numbers(s: socket.socket) -> tuple[int, int]:
-    """(rcv_nxt, snd_nxt) of a connection that has said nothing yet."""
-    out = []
-    s.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
-    for queue in (RECV_QUEUE, SEND_QUEUE):
-        s.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, queue)
-        out.append(option(s, TCP_QUEUE_SEQ))
-    s.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, OFF_NO_PROBE)
-    return out[0], out[1]
+from tests.support.client import REQUEST, body, digest, read_all, upload_many
+from tests.support.network import LOSS
+from tests.support.repair import OFF_NO_PROBE, TCP_REPAIR, TCP_TIMESTAMP, numbers, option
+from tests.support.state import left, settle
 
 
 def near_the_wrap(c: Cluster, which: int, size: int) -> socket.socket:

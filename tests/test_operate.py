@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_scans import MB, modest
 
 from tcpha.lab.bed import Cluster, Daemon, freeze, wait_for
-from test_serve import REQUEST, body, read_all, settle
+from tests.support.client import KEEP, REQUEST, body, read_all
+from tests.support.daemons import front
+from tests.support.memory import MB, modest
+from tests.support.state import settle
 
 # whether packets travel in a tunnel is not the point
 pytestmark = pytest.mark.modes("direct", "fast-direct", "nfqueue-direct")
-KEEP = REQUEST.replace(b"close", b"keep-alive")
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +40,6 @@ def watched(mode: dict[str, Any]) -> Iterator[Cluster]:
         yield c
     finally:
         c.close()
-
-
-def front(c: Cluster) -> Daemon:
-    assert c.fe
-    return c.fe
 
 
 def server(c: Cluster) -> dict[str, Any]:

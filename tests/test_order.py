@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import pytest
 
 from tcpha.lab.bed import Cluster, Host
-from test_serve import read_all, settle
+from tests.support.client import read_all
+from tests.support.state import settle
 
 CONNECTIONS = 2000
 FIN, RST = 1, 4

@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from test_fastpath import internet_sum
 
 from tcpha.lab.bed import Cluster, Host
-from test_serve import REQUEST, body, read_all
+from tests.support.client import REQUEST, body, read_all
+from tests.support.packets import internet_sum
 
 pytestmark = pytest.mark.modes("direct", "fast-direct", "fast-tunnel", "nfqueue-direct")
 FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16

@@ -5,37 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tcpha._fast import message
-from tcpha.lab.bed import Cluster, Daemon, wait_for
-from test_serve import REQUEST, body, digest, read_all, settle
+from tcpha.lab.bed import Cluster, wait_for
+from tests.support.client import REQUEST, body, digest, read_all
+from tests.support.daemons import (
+    REGISTER,
+    front,
+    joined,
+    logged,
+    secret_file,
+    start_back,
+    start_front,
+)
+from tests.support.state import settle
 
 pytestmark = pytest.mark.modes("direct", "nfqueue-direct")  # how packets travel is not the point
 UNAVAILABLE = "Service Unavailable\n503"
 # longer to compile than HELLO may take
 LONG = [f"/(a{n}|b{n}c+)+d[^e]*e{n}" for n in range(400)]
-REGISTER = "dregister = 1\nfeaddr = 192.168.1.23\n"
-
-
-def secret_file(c: Cluster, name: str, text: str = "") -> Path:
-    path = c.bed.dir / name
-    path.write_text((text or os.urandom(16).hex()) + "\n")
-    path.chmod(0o600)
-    return path
-
-
-def front(c: Cluster) -> Daemon:
-    assert c.fe
-    return c.fe
-
-
-def joined(c: Cluster) -> list[str]:
-    return [s["server"] for s in front(c).ctl("servers") if s["registered"] and s["state"] == "up"]
 
 
 def picture(c: Cluster) -> str:
@@ -54,17 +46,6 @@ def half(mode: dict[str, Any]) -> Iterator[Cluster]:
         yield c
     finally:
         c.close()
-
-
-def start_front(c: Cluster, *lines: str) -> None:
-    text = c.fe_text().replace(f"server = {c.be_hosts[1].address} 666\n", "")
-    c.fe = Daemon(c.fe_host, "fe", text + "\n".join(lines) + "\n")
-
-
-def start_back(c: Cluster, n: int, *lines: str) -> Daemon:
-    be = Daemon(c.be_hosts[n], "be", c.be_text(c.be_hosts[n]) + "\n".join(lines) + "\n")
-    c.be.append(be)
-    return be
 
 
 def test_joins_serves_and_leaves(half: Cluster) -> None:
@@ -167,10 +148,6 @@ def plain() -> Iterator[Cluster]:
         yield c
     finally:
         c.close()
-
-
-def logged(daemon: Daemon, text: str) -> Callable[[], bool]:
-    return lambda: text in daemon.log.read_text()
 
 
 def test_refused_without_the_same_secret(plain: Cluster) -> None:

@@ -15,20 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_register import REGISTER, logged, secret_file, start_back
 
 from tcpha._fast.match import Matcher, PatternError
 from tcpha.config import ConfigError, load
 from tcpha.frontend.compiling import Compiling
 from tcpha.lab.bed import Cluster, Daemon, wait_for
+from tests.support.daemons import REGISTER, front, logged, secret_file, start_back
 
 cluster_modes = pytest.mark.modes("direct")  # how packets travel is not the point
 MANY = [f"^/site{n}/(.*[.]jpg|[a-z]+{n})$" for n in range(700)]  # a second to compile, or more
-
-
-def front(c: Cluster) -> Daemon:
-    assert c.fe
-    return c.fe
 
 
 @pytest.fixture

@@ -10,15 +10,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hooks import take_away
-from test_bpf import Bpf, number
 
-from tcpha.lab.bed import Cluster, Daemon, wait_for
-from test_serve import REQUEST, settle
+from tcpha.lab.bed import Cluster, wait_for
+from tests.support.bpf import Bpf, number
+from tests.support.client import REQUEST
+from tests.support.daemons import front
+from tests.support.downloads import COUNT, begin, finish
+from tests.support.hooks import take_away
+from tests.support.state import settle
 
 pytestmark = pytest.mark.modes("tunnel", "fast-direct")
-KEEP = REQUEST.replace(b"close", b"keep-alive")
-COUNT = 20
 VERSION = 64  # offset in struct tcpha_state
 
 
@@ -35,37 +36,10 @@ def busy(mode: dict[str, Any]) -> Iterator[Cluster]:
         c.close()
 
 
-def front(c: Cluster) -> Daemon:
-    assert c.fe
-    return c.fe
-
-
-def begin(c: Cluster, path: bytes = b"/big") -> socket.socket:
-    """A download that waits for its reader."""
-    s = c.client.connect(c.VIP)
-    s.sendall(KEEP.replace(b"/1k", path))
-    assert s.recv(1) == b"H"
-    return s
-
-
 def kill(c: Cluster) -> None:
     """When the front end has none in its hands: such would be lost."""
     wait_for(lambda: front(c).ctl("status")["in_hand"] == 0, "all handed over")
     front(c).kill()
-
-
-def finish(s: socket.socket, want: bytes) -> None:
-    """The rest of it, and a request behind it."""
-    for size, request in ((len(want), KEEP), (1024, b"")):
-        data = bytearray()
-        while (end := data.find(b"\r\n\r\n")) < 0 or len(data) < end + 4 + size:
-            got = s.recv(1 << 20)
-            assert got, "the connection has ended"
-            data += got
-        if size > 1024:
-            assert data[end + 4:] == want
-        s.sendall(request)
-    s.close()
 
 
 def test_downloads_outlive_the_front_end(busy: Cluster) -> None:

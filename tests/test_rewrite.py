@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tcpha._fast.rewrite import combined_ecn, parse_packet, translate_error, translate_packet
+from tests.support.packets import ECN
 
 SUM_UPDATE, SUM_FULL, SUM_LEAVE = range(3)
 SYN, ACK = 2, 16
@@ -189,12 +190,6 @@ def test_errors_about_what_was_rewritten(packet: dict[str, Any], seq: int, vip: 
     error = translate_error(
         icmp_error(router, packet["src"], translate_packet(sent, same)[:28]), same, {})
     assert error == icmp_error(router, packet["src"], sent[:28])
-
-
-NOT_ECT, ECT_1, ECT_0, CE = range(4)
-# RFC 6040, figure 4: inner and outer field, and what becomes of them; None: dropped
-ECN = {(inner, outer): inner for inner in range(4) for outer in range(4)} | {
-    (NOT_ECT, CE): None, (ECT_0, ECT_1): ECT_1, (ECT_0, CE): CE, (ECT_1, CE): CE}
 
 
 @given(PACKETS, st.integers(0, 255), st.integers(0, 255))

@@ -18,27 +18,10 @@ import pytest
 
 from tcpha.admin.server import Refused, Server, Table, ask, ask_for
 from tcpha.lab.bed import BIN, Cluster, Daemon, wait_for
+from tests.support.memory import modest
 
 MANY = 30_000
 CROWD = 350_000
-MB = 1024  # /proc counts in KB
-
-
-def resident(pid: int, what: str) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(f"{what}:"):
-            return int(line.split()[1])
-    raise AssertionError(f"no {what}")
-
-
-@contextmanager
-def modest(daemon: Daemon, most: int = 10 * MB) -> Iterator[None]:
-    """A Python object for each flow would take more."""
-    pid = daemon.process.pid
-    before = resident(pid, "VmRSS")
-    Path(f"/proc/{pid}/clear_refs").write_text("5")  # VmHWM begins anew
-    yield
-    assert resident(pid, "VmHWM") - before < most
 
 
 def teller(c: Cluster, count: int = MANY) -> subprocess.Popen[str]:

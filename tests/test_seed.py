@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tcpha.lab.bed import BIN, Bed, Host, Nginx, sh, wait_for
-from test_serve import REQUEST, body, read_all
+from tests.support.client import REQUEST, body, read_all
 
 CONF = Path(__file__).parent.parent / "conf"
 VIP = "192.168.1.36"

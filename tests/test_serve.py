@@ -2,57 +2,23 @@
 """What a client, a server and an operator see when all goes well."""
 from __future__ import annotations
 
-import filecmp
 import hashlib
 import os
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tcpha.lab.bed import Cluster, Daemon, Host, listening, wait_for
+from tcpha.lab.bed import Cluster, Daemon, listening, wait_for
+from tests.support.client import REQUEST, body, digest, read_all, upload_many
+from tests.support.modes import MODES
+from tests.support.network import links, move_behind_a_router
+from tests.support.state import settle
 
-REQUEST = b"GET /1k HTTP/1.1\r\nHost: lab\r\nConnection: close\r\n\r\n"
-
+pytestmark = pytest.mark.modes(*MODES)
 BIG = 64 << 20
-LOSS = """table ip lab {
-    chain in { type filter hook input priority 0;
-        iifname "eth0" numgen random mod 1000 < 10 drop
-    }
-    chain out { type filter hook output priority 0;
-        oifname "eth0" numgen random mod 1000 < 10 drop
-    }
-}"""
-
-
-def read_all(s: socket.socket) -> bytes:
-    pieces = []
-    while piece := s.recv(1 << 18):
-        pieces.append(piece)
-    return b"".join(pieces)
-
-
-def body(response: bytes) -> bytes:
-    head, _, rest = response.partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 200"), response[:200]
-    return rest
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@contextmanager
-def links(c: Cluster, kind: str) -> Iterator[None]:
-    """The client's link 'clean' or 'lossy' for a while."""
-    if kind == "lossy":
-        c.client.nft(LOSS)
-    yield
-    c.client.nft("")
 
 
 @pytest.fixture(params=["clean", "lossy"])
@@ -61,30 +27,6 @@ def cluster(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Cluste
     way between the client and the switch."""
     with links(cluster, request.param):
         yield cluster
-
-
-def left(c: Cluster) -> dict[str, Any]:
-    """What a test that fails should tell: all connections, and why packets were discarded."""
-    assert c.fe
-    return {"fe": c.fe.ctl("conns"),
-            "client": (c.client.run("ss", "-tanoi", "dport", "= :80").stdout,
-                       c.client.run("nstat", "-as").stdout),
-            **{be.host.name: (be.ctl("conns"), be.host.run("nstat", "-as").stdout,
-                              be.host.run("ss", "-tanoi", "sport", "= :80").stdout)
-               for be in c.be}}
-
-
-def settle(c: Cluster) -> None:
-    """Wait until both sides have forgotten all connections."""
-    assert c.fe
-    fe = c.fe
-    try:
-        wait_for(lambda: fe.ctl("status")["live"] == 0, "no live flows on the FE")
-        wait_for(lambda: not fe.ctl("conns"), "an empty flow table")
-        for be in c.be:
-            wait_for(lambda be=be: be.ctl("status")["live"] == 0, "no live connections on the BE")
-    except TimeoutError as error:
-        raise AssertionError(f"{error}; left: {left(c)}") from None
 
 
 def test_dispatch_by_rule(cluster: Cluster) -> None:
@@ -191,22 +133,6 @@ def test_half_close_before_a_long_answer(mode: dict[str, Any]) -> None:
         c.close()
 
 
-def upload_many(c: Cluster, count: int, size: int, *options: str) -> None:
-    sources = []
-    for n in range(8):
-        source = c.bed.dir / f"source{n}"
-        source.write_bytes(os.urandom(size))
-        sources.append(source)
-    up = c.nginx[0].root / "up"
-    lines = "\n".join(f"{sources[n % 8]} http://{c.VIP}/up/{n}" for n in range(count))
-    c.client.run("xargs", "-P", "8", "-L", "1", "curl", "-sSf", "--max-time", "120", *options,
-                 "-T", input=lines)
-    for n in range(count):
-        assert filecmp.cmp(up / str(n), sources[n % 8], shallow=False), n
-        (up / str(n)).unlink()
-    settle(c)
-
-
 def test_uploads(cluster: Cluster) -> None:
     upload_many(cluster, 100, 5 << 20)
 
@@ -283,21 +209,6 @@ def test_listener_on_another_address(mode: dict[str, Any]) -> None:
         assert c.get("/") == "loopback only\n"
     finally:
         c.close()
-
-
-def move_behind_a_router(c: Cluster, be: Host, mtu: int = 1500) -> Host:
-    """Move a back end, which has not been started, to a network of its own. Returns the router."""
-    router = c.bed.host("router", "192.168.1.1", mtu)
-    router.ip("addr", "add", "10.9.0.1/24", "dev", "eth0")
-    for name in ("conf.all.send_redirects", "conf.eth0.send_redirects"):
-        router.sysctl(f"net.ipv4.{name}", "0")
-    router.sysctl("net.ipv4.ip_forward", "1")
-    be.ip("addr", "flush", "dev", "eth0")
-    be.address = "10.9.0.33"
-    be.ip("addr", "add", "10.9.0.33/24", "dev", "eth0")
-    be.ip("route", "add", "default", "via", "10.9.0.1")
-    c.fe_host.ip("route", "add", "10.9.0.0/24", "via", "192.168.1.1")
-    return router
 
 
 @pytest.mark.parametrize("mtu", [1500, 9000])

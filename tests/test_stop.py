@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_harm import lines
-from test_host import state
 
 from tcpha.backend.service import LEAVE
 from tcpha.frontend.drained import Drained
 from tcpha.lab.bed import Cluster, Daemon, Host, sh, wait_for
 from tcpha.undoing import Step, Undoing, each
-from test_serve import REQUEST
+from tests.support.client import KEEP
+from tests.support.daemons import lines
+from tests.support.host import state
 
 pytestmark = pytest.mark.modes("direct", "nfqueue-direct")
 LONG = ".*|" + "x" * 2000  # a rule that makes rows of the connection table long
-KEEP = REQUEST.replace(b"close", b"keep-alive")
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from test_register import front, joined, logged, start_back, start_front
 
 from tcpha._fast import message
 from tcpha.admin import logs
 from tcpha.lab.bed import Cluster, Daemon, Host, wait_for
-from test_serve import read_all
+from tests.support.client import read_all
+from tests.support.daemons import front, joined, logged, start_back, start_front
 
 CONTROL, CLIENTS = 666, 80  # where front ends come, and where back ends register
 FORGED = "\n2026-01-01 tcphabe: forged\x1b[2J\u202e\x85"

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-from cookies import META, Keys
-from test_bpf import ACK, DROP, FORWARD, PSH, REDIRECT, SYN, Bpf, Packet, entry, flow
-from test_fastpath import F_FAST, MSS, SACK_TS, answer, options
 
 from tcpha._fast import message
 from tcpha.lab.bed import Cluster
+from tests.support.bpf import DROP, F_FAST, FORWARD, REDIRECT, Bpf, answer, entry, flow
+from tests.support.cookies import META, Keys
+from tests.support.packets import ACK, MSS, PSH, SACK_TS, SYN, Packet, options
 
 URG, ISN = 32, 7000
 GET = b"GET /tagged HTTP/1.1\r\n\r\n"

@@ -10,15 +10,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from test_restart import COUNT, KEEP, begin, finish
 
 from tcpha.lab.bed import Cluster, Daemon, Host, freeze, sh, wait_for
+from tests.support.client import KEEP
+from tests.support.downloads import COUNT, begin, finish
+from tests.support.repair import TCP_REPAIR
 
 pytestmark = pytest.mark.modes("direct", "fast-direct", "nfqueue-tunnel")
 ALL = pytest.mark.modes("direct", "tunnel", "fast-direct", "fast-tunnel", "nfqueue-direct",
                         "nfqueue-tunnel")
 UPLOAD = 2 << 20
-TCP_REPAIR = 19
 PATIENT = "keepalive_timeout 1h; send_timeout 1h; client_body_timeout 1h;"
 
 

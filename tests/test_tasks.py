@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_harm import lines, no_kernel_memory
 
 from tcpha import tasks
 from tcpha._fast import message
 from tcpha.config import ConfigError, load
 from tcpha.control.hello import Hello, HelloError, call
 from tcpha.lab.bed import Cluster, Daemon, wait_for
+from tests.support.daemons import lines
+from tests.support.memory import no_kernel_memory
 
 cluster_modes = pytest.mark.modes("direct")  # how packets travel is not the point
 

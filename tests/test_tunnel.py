@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from test_fastpath import queued
 
 from tcpha.lab.bed import Cluster, Host, freeze, wait_for
-from test_serve import move_behind_a_router, read_all, upload_many
+from tests.support.client import read_all, upload_many
+from tests.support.network import move_behind_a_router
+from tests.support.wire import queued
 
 pytestmark = pytest.mark.modes("tunnel", "fast-tunnel", "nfqueue-tunnel", "ebpf-nfqueue")
 NARROW = 1400

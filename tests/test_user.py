@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_host import state
 
 from tcpha.lab.bed import Cluster, Daemon, sh, wait_for
+from tests.support.host import state
 
 pytestmark = pytest.mark.modes("fast-direct", "nfqueue-direct")
 USER = 64997  # nobody's

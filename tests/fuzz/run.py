@@ -98,14 +98,14 @@ def load() -> Any:
 
 def smuggling(data: bytes) -> None:
     """Where llhttp knows the method, it takes what we take. We pass on any method."""
-    import test_http
-    head = test_http.taken(data)
+    from tests.support import llhttp
+    head = llhttp.taken(data)
     if head is None:
         return
     method, _, _, length = head
     start = data.index(method)
     known = method if method in (b"HEAD", b"POST", b"CONNECT", b"OPTIONS") else b"GET"
-    test_http.agree(known + data[start + len(method):length])
+    llhttp.agree(known + data[start + len(method):length])
 
 
 def config(data: bytes) -> None:
@@ -136,7 +136,6 @@ def fuzz(target: str, arguments: list[str]) -> None:
     """In the preloaded process."""
     import atheris
     bounds = load()
-    sys.path.insert(0, str(ROOT / "tests"))
     one: Callable[[bytes], object] = {"smuggling": smuggling, "config": config}.get(target) \
         or getattr(bounds, target)
     if target == "config":

@@ -31,9 +31,9 @@ SHORT_TRIPLE = "dispatch or large_download or (outlive_daemons and fe) or stands
 
 
 def pytest(where: str, *options: str) -> list[str]:
-    """A command: pytest knows nothing of the other tests, but may import from them."""
+    """A command: pytest knows nothing of the other tests."""
     return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short",
-            "-o", f"pythonpath=. tests tests/kernels/{where}",
+            "-o", f"pythonpath=. tests/kernels/{where}",
             f"--confcutdir=tests/kernels/{where}", *options]
 
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from test_between import let_grow
 
 from conftest import make
 from tcpha.lab.bed import Cluster, Host, sh
-from test_serve import REQUEST, body, digest, read_all, settle, upload_many
+from tests.support.client import REQUEST, body, digest, read_all, upload_many
+from tests.support.network import let_grow
+from tests.support.state import settle
 
 MB = 1 << 20
 IPPROTO_MPTCP = 262

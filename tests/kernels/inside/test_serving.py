@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from test_restart import begin, finish, front
 
 from tcpha.lab.bed import Cluster, Daemon, wait_for
-from test_serve import REQUEST, body, digest, read_all, settle, upload_many
+from tests.support.client import REQUEST, body, digest, read_all, upload_many
+from tests.support.daemons import front
+from tests.support.downloads import begin, finish
+from tests.support.state import settle
 
 COUNT = 20  # downloads under way when a daemon is killed
 PORTS = 50

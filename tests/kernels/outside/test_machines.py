@@ -11,8 +11,8 @@ import time
 import pytest
 
 from tcpha.lab.bed import wait_for
-from test_serve import REQUEST
 from tests.kernels.cluster import VIP, Machines, Server
+from tests.support.client import REQUEST
 
 KEEP = REQUEST.replace(b"close", b"keep-alive").replace(b"1k", b"256k")
 SIZE = 256 << 10
