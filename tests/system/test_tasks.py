@@ -7,71 +7,20 @@ import contextlib
 import resource
 import signal
 import socket
-import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tcpha import tasks
 from tcpha._fast import message
-from tcpha.config import ConfigError, load
 from tcpha.control.hello import Hello, HelloError, call
 from tcpha.lab.bed import Cluster, Daemon, wait_for
 from tests.support.daemons import lines
 from tests.support.memory import no_kernel_memory
 
-cluster_modes = pytest.mark.modes("direct")  # how packets travel is not the point
+pytestmark = pytest.mark.modes("direct")  # how packets travel is not the point
 
 
-class Fails:
-    """The first times."""
-
-    def __init__(self, times: int):
-        self.left = times
-
-    def __call__(self) -> None:
-        if self.left:
-            self.left -= 1
-            raise ValueError(f"{self.left} left")
-
-    async def task(self) -> None:
-        self()
-
-
-def said(caplog: pytest.LogCaptureFixture, name: str) -> int:
-    return sum(f"{name} failed" in r.getMessage() for r in caplog.records)
-
-
-def test_tasks_and_threads_begin_again(caplog: pytest.LogCaptureFixture) -> None:
-    """Each failure counts, and one line tells of those of a minute."""
-    before = tasks.deaths()
-    asyncio.run(tasks.persist("a task", Fails(3).task))
-    asyncio.run(tasks.persist("a task of its own", Fails(3).task, again=False))
-    tasks.persistent_thread("a thread", Fails(2)).join()
-    after = tasks.deaths()
-    for name, count in ("a task", 3), ("a task of its own", 1), ("a thread", 2):
-        assert after[name] - before.get(name, 0) == count and said(caplog, name) == 1
-
-
-def test_callbacks_and_other_threads_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
-    before = tasks.deaths()
-
-    async def fail() -> None:
-        loop = asyncio.get_running_loop()
-        tasks.watch(loop)
-        loop.call_soon(Fails(1))
-        thread = threading.Thread(target=Fails(1), name="worker-1")
-        thread.start()
-        await asyncio.to_thread(thread.join)
-    asyncio.run(fail())
-    for name in ("callback", "worker"):
-        assert tasks.deaths()[name] == before.get(name, 0) + 1
-
-
-@cluster_modes
 def test_a_reload_that_fails_is_done_again(mode: dict[str, Any]) -> None:
     """By either daemon: the kernel has no memory for a thread, for a while."""
     c = Cluster(1, **mode, rules=[(0, ".*")], fe_conf="admin = 9110", be_conf="admin = 9111")
@@ -91,43 +40,6 @@ def test_a_reload_that_fails_is_done_again(mode: dict[str, Any]) -> None:
         c.close()
 
 
-def front_end(servers: int, *more: str) -> str:
-    return "\n".join(["vaddr = 10.1.0.100", *more, *(
-        f"server = 10.0.{n >> 8}.{n & 255}" for n in range(1, servers + 1)), ""])
-
-
-@pytest.mark.parametrize("text, what", [
-    (front_end(256), "2: server: 256 back ends are more than 255; remove some"),
-    (front_end(205, "connperbe = 5"), "2: connperbe: 205 back ends with 5 control connections each "
-                                      "make 1025, more than 1023; lower connperbe to 4")],
-    ids=["back ends", "connections"])
-def test_sums_are_checked(tmp_path: Path, text: str, what: str) -> None:
-    file = tmp_path / "fe.conf"
-    file.write_text(text)
-    with pytest.raises(ConfigError) as error:
-        load("fe", str(file))
-    assert f"{file}:{what}" in str(error.value)
-
-
-@pytest.mark.parametrize("text", [front_end(255), front_end(204, "connperbe = 5")],
-                         ids=["back ends", "connections"])
-def test_as_many_as_there_may_be(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "fe.conf"
-    file.write_text(text)
-    load("fe", str(file))
-
-
-def test_rules_that_no_registration_has_room_for(tmp_path: Path) -> None:
-    file = tmp_path / "be.conf"
-    file.write_text("vaddr = 10.0.0.100\nraddr = 10.0.0.2\nuaddr = 10.0.0.3\ndregister = 1\n"
-                    "feaddr = 10.0.0.1\n" + f"rule = {'x' * 700}\n" * 93)
-    with pytest.raises(ConfigError, match=r"98: rule: the rules make .* has room for 65488"):
-        load("be", str(file))
-    file.write_text(file.read_text().rpartition("rule")[0])
-    load("be", str(file))
-
-
-@cluster_modes
 def test_a_reload_counts_the_back_ends_of_before(mode: dict[str, Any]) -> None:
     """Each list has room, both together have not: nothing of the second one is taken over."""
     c = Cluster(1, **mode, rules=[(0, ".*")])
@@ -171,7 +83,6 @@ def descriptors() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@cluster_modes
 @pytest.mark.usefixtures("descriptors")
 def test_control_connections_for_which_there_is_no_room(mode: dict[str, Any]) -> None:
     """A back end says so, and goes on with those that it has."""

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.tree import TOP
+
 HERE = Path(__file__).parent
-HEADER = HERE.parent / "tcpha" / "_bpf" / "flow.h"
+HEADER = TOP / "tcpha" / "_bpf" / "flow.h"
 STATES = ("NEW", "HELD", "DRAINING", "FORWARD", "PENDING", "REPLACING", "LINGERING", "GONE")
 OWN, OLDER = 5, 9  # back ends
 

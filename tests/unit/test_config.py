@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from tcpha.config import Config, ConfigError, Rule, Server, load, to_toml
 from tcpha.lab.bed import BIN
+from tests.support.tree import TOP
 
-CONF = Path(__file__).parent.parent / "conf"
+CONF = TOP / "conf"
 FE = "vaddr = 10.0.0.100\nserver = 10.0.0.1 666\nrule = 10.0.0.1 .*\n"
 BE = "vaddr = 10.0.0.100\nraddr = 10.0.0.1\nuaddr = 10.0.0.99\n"
 
@@ -251,3 +252,39 @@ def test_legacy_becomes_toml(tmp_path: Path, role: str, text: str) -> None:
     done = subprocess.run([BIN / f"tcpha{role}", "--print-toml", "-c", old],
                           capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
+
+
+def front_end(servers: int, *more: str) -> str:
+    return "\n".join(["vaddr = 10.1.0.100", *more, *(
+        f"server = 10.0.{n >> 8}.{n & 255}" for n in range(1, servers + 1)), ""])
+
+
+@pytest.mark.parametrize("text, what", [
+    (front_end(256), "2: server: 256 back ends are more than 255; remove some"),
+    (front_end(205, "connperbe = 5"), "2: connperbe: 205 back ends with 5 control connections each "
+                                      "make 1025, more than 1023; lower connperbe to 4")],
+    ids=["back ends", "connections"])
+def test_sums_are_checked(tmp_path: Path, text: str, what: str) -> None:
+    file = tmp_path / "fe.conf"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load("fe", str(file))
+    assert f"{file}:{what}" in str(error.value)
+
+
+@pytest.mark.parametrize("text", [front_end(255), front_end(204, "connperbe = 5")],
+                         ids=["back ends", "connections"])
+def test_as_many_as_there_may_be(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "fe.conf"
+    file.write_text(text)
+    load("fe", str(file))
+
+
+def test_rules_that_no_registration_has_room_for(tmp_path: Path) -> None:
+    file = tmp_path / "be.conf"
+    file.write_text("vaddr = 10.0.0.100\nraddr = 10.0.0.2\nuaddr = 10.0.0.3\ndregister = 1\n"
+                    "feaddr = 10.0.0.1\n" + f"rule = {'x' * 700}\n" * 93)
+    with pytest.raises(ConfigError, match=r"98: rule: the rules make .* has room for 65488"):
+        load("be", str(file))
+    file.write_text(file.read_text().rpartition("rule")[0])
+    load("be", str(file))

@@ -23,12 +23,10 @@ from typing import Any
 import pytest
 
 from tcpha.lab.bed import Bed, Host, sh, wait_for
+from tests.support.docs import BLOCK, DOCS
+from tests.support.tree import TOP
 
 RELEASES = ("bookworm", "trixie")
-TOP = Path(__file__).parent.parent
-BLOCK = re.compile(r"<!-- on: ([a-z0-9 ]+) -->\n```sh\n(.*?)```\n", re.S)
-DOCS = ("quickstart", "networks", "kernels", "tuning", "upgrade", "troubleshooting", "migration",
-        "monitoring")
 
 
 def chroot(root: Path, *args: str, **kw: Any) -> subprocess.CompletedProcess[str]:
@@ -288,16 +286,6 @@ def test_commands_of_the_docs(serving: Three, document: str) -> None:
     pages(serving)
 
 
-def test_all_blocks_of_the_docs_are_followed() -> None:
-    """A command that no test runs stands in no document for operators."""
-    for path in (TOP / "docs").glob("*.md"):
-        text = path.read_text()
-        if path.stem in DOCS:
-            assert text.count("```sh") == len(BLOCK.findall(text)), path
-        else:
-            assert "```sh" not in text, path
-
-
 def test_prometheus_reads_metrics_alerts_and_dashboard(serving: Three) -> None:
     fe, be2 = serving.machines["fe"], serving.machines["be2"]
     (fe.root / "root/alerts.yml").write_bytes((TOP / "docs/alerts.yml").read_bytes())
@@ -520,17 +508,6 @@ def test_the_lab_of_the_package(bare: Path, package: Path) -> None:
     finally:
         assert chroot(bare, "tcphactl", "lab", "down", check=False).stdout == "removed\n"
     assert "tcphalab" not in sh("ip", "netns", "list").stdout
-
-
-def test_man_pages_name_every_key_and_command() -> None:
-    from tcpha.cli.tcphactl import COMMANDS
-    from tcpha.config.keys import KEYS, MEANINGLESS
-    for role, keys in KEYS.items():
-        text = (TOP / f"man/tcpha{role}.conf.5").read_text()
-        for key in keys:
-            assert key in text or key in MEANINGLESS[role], key
-    text = (TOP / "man/tcphactl.8").read_text().replace("\\-", "-")
-    assert all(c in text for commands in COMMANDS.values() for c in commands)
 
 
 def test_completion(serving: Three, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from tcpha.service import WAIT, WAIT_STEP
 from tests.support.host import state
 
 pytestmark = pytest.mark.modes("fast-direct", "nfqueue-direct")
-UNITS = Path(__file__).parent.parent / "debian"
 
 
 @pytest.fixture
@@ -128,11 +126,3 @@ def test_the_umask_of_who_starts_it_does_not_matter(idle: Cluster, role: str, le
     assert run.stat().st_mode & 0o777 == (run / f"ktcpha{role}").stat().st_mode & 0o777 == 0o755
     sh("kill", (run / f"tcpha{role}.pid").read_text().strip())
     wait_for(lambda: not (run / f"tcpha{role}.pid").exists(), "the daemon's end")
-
-
-@pytest.mark.parametrize("role", ["fe", "be"])
-def test_the_units_never_give_up(role: str) -> None:
-    """But for a configuration that somebody has to mend first."""
-    unit = (UNITS / f"tcpha.tcpha{role}.service").read_text()
-    assert "\nStartLimitIntervalSec=0\n" in unit.partition("[Service]")[0]
-    assert "\nRestart=on-failure\n" in unit and "\nRestartPreventExitStatus=2\n" in unit

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
-TREE = Path(__file__).parents[1] / "tcpha"
+from tests.support.tree import TOP
+
+TREE = TOP / "tcpha"
 DEFS = (TREE / "_fast" / "defs.pxd").read_text()
 TYPES = {"__u8": "uint8_t", "__u16": "uint16_t", "__be16": "uint16_t", "__u32": "uint32_t",
          "__s32": "int32_t", "__u64": "uint64_t", "char": "char"}

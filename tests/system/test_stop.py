@@ -2,7 +2,6 @@
 """What stands in the way of one step of stopping keeps none of the others from being done."""
 from __future__ import annotations
 
-import asyncio
 import signal
 import socket
 import time
@@ -13,9 +12,7 @@ from typing import Any
 import pytest
 
 from tcpha.backend.service import LEAVE
-from tcpha.frontend.drained import Drained
 from tcpha.lab.bed import Cluster, Daemon, Host, sh, wait_for
-from tcpha.undoing import Step, Undoing, each
 from tests.support.client import KEEP
 from tests.support.daemons import lines
 from tests.support.host import state
@@ -118,33 +115,6 @@ def test_a_start_that_fails_late(idle: Cluster, role: str) -> None:
         Daemon(host, role, text)
     assert [p.name for p in directory.iterdir()] == [f"ktcpha{role}"]
     wait_for(lambda: state(host) == before, "the end")
-
-
-def test_each_step_is_done(caplog: pytest.LogCaptureFixture) -> None:
-    done: list[str] = []
-
-    def step(name: str) -> Step:
-        def work() -> None:
-            done.append(name)
-            raise OSError(name)
-
-        async def later() -> None:
-            work()
-        return name, later if name == "c" else work
-    each(step("a"), step("b"))
-    undoing = Undoing()
-    for name in "cde":
-        undoing.push(*step(name))
-    asyncio.run(undoing.undo())
-    assert done == ["a", "b", "e", "d", "c"]
-    assert [r.getMessage().split(": ")[1] for r in caplog.records] == done
-
-
-def test_journal_and_drained_back_ends_share_no_file(tmp_path: Path) -> None:
-    """They are written by different threads."""
-    (tmp_path / "tcphafe.journal").with_suffix(".new").mkdir()
-    Drained(tmp_path / "tcphafe.drained").add("10.0.0.1", True)
-    assert "10.0.0.1" in Drained(tmp_path / "tcphafe.drained")
 
 
 def test_a_reload_while_a_back_end_stops() -> None:

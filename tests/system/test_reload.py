@@ -2,28 +2,21 @@
 """A reload: what it compiles is compiled once, and beside everything else."""
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import signal
 import socket
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tcpha._fast.match import Matcher, PatternError
-from tcpha.config import ConfigError, load
-from tcpha.frontend.compiling import Compiling
 from tcpha.lab.bed import Cluster, Daemon, wait_for
 from tests.support.daemons import REGISTER, front, logged, secret_file, start_back
+from tests.support.patterns import MANY
 
-cluster_modes = pytest.mark.modes("direct")  # how packets travel is not the point
-MANY = [f"^/site{n}/(.*[.]jpg|[a-z]+{n})$" for n in range(700)]  # a second to compile, or more
+pytestmark = pytest.mark.modes("direct")  # how packets travel is not the point
 
 
 @pytest.fixture
@@ -50,61 +43,6 @@ def answers_until(done: Future[Any], fe: Daemon) -> int:
     return count
 
 
-def test_other_threads_run_while_patterns_are_compiled() -> None:
-    turns = 0
-    with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(Matcher, MANY)
-        while not done.done():
-            time.sleep(0.001)
-            turns += 1
-    assert done.result().matches(b"/site699/abc699") == [699] and turns > 20
-
-
-def test_lists_are_compiled_one_after_the_other() -> None:
-    """Also those of who has gone meanwhile; who comes again finds what was compiled for him."""
-    async def work() -> None:
-        compiling = Compiling()
-        asked = [asyncio.create_task(compiling.matcher(MANY[n:])) for n in range(3)]
-        await asyncio.sleep(0)
-        asked[0].cancel()
-        again = asyncio.create_task(compiling.matcher(MANY))
-        while not all(task.done() for task in (*asked, again)):
-            assert [t.name for t in threading.enumerate()].count("beside") <= 1
-            await asyncio.sleep(0.01)
-        assert [len(t.result().patterns) for t in asked[1:]] == [len(MANY) - 1, len(MANY) - 2]
-        assert again.result().patterns == MANY
-        with pytest.raises(PatternError):
-            await compiling.matcher(["jpg("])
-        done = await compiling.matcher(MANY)
-        assert await compiling.matcher(list(MANY)) is done
-    asyncio.run(work())
-
-
-def test_patterns_are_compiled_once(tmp_path: Path) -> None:
-    """And not again for a file that has the same ones."""
-    file = tmp_path / "fe.conf"
-    servers = "".join(f"server = 10.0.0.{n}\n" for n in (1, 2))
-    file.write_text(f"vaddr = 10.0.0.100\n{servers}rule = 10.0.0.1 ^/a\nrule = 10.0.0.2 ^/a\n"
-                    "rule = 10.0.0.1 jpg$\n")
-    first = load("fe", str(file))
-    assert first.matcher and first.matcher.patterns == ["^/a", "jpg$"]
-    assert "do not cover" in str(first.warnings[0])
-    file.write_text(file.read_text().replace("0.1 jpg$", "0.2 jpg$"))
-    assert load("fe", str(file), None, first.matcher).matcher is first.matcher
-    file.write_text(file.read_text() + "rule = 10.0.0.1 .*\n")
-    assert load("fe", str(file), None, first.matcher).matcher.patterns == ["^/a", "jpg$", ".*"]
-
-
-def test_each_rule_with_a_bad_pattern_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "fe.conf"
-    file.write_text("vaddr = 10.0.0.100\nserver = 10.0.0.1\nrule = 10.0.0.1 a(\n"
-                    "rule = 10.0.0.1 b\nrule = 10.0.0.1 c[\nrule = 10.0.0.1 a(\n")
-    with pytest.raises(ConfigError) as error:
-        load("fe", str(file))
-    assert [f.line for f in error.value.faults] == [3, 5, 6]
-
-
-@cluster_modes
 def test_the_loop_answers_while_a_reload_compiles(one: Cluster) -> None:
     fe = front(one)
     text = fe.config.read_text()
@@ -129,7 +67,6 @@ def test_the_loop_answers_while_a_reload_compiles(one: Cluster) -> None:
     assert len(fe.ctl("rules")) == 1
 
 
-@cluster_modes
 def test_reloads_that_come_meanwhile_are_one(one: Cluster) -> None:
     fe = front(one)
     fe.config.write_text(with_rules(one, MANY))
@@ -149,7 +86,6 @@ def test_reloads_that_come_meanwhile_are_one(one: Cluster) -> None:
     assert len(re.findall("configuration reloaded", fe.log.read_text())) <= 3
 
 
-@cluster_modes
 def test_a_stop_does_not_wait_for_a_reload(one: Cluster) -> None:
     """Nor does that touch what is closed by then."""
     fe = front(one)
@@ -164,7 +100,6 @@ def test_a_stop_does_not_wait_for_a_reload(one: Cluster) -> None:
     assert not re.search("reload|internal error", fe.log.read_text())
 
 
-@cluster_modes
 def test_the_loop_answers_while_a_registration_compiles(mode: dict[str, Any]) -> None:
     """And its end needs nothing compiled: it holds at once."""
     c = Cluster(1, **mode, start=False, rules=[])

@@ -3,17 +3,16 @@
 addresses, its files in /etc/tcpha, its order of starting and stopping, its 'echo' and 'cat'."""
 from __future__ import annotations
 
-import re
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tcpha.lab.bed import BIN, Bed, Host, Nginx, sh, wait_for
 from tests.support.client import REQUEST, body, read_all
+from tests.support.tree import TOP
 
-CONF = Path(__file__).parent.parent / "conf"
+CONF = TOP / "conf"
 VIP = "192.168.1.36"
 
 
@@ -119,17 +118,3 @@ def test_the_seeds_readme(cluster: tuple[Bed, str]) -> None:
     for station in (fe, *backs):
         assert VIP not in station.host.ip("addr", "show", "dev", "lo")
         assert "tcpha" not in station.host.run("nft", "list", "ruleset").stdout
-
-
-def test_the_table_has_no_empty_cell_and_names_tests_that_exist() -> None:
-    here = Path(__file__).parent
-    rows = [line.strip("|").split(" | ") for line in
-            (here.parent / "docs" / "tcpha-0.1.md").read_text().splitlines()
-            if line.startswith("| ")][1:]
-    assert len(rows) > 30
-    for row in rows:
-        assert len(row) == 3 and all(cell.strip() for cell in row), row
-        for part in row[2].split(";"):
-            file, *tests = re.findall(r"`([\w.]+)`", part)
-            text = (here / file).read_text()
-            assert all(f"def test_{name}(" in text for name in tests), part

@@ -3,10 +3,8 @@
 many they are, and how often they come."""
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-import logging
 import socket
 import threading
 from collections.abc import Iterator
@@ -162,25 +160,6 @@ def _ended(s: socket.socket) -> bool:
         return s.recv(1) == b""
     except BlockingIOError:
         return False
-
-
-def test_what_was_left_out_of_the_log_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "MINUTE", 0.0)
-    written: list[str] = []
-    monkeypatch.setattr(logging.getLogger("tcpha"), "log",
-                        lambda level, text, *args: written.append(text % args))
-
-    async def say() -> None:
-        lines = logs.Sparing("lines", most=7)
-        for _ in range(6):
-            lines.say("one")
-        for n in range(6):
-            lines.say(f"{n}")
-        while len(written) < 8:
-            await asyncio.sleep(0)
-        lines.say("one")
-    asyncio.run(say())
-    assert written == ["one"] * 5 + ["0", "1", "lines: 5 more lines in the last minute", "one"]
 
 
 @pytest.mark.modes("fast-direct", "fast-tunnel")

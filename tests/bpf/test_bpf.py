@@ -64,7 +64,7 @@ def error(kind: int = 3, code: int = 4, quote: int = 28, source: str = VIP, spor
 
 
 @pytest.fixture(scope="module")
-def daemons() -> Iterator[Cluster]:
+def daemons(root: None) -> Iterator[Cluster]:
     c = Cluster(1, datapath=("ebpf", "ebpf"), rules=[(0, ".*")], fastpath=False)
     try:
         c.nginx[0].file("index.html", b"x\n")

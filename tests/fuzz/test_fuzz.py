@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A short run of each fuzzer in tests/fuzz, which see for longer ones."""
+"""A short run of each fuzzer of run.py, which see for longer ones."""
 from __future__ import annotations
 
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-RUN = Path(__file__).parent / "fuzz/run.py"
+RUN = Path(__file__).parent / "run.py"
 pytestmark = pytest.mark.xdist_group("fuzz")  # they share what they compile
 
 

@@ -24,17 +24,6 @@ PLAIN = 15 << 4  # what was negotiated: nothing
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[Cluster]:
-    c = Cluster(1, datapath=("ebpf", "ebpf"), rules=[(0, ".*")])
-    try:
-        c.nginx[0].file("index.html", b"x\n")
-        c.get("/")  # hosts know each other's MAC addresses
-        yield c
-    finally:
-        c.close()
-
-
-@pytest.fixture(scope="module")
 def fe(lab: Cluster) -> Bpf:
     return Bpf(lab.fe_host, ("fe_ingress",))
 

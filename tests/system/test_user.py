@@ -17,10 +17,10 @@ import pytest
 
 from tcpha.lab.bed import Cluster, Daemon, sh, wait_for
 from tests.support.host import state
+from tests.support.tree import TOP
 
 pytestmark = pytest.mark.modes("fast-direct", "nfqueue-direct")
 USER = 64997  # nobody's
-TOP = Path(__file__).parent.parent
 UNIT = (TOP / "debian/tcpha.tcphafe.service").read_text()
 GIVEN = re.findall(r"CAP_(\w+)", next(line for line in UNIT.splitlines()
                                       if line.startswith("AmbientCapabilities=")))
