@@ -15,7 +15,7 @@ TEST_APT := debootstrap lintian chromium fonts-dejavu-core strace
 SOURCES := $(wildcard tcpha/_fast/*.pyx tcpha/_fast/*.pxd tcpha/_fast/*/*.pxi tcpha/_bpf/*.c tcpha/_bpf/*.h) setup.py \
 	pyproject.toml
 
-.PHONY: build demo test test-kernels bench deb lint clean
+.PHONY: build demo unit test test-kernels bench deb lint clean
 
 build: $(VENV)/.built
 
@@ -47,6 +47,10 @@ $(VENV)/.built: $(SOURCES) $(VENV)/.pip
 
 demo: build
 	$(BIN)/python -m tcpha.lab.demo $(if $(KEEP),--keep)
+
+# These need no root.
+unit: build
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests/unit $(ARGS)
 
 # For tests/fuzz; it exists for fewer machines than the rest.
 $(VENV)/.fuzz: $(VENV)/.pip
