@@ -62,6 +62,8 @@ def main() -> int:
                            "exitcode=0"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *sys.argv[2:]]
     if kind == "address":
+        # 'tests' is found in ROOT, but 'tcpha' in the copy before
+        command += ["-o", f"pythonpath={copy}", "--import-mode=append"]
         status = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}).returncode
     else:
         env["TCPHA_LAB_WRITABLE"] = str(copy)
