@@ -87,21 +87,22 @@ out:
 /* A packet that user space has written. */
 static __always_inline int forged(struct __sk_buff *skb)
 {
+	struct tcpha_frame frame;
 	struct tcpha_op *op;
 	struct packet p;
-	__u8 mac[3];
 	__u32 slot;
 	int verdict;
 
-	if (skb->protocol != bpf_htons(ETH_P_IP) || parse(skb, &p) < 0 ||
-	    bpf_skb_load_bytes(skb, 0, mac, sizeof(mac)) < 0)
+	if (skb->protocol != bpf_htons(ETH_P_IP) || parse(skb, &p) < 0 || !read_frame(skb, &frame))
 		return TC_ACT_SHOT;
 	bpf_skb_change_type(skb, PACKET_HOST);
-	if (mac[0] == TCPHA_MAC_ROOM >> 8 && mac[1] == (TCPHA_MAC_ROOM & 0xff))
-		return guard(skb, &p, mac[2]);
-	slot = bpf_ntohs(p.id);
-	if (slot == TCPHA_IPID_PLAIN)
+	if (frame.mark == bpf_htons(TCPHA_MAC_ROOM))
+		return guard(skb, &p, frame.full);
+	if (frame.mark == bpf_htons(TCPHA_MAC_PLAIN))
 		return TC_ACT_OK;
+	if (frame.mark != bpf_htons(TCPHA_MAC_ADOPT))
+		return TC_ACT_SHOT;
+	slot = frame.slot;
 	op = bpf_map_lookup_elem(&ops, &slot);
 	if (!op || op->flow.cport != p.flow.cport || unmap_v4(op->flow.caddr) != unmap_v4(p.flow.caddr) ||
 	    __sync_val_compare_and_swap(&op->kind, TCPHA_OP_ADOPT, 0) != TCPHA_OP_ADOPT)

@@ -184,14 +184,12 @@ static __always_inline int yield_first(struct __sk_buff *skb, const struct packe
 	return into_reset(skb, p, old);
 }
 
-/* To our TAP device, with the mark of what waits for room. */
-static __always_inline int to_tap(struct __sk_buff *skb, __u64 flags)
+/* To user space, or at once in by our TAP device: what waits for room, or for a device of ours. */
+static __always_inline int wait_there(struct __sk_buff *skb, __u64 flags)
 {
-	__u8 mac[3] = {TCPHA_MAC_ROOM >> 8, TCPHA_MAC_ROOM & 0xff};
+	struct tcpha_frame frame = {.mark = bpf_htons(TCPHA_MAC_ROOM)};
 
-	if (bpf_skb_store_bytes(skb, 0, mac, sizeof(mac), 0) < 0)
-		return TC_ACT_SHOT;
-	return bpf_redirect(conf.tap, flags);
+	return to_tap(skb, &frame, conf.tap, flags);
 }
 
 static __always_inline bool has_room(const struct tcpha_gate *g)
@@ -252,14 +250,14 @@ static __always_inline int find_room(struct __sk_buff *skb, const struct packet 
 		return refuse(event, p, a, TCPHA_R_FULL);
 	if (!has_room(g)) { /* reports of ends lag behind: user space looks, and sends it back to us */
 		bpf_ringbuf_discard(event, 0);
-		return to_tap(skb, 0);
+		return wait_there(skb, 0);
 	}
 	if (skb->ifindex != conf.tap && is_shared(skb)) {
 		if (g->device) /* that is where our TAP device would send it back to */
 			return refuse(event, p, a, TCPHA_R_ASSIGN);
 		bpf_ringbuf_discard(event, 0);
 		note(p, a, TCPHA_YIELDING); /* what comes right behind this one has to wait for it */
-		return to_tap(skb, BPF_F_INGRESS);
+		return wait_there(skb, BPF_F_INGRESS);
 	}
 	return accept(skb, p, a, k, event);
 }

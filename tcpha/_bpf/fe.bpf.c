@@ -78,8 +78,8 @@ SEC("tc")
 int fe_tap(struct __sk_buff *skb)
 {
 	struct tcpha_entry *e;
+	struct tcpha_frame frame;
 	struct packet p;
-	__be16 mac;
 	__u32 state;
 	bool kept;
 
@@ -87,10 +87,9 @@ int fe_tap(struct __sk_buff *skb)
 		operate(skb);
 		return TC_ACT_SHOT;
 	}
-	if (skb->protocol != bpf_htons(ETH_P_IP) || parse(skb, &p) < 0 ||
-	    bpf_skb_load_bytes(skb, 0, &mac, sizeof(mac)) < 0)
+	if (skb->protocol != bpf_htons(ETH_P_IP) || parse(skb, &p) < 0 || !read_frame(skb, &frame))
 		return TC_ACT_SHOT;
-	kept = mac == bpf_htons(TCPHA_MAC_KEPT);
+	kept = frame.mark == bpf_htons(TCPHA_MAC_KEPT);
 	e = bpf_map_lookup_elem(&flows, &p.flow);
 	if (e && is_of(&p, e)) {
 		state = tcpha_state_of(e);
@@ -105,18 +104,21 @@ int fe_tap(struct __sk_buff *skb)
 SEC("tc")
 int fe_fast(struct __sk_buff *skb)
 {
+	struct tcpha_frame frame;
 	struct passed f = {};
+	__u32 worker;
 	bool request;
 
-	if (!PACKET_PATH || skb->protocol != bpf_htons(ETH_P_IP) ||
-	    bpf_skb_load_bytes(skb, 2, &f.kind, 1) < 0 || parse(skb, &f.p) < 0 ||
-	    f.p.doff < sizeof(struct tcphdr))
+	if (!PACKET_PATH || skb->protocol != bpf_htons(ETH_P_IP) || !read_frame(skb, &frame) ||
+	    parse(skb, &f.p) < 0 || f.p.doff < sizeof(struct tcphdr))
 		return TC_ACT_SHOT;
+	f.kind = frame.kind;
 	f.e = bpf_map_lookup_elem(&flows, &f.p.flow);
 	tuple_of(&f.p.flow, &f.t);
 	if (f.kind == TCPHA_FAST_ACCEPT)
 		return accept_here(skb, &f);
-	f.o = offer_of(skb);
+	worker = frame.worker;
+	f.o = bpf_map_lookup_elem(&offers, &worker);
 	if (!f.o)
 		return TC_ACT_SHOT;
 	f.socket = owner(skb, &f.t);

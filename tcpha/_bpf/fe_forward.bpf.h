@@ -216,21 +216,18 @@ static __always_inline int forward(struct __sk_buff *skb, const struct packet *p
 }
 
 /*
- * To user space, which finds the connection by the slot in the destination MAC address. By the count, it
+ * To user space, which finds the connection by the slot in the frame. By the count, it
  * knows whether all have arrived there: until they have gone on, none that follows may go by itself.
  */
 static __always_inline int hold(struct __sk_buff *skb, const struct packet *p, struct tcpha_entry *e)
 {
-	__u8 mac[ETH_ALEN] = {TCPHA_MAC_MARK >> 8, TCPHA_MAC_MARK & 0xff};
-	__u32 slot = e->slot, held = __sync_fetch_and_add(&e->held, 1);
+	struct tcpha_frame frame = {.mark = bpf_htons(TCPHA_MAC_MARK), .slot = e->slot};
+	__u32 held = __sync_fetch_and_add(&e->held, 1);
 
 	if (held & TCPHA_FLOWING)
 		return held & TCPHA_OURS ? to_stack(skb) : forward(skb, p, e, false);
-	__builtin_memcpy(mac + 2, &slot, sizeof(slot));
-	if (bpf_skb_store_bytes(skb, 0, mac, sizeof(mac), 0) < 0)
-		return TC_ACT_SHOT;
 	COUNT(held, 1);
-	return bpf_redirect(conf.tap, 0);
+	return to_tap(skb, &frame, conf.tap, 0);
 }
 
 /* Whether a packet belongs to the flow of an entry of its name, and not to our stack. */

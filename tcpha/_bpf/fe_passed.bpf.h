@@ -12,20 +12,8 @@ struct passed {
 	struct tcpha_entry *e;
 	struct tcpha_offer *o;
 	__u32 socket; /* state of the socket that owns its 4-tuple; 0: none does */
-	__u8 kind;
+	__u32 kind;   /* TCPHA_FAST_* */
 };
-
-/* The offer that a frame names. */
-static __always_inline struct tcpha_offer *offer_of(struct __sk_buff *skb)
-{
-	__u32 index;
-	__u16 n;
-
-	if (bpf_skb_load_bytes(skb, 3, &n, sizeof(n)) < 0)
-		return 0;
-	index = n;
-	return bpf_map_lookup_elem(&offers, &index);
-}
 
 /* A worker has chosen: make the entry what it says. Returns whether the packet may go on by it. */
 static __always_inline bool take_offer(struct tcpha_offer *o, struct tcpha_entry *e)
@@ -104,7 +92,7 @@ static __always_inline int wake(struct __sk_buff *skb, struct passed *f)
 	if (!own || (f->e && is_of(&f->p, f->e)) || read_options(skb, &f->p, &c.opt) < 0 ||
 	    !cookie_check(&f->p.flow, &own->keys, f->p.seq, f->p.ack, &c) || f->socket != BPF_TCP_LISTEN)
 		return TC_ACT_SHOT;
-	if (cookie_accept(skb, &f->t, &c, conf.wscale, bpf_ntohs(f->p.id))) {
+	if (cookie_accept(skb, &f->t, &c, conf.wscale, f->o->rtt_ms)) {
 		f->o->result = 0; /* there may be room later */
 		return TC_ACT_SHOT;
 	}

@@ -20,11 +20,9 @@
 /* A frame for a worker. */
 static __always_inline int to_worker(struct __sk_buff *skb, __u8 kind)
 {
-	__u8 mac[ETH_ALEN] = {TCPHA_MAC_FAST >> 8, TCPHA_MAC_FAST & 0xff, kind};
+	struct tcpha_frame frame = {.mark = bpf_htons(TCPHA_MAC_FAST), .kind = kind};
 
-	if (bpf_skb_store_bytes(skb, 0, mac, sizeof(mac), 0) < 0)
-		return TC_ACT_SHOT;
-	return bpf_redirect(conf.fast_tap, 0);
+	return to_tap(skb, &frame, conf.fast_tap, 0);
 }
 
 /*
@@ -176,12 +174,10 @@ static __always_inline void note_handshake(const struct packet *p, const struct 
 /* The segment becomes a socket of our own. */
 static __always_inline int to_socket(struct __sk_buff *skb, const struct packet *p, struct arrival *a)
 {
-	__u8 mac[3] = {TCPHA_MAC_FAST >> 8, TCPHA_MAC_FAST & 0xff, TCPHA_FAST_ACCEPT};
+	struct tcpha_frame frame = {.mark = bpf_htons(TCPHA_MAC_FAST), .kind = TCPHA_FAST_ACCEPT};
 
 	if (is_shared(skb))
-		return bpf_skb_store_bytes(skb, 0, mac, sizeof(mac), 0) < 0
-			       ? TC_ACT_SHOT
-			       : bpf_redirect(conf.fast_tap, BPF_F_INGRESS);
+		return to_tap(skb, &frame, conf.fast_tap, BPF_F_INGRESS);
 	bpf_map_delete_elem(&shaken, &p->flow);
 	return cookie_accept(skb, &a->t, &a->c, conf.wscale, a->c.rtt_ms) ? TC_ACT_SHOT : ACCEPTED;
 }

@@ -181,6 +181,20 @@ static __always_inline int parse_icmp_error(struct __sk_buff *skb, __u32 offset,
 	return 0;
 }
 
+/* What a frame of a TAP device is. false: there is none. */
+static __always_inline bool read_frame(struct __sk_buff *skb, struct tcpha_frame *f)
+{
+	return bpf_skb_load_bytes(skb, 0, f, sizeof(*f)) == 0;
+}
+
+/* To a TAP device, or in by it, as TC_ACT_* of bpf_redirect(). */
+static __always_inline int to_tap(struct __sk_buff *skb, const struct tcpha_frame *f, __u32 tap, __u64 flags)
+{
+	if (bpf_skb_store_bytes(skb, 0, f, sizeof(*f), 0) < 0)
+		return TC_ACT_SHOT;
+	return bpf_redirect(tap, flags);
+}
+
 static __always_inline __u16 fold(__u64 sum)
 {
 	sum = (sum & 0xffffffff) + (sum >> 32);

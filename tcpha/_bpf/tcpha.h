@@ -10,6 +10,8 @@
 
 #include <linux/types.h>
 
+#include "frame.h"
+
 #define TCPHA_MAX_BACKENDS 256 /* size of the back-end table; indexes are stable for a run */
 #define TCPHA_MAX_RULES 65536  /* whose use is counted */
 #define TCPHA_LOCAL_NODE 255   /* index of the front end's own server */
@@ -21,13 +23,6 @@
  * table adds to them just fit into 256 bytes, of which its allocator has blocks.
  */
 #define TCPHA_TARGET_MAX 56
-#define TCPHA_ETH_OP 0x88b5	/* IEEE 802 local experimental EtherType: operation frames on the TAP */
-#define TCPHA_MAC_MARK 0x0274	/* first two bytes of the MAC of a frame that BPF put on the TAP */
-#define TCPHA_MAC_KEPT 0x027a	/* and of one that user space has kept and sends on */
-#define TCPHA_IPID_PLAIN 0xffff /* IP id of forged packets that want no adoption */
-/* First two bytes of the MAC of a frame that waits for room at the back end; then, if there is none: 1. */
-#define TCPHA_MAC_ROOM 0x0278
-#define TCPHA_MAC_FAST 0x0276 /* first two bytes of the MAC of a frame on the fast TAP; then TCPHA_FAST_* */
 #define TCPHA_MARK_AGAIN                                                                                     \
 	0x7c9a0100 /* of a packet that waits for the end of an old socket; and how often it did */
 #define TCPHA_MARK_FRAGMENT 0x7c9a0002 /* of a first fragment, so of the packet that becomes of it */
@@ -248,6 +243,8 @@ struct tcpha_offer {
 	__u32 result; /* out: 1: the flow is the back end's; 2: it was one's before; 0: neither */
 	__u32 old;    /* out: back end of an older flow, whose end is known by this; + 1 */
 	__u32 alone;  /* nothing follows the request before it is answered: there is no order to keep */
+	__u32 rtt_ms; /* of the handshake, where there is no request */
+	__u32 pad;
 	char target[TCPHA_TARGET_MAX];
 };
 
@@ -296,18 +293,6 @@ struct tcpha_load {
 		       */
 	__u32 live;   /* connections handed to it, offers included */
 	__u32 pad;
-};
-
-/* What a worker wants of a frame that it writes to the fast TAP, or what one is that it reads there. */
-enum {
-	TCPHA_FAST_FIRST = 1,  /* read: a request */
-	TCPHA_FAST_LATER = 2,  /* read, written: another segment of its flow; it goes where its entry says */
-	TCPHA_FAST_SEND = 3,   /* written: to the back end of offer n; n is in the next two bytes */
-	TCPHA_FAST_SOCKET = 4, /* written: to a socket of our own */
-	TCPHA_FAST_EARLY =
-		5, /* read, written: a later segment that has come before the request's first one */
-	TCPHA_FAST_ACCEPT = 6, /* neither: from fe_ingress to a socket of our own */
-	TCPHA_FAST_PASSED = 7, /* written: the head of one that was TCPHA_FAST_LATER and has gone on */
 };
 
 /* A handshake that has ended, without a request yet. */

@@ -3,6 +3,29 @@
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 
+cdef extern from "frame.h" nogil:
+    enum:
+        TCPHA_ETH_OP
+        TCPHA_MAC_MARK
+        TCPHA_MAC_KEPT
+        TCPHA_MAC_FAST
+        TCPHA_MAC_ROOM
+        TCPHA_MAC_ADOPT
+        TCPHA_MAC_PLAIN
+        TCPHA_FAST_FIRST
+        TCPHA_FAST_LATER
+        TCPHA_FAST_SEND
+        TCPHA_FAST_SOCKET
+        TCPHA_FAST_EARLY
+        TCPHA_FAST_PASSED
+
+    struct tcpha_frame:
+        uint16_t mark
+        uint32_t slot
+        uint8_t full
+        uint8_t kind
+        uint16_t worker
+
 cdef extern from "tcpha.h" nogil:
     enum:
         TCPHA_MAX_BACKENDS
@@ -12,10 +35,6 @@ cdef extern from "tcpha.h" nogil:
         TCPHA_MAX_OPS
         TCPHA_LOCKED_OP
         TCPHA_TARGET_MAX
-        TCPHA_ETH_OP
-        TCPHA_MAC_MARK
-        TCPHA_MAC_KEPT
-        TCPHA_MAC_FAST
         TCPHA_MARK_FORGED
         TCPHA_MARK_FRAGMENT
         TCPHA_MAX_FAST
@@ -23,18 +42,10 @@ cdef extern from "tcpha.h" nogil:
         TCPHA_LINE_MAX
         TCPHA_CHOICES
         TCPHA_STATE_VERSION
-        TCPHA_FAST_FIRST
-        TCPHA_FAST_LATER
-        TCPHA_FAST_SEND
-        TCPHA_FAST_SOCKET
-        TCPHA_FAST_EARLY
-        TCPHA_FAST_PASSED
-        TCPHA_IPID_PLAIN
         TCPHA_F_FIN
         TCPHA_F_RST
         TCPHA_F_ANSWERED
         TCPHA_GIVEN_UP
-        TCPHA_MAC_ROOM
         TCPHA_F_NEW_SYN
         TCPHA_F_FAST
         TCPHA_DIRECT
@@ -215,6 +226,7 @@ cdef extern from "tcpha.h" nogil:
         uint32_t result
         uint32_t old
         uint32_t alone
+        uint32_t rtt_ms
         char target[TCPHA_TARGET_MAX]
 
     struct tcpha_shaken:

@@ -21,18 +21,18 @@ from tcpha._fast.datapath cimport (
     FeDatapath, table_place)
 from tcpha._fast.defs cimport (
     TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_FAST_EARLY, TCPHA_FAST_FIRST, TCPHA_FAST_LATER,
-    TCPHA_FAST_PASSED, TCPHA_FAST_SEND, TCPHA_FAST_SOCKET, TCPHA_FLOWING,
-    TCPHA_GIVEN_UP, TCPHA_IPID_PLAIN, TCPHA_LOCAL,
-    TCPHA_LOCAL_NODE, TCPHA_LOCKED_OP, TCPHA_MAC_FAST, TCPHA_MAC_KEPT, TCPHA_MAC_MARK,
-    TCPHA_MAC_ROOM, TCPHA_MARK_FORGED, TCPHA_MAX_BACKENDS, TCPHA_MAX_FAST, TCPHA_MAX_OPS,
-    TCPHA_MAX_ROUTES, TCPHA_MAX_RULES, TCPHA_OP_ADOPT, TCPHA_OP_DROP, TCPHA_OP_END,
-    TCPHA_OP_GIVE_BACK, TCPHA_OP_HAND_OVER, TCPHA_OP_LET_FLOW, TCPHA_OP_QUERY, TCPHA_OP_TAKE_BACK,
-    TCPHA_R_ASSIGN, TCPHA_R_BACKLOG, TCPHA_R_LIVE, TCPHA_R_NONE, TCPHA_R_NO_LISTENER,
-    TCPHA_R_NO_SOCKET, TCPHA_R_OK, TCPHA_R_TIME_WAIT, TCPHA_STATE_VERSION, TCPHA_TUNNEL,
-    tcpha_adoption, tcpha_backend, tcpha_be_conf, tcpha_cache, tcpha_counters, tcpha_entry,
-    tcpha_event, tcpha_fe_conf, tcpha_flow, tcpha_gate, tcpha_guesses, tcpha_keys, tcpha_load,
-    tcpha_is_forwarded, tcpha_live, tcpha_offer, tcpha_op, tcpha_route, tcpha_shaken, tcpha_state,
-    tcpha_state_of, tcpha_tag, tcpha_verdict)
+    TCPHA_FAST_PASSED, TCPHA_FAST_SEND, TCPHA_FAST_SOCKET, TCPHA_FLOWING, TCPHA_GIVEN_UP,
+    TCPHA_LOCAL, TCPHA_LOCAL_NODE, TCPHA_LOCKED_OP, TCPHA_MAC_ADOPT, TCPHA_MAC_FAST,
+    TCPHA_MAC_KEPT, TCPHA_MAC_MARK, TCPHA_MAC_PLAIN, TCPHA_MAC_ROOM, TCPHA_MARK_FORGED,
+    TCPHA_MAX_BACKENDS,
+    TCPHA_MAX_FAST, TCPHA_MAX_OPS, TCPHA_MAX_ROUTES, TCPHA_MAX_RULES, TCPHA_OP_ADOPT,
+    TCPHA_OP_DROP, TCPHA_OP_END, TCPHA_OP_GIVE_BACK, TCPHA_OP_HAND_OVER, TCPHA_OP_LET_FLOW,
+    TCPHA_OP_QUERY, TCPHA_OP_TAKE_BACK, TCPHA_R_ASSIGN, TCPHA_R_BACKLOG, TCPHA_R_LIVE,
+    TCPHA_R_NONE, TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_OK, TCPHA_R_TIME_WAIT,
+    TCPHA_STATE_VERSION, TCPHA_TUNNEL, tcpha_adoption, tcpha_backend, tcpha_be_conf, tcpha_cache,
+    tcpha_counters, tcpha_entry, tcpha_event, tcpha_fe_conf, tcpha_flow, tcpha_gate, tcpha_guesses,
+    tcpha_is_forwarded, tcpha_keys, tcpha_live, tcpha_load, tcpha_offer, tcpha_op, tcpha_route,
+    tcpha_shaken, tcpha_state, tcpha_state_of, tcpha_tag, tcpha_verdict)
 from tcpha._fast.diag cimport SockDiag, diag, diag_refusal
 from tcpha._fast.ledger cimport (
     PUT_NEW, ledger, ledger_close, ledger_divert, ledger_drop_pending, ledger_forget,
@@ -41,7 +41,7 @@ from tcpha._fast.message cimport (
     REFUSE_BACKLOG, REFUSE_ERROR, REFUSE_LISTENER, REFUSE_UNSUPPORTED)
 from tcpha._fast.packet cimport (
     ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_FIN, TCP_PSH, TCP_RST, VNET_SIZE, address_bytes,
-    address_text, forge, segment, segment_from, tap_send)
+    address_text, forge, frame_of, segment, segment_from, tap_send)
 from tcpha._fast.repair cimport saved_syn_mss
 from tcpha._fast.rewrite cimport acks_beyond, get16, is_sound, tcp_parse_head, tcp_view
 from tcpha._fast.snapshot cimport (

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 
-from tcpha._fast.defs cimport tcpha_flow
+from tcpha._fast.defs cimport tcpha_flow, tcpha_frame
 from tcpha._fast.snapshot cimport snapshot
 
 cdef enum:
@@ -32,6 +32,11 @@ cdef struct segment:
     uint32_t tsval
     uint32_t tsecr
     uint32_t len           # payload bytes that follow the headers
+
+
+cdef inline tcpha_frame *frame_of(uint8_t *bytes) noexcept nogil:
+    """What a frame of a TAP device says that it is: see frame.h."""
+    return <tcpha_frame *>(bytes + VNET_SIZE)
 
 
 cdef uint16_t ip_checksum(const uint8_t *p, uint32_t length) noexcept nogil

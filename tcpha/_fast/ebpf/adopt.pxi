@@ -72,11 +72,20 @@ cdef int _verify(be_ebpf *d, uint32_t worker, const tcpha_flow *flow) noexcept n
         usleep(100)
 
 
+cdef int _send_plain(be_ebpf *d, const segment *g, const uint8_t *data) noexcept nogil:
+    """To the socket that is there. 0, or an errno."""
+    cdef uint8_t head[FRAME_HEAD]
+    cdef uint32_t length = forge(head, g)
+    frame_of(head).mark = htons(TCPHA_MAC_PLAIN)
+    return tap_send(d.tap, head, length, data, g.len)
+
+
 cdef int _attach(be_ebpf *d, uint32_t worker, const snapshot *s, const uint8_t *data, segment *g,
                  uint32_t tick) noexcept nogil:
     """Make the first segment a socket. 0 or a refusal; the socket is looked up in ops[worker]."""
     cdef tcpha_op *op = &d.ops[worker]
     cdef uint8_t head[FRAME_HEAD]
+    cdef uint32_t length
     cdef int _tries
     for _tries in range(4):
         op.kind = TCPHA_OP_ADOPT
@@ -96,11 +105,13 @@ cdef int _attach(be_ebpf *d, uint32_t worker, const snapshot *s, const uint8_t *
         op.result = TCPHA_R_NONE
         op.done = 0
         op.error = 0
-        g.ip_id = <uint16_t>worker
         g.seq = s.rcv_nxt - (1 if s.flags & SNAP_FIN else 0) - s.len
         g.flags = TCP_ACK | TCP_PSH
         g.len = min(s.len, <uint32_t>CHUNK)
-        if tap_send(d.tap, head, forge(head, g), data, g.len) != 0 or not _await(d, op):
+        length = forge(head, g)
+        frame_of(head).mark = htons(TCPHA_MAC_ADOPT)
+        frame_of(head).slot = worker
+        if tap_send(d.tap, head, length, data, g.len) != 0 or not _await(d, op):
             return REFUSE_ERROR
         if op.result != TCPHA_R_TIME_WAIT and op.result != TCPHA_R_LIVE:
             break
@@ -112,12 +123,11 @@ cdef int _attach(be_ebpf *d, uint32_t worker, const snapshot *s, const uint8_t *
         # Local Node. A RST with exactly the sequence number that it expects ends it without a
         # packet leaving the host (RFC 5961 section 3.2).
         add64(&d.killed, 1)
-        g.ip_id = TCPHA_IPID_PLAIN
         g.seq = op.rcv_nxt
         g.flags = TCP_RST
         g.len = 0
         g.timestamps = False
-        tap_send(d.tap, head, forge(head, g), NULL, 0)
+        _send_plain(d, g, NULL)
         g.timestamps = (s.flags & SNAP_TIMESTAMP) != 0
     if op.result == TCPHA_R_NO_LISTENER:
         return REFUSE_LISTENER
@@ -163,20 +173,18 @@ cdef int _feed_from(be_ebpf *d, uint32_t worker, const snapshot *s, const uint8_
     """Inject what the socket has not received, by the look-up in ops[worker]. The front end has
     acknowledged these bytes: the client will never send them again."""
     cdef tcpha_op *op = &d.ops[worker]
-    cdef uint8_t head[FRAME_HEAD]
     cdef uint32_t fin = 1 if s.flags & SNAP_FIN else 0
     cdef uint32_t start = s.rcv_nxt - fin - s.len, have
     while op.result == TCPHA_R_LIVE:
         have = op.rcv_nxt - start
         if have >= s.len + fin:
             return 0
-        g.ip_id = TCPHA_IPID_PLAIN
         g.seq = op.rcv_nxt
         g.len = min(s.len - have, <uint32_t>CHUNK)
         g.flags = TCP_ACK | TCP_PSH
         if have + g.len == s.len and fin:
             g.flags |= TCP_FIN
-        if tap_send(d.tap, head, forge(head, g), data + have, g.len) != 0 or \
+        if _send_plain(d, g, data + have) != 0 or \
                 _look(d, worker, &s.flow) < 0 or op.rcv_nxt - start == have:
             return DP_MORE
     return 0
@@ -211,9 +219,8 @@ cdef bint _admit(void *self, uint8_t *scratch, bint refuse) noexcept nogil:
             continue
         if n < 0:
             return False
-        if n >= VNET_SIZE + ETH_SIZE and scratch[VNET_SIZE] == TCPHA_MAC_ROOM >> 8 and \
-                scratch[VNET_SIZE + 1] == (TCPHA_MAC_ROOM & 0xff):
-            scratch[VNET_SIZE + 2] = refuse
+        if n >= VNET_SIZE + ETH_SIZE and frame_of(scratch).mark == htons(TCPHA_MAC_ROOM):
+            frame_of(scratch).full = refuse
             tap_send(d.tap, scratch, <uint32_t>n, NULL, 0)
     return True
 

@@ -144,10 +144,9 @@ cdef bint _drain(fe_ebpf *d) noexcept nogil:
             if errno == EINTR:
                 continue
             return False
-        if n < VNET_SIZE + ETH_SIZE + 40 or scratch[VNET_SIZE] != TCPHA_MAC_MARK >> 8 or \
-                scratch[VNET_SIZE + 1] != (TCPHA_MAC_MARK & 0xff):
+        if n < VNET_SIZE + ETH_SIZE + 40 or frame_of(scratch).mark != htons(TCPHA_MAC_MARK):
             continue  # something the kernel itself sent out of the device
-        memcpy(&slot, scratch + VNET_SIZE + 2, 4)
+        slot = frame_of(scratch).slot
         h = &d.holders[slot] if slot < d.nholders else NULL
         if h == NULL or not _is_of(h, scratch + VNET_SIZE + ETH_SIZE,
                                    <uint32_t>n - VNET_SIZE - ETH_SIZE):
@@ -160,18 +159,13 @@ cdef bint _drain(fe_ebpf *d) noexcept nogil:
         p.next = NULL
         p.len = <uint32_t>n
         memcpy(p.data, scratch, <size_t>n)
-        _mark_kept(p.data)
+        frame_of(p.data).mark = htons(TCPHA_MAC_KEPT)
         if h.last != NULL:
             h.last.next = p
         else:
             h.first = p
         h.last = p
     return True
-
-
-cdef inline void _mark_kept(uint8_t *frame) noexcept nogil:
-    frame[VNET_SIZE] = TCPHA_MAC_KEPT >> 8
-    frame[VNET_SIZE + 1] = TCPHA_MAC_KEPT & 0xff
 
 
 cdef void _release(fe_ebpf *d, holder *h) noexcept nogil:
@@ -202,7 +196,6 @@ cdef void _send_late(fe_ebpf *d, uint32_t most, const snapshot *now, const uint8
     cdef uint32_t at = 0, chunk, length
     cdef segment s
     segment_from(&s, now)
-    s.ip_id = TCPHA_IPID_PLAIN
     while at < extra_len or extra_fin:
         chunk = min(extra_len - at, most)
         s.seq = now.rcv_nxt - (1 if now.flags & SNAP_FIN else 0) - extra_len + at
@@ -212,7 +205,7 @@ cdef void _send_late(fe_ebpf *d, uint32_t most, const snapshot *now, const uint8
             s.flags |= TCP_FIN
             extra_fin = False
         length = forge(head, &s)
-        _mark_kept(head)
+        frame_of(head).mark = htons(TCPHA_MAC_KEPT)
         tap_send(d.tap, head, length, extra + at, chunk)
         at += chunk
 

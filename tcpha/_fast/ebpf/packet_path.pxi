@@ -22,15 +22,14 @@ cdef int _fast_next(void *self, uint32_t queue, uint8_t *frame, uint32_t *length
             continue
         if n < 0:
             return 0
-        if n < VNET_SIZE + ETH_SIZE or frame[VNET_SIZE] != TCPHA_MAC_FAST >> 8 or \
-                frame[VNET_SIZE + 1] != (TCPHA_MAC_FAST & 0xff):
+        if n < VNET_SIZE + ETH_SIZE or frame_of(frame).mark != htons(TCPHA_MAC_FAST):
             continue  # something the kernel itself sent out of the device
         length[0] = <uint32_t>n
         ip = frame + VNET_SIZE + ETH_SIZE
         n = _without_padding(ip, n - VNET_SIZE - ETH_SIZE)
         if tcp_parse_head(ip, <uint32_t>n, <uint32_t>n, v) == 0 and \
-                (frame[VNET_SIZE + 2] != TCPHA_FAST_FIRST or frame[0] & CHECKED or is_sound(v)):
-            return frame[VNET_SIZE + 2]
+                (frame_of(frame).kind != TCPHA_FAST_FIRST or frame[0] & CHECKED or is_sound(v)):
+            return frame_of(frame).kind
 
 
 cdef void _fast_socket(void *self, uint32_t queue, uint32_t worker, uint8_t *frame, uint32_t length,
@@ -43,9 +42,8 @@ cdef void _fast_socket(void *self, uint32_t queue, uint32_t worker, uint8_t *fra
 
 cdef void _write_fast(fe_ebpf *d, uint32_t queue, uint32_t worker, uint8_t *frame, uint32_t length,
                       int kind) noexcept nogil:
-    cdef uint16_t n = <uint16_t>worker
-    frame[VNET_SIZE + 2] = <uint8_t>kind
-    memcpy(frame + VNET_SIZE + 3, &n, 2)
+    frame_of(frame).kind = <uint8_t>kind
+    frame_of(frame).worker = <uint16_t>worker
     tap_send(d.fast_fd[queue], frame, length, NULL, 0)
 
 
@@ -93,7 +91,7 @@ cdef bint _wake(fe_ebpf *d, uint32_t queue, uint32_t worker, const tcpha_flow *f
         g.timestamps = r.timestamps
         g.tsval = r.tsval
         g.tsecr = r.tsecr
-        g.ip_id = <uint16_t>min(r.rtt_ms, <uint32_t>0xffff)
+        d.offers[worker].rtt_ms = r.rtt_ms
         d.offers[worker].result = 0
         _write_fast(d, queue, worker, frame, forge(frame, &g), TCPHA_FAST_SOCKET)
         over = d.offers[worker].result != 0
