@@ -16,9 +16,9 @@ from typing import Any
 
 from tcpha._fast.bpf import kernel_has_function
 from tcpha._fast.diag import SockDiag
-from tcpha.admin.server import Refused, ask
 from tcpha.application import address_of, devices_of, find
 from tcpha.config import ANY, Config, ConfigError, load
+from tcpha.daemon.control_socket import Refused, ask
 from tcpha.datapath import ADOPT_KFUNC, DatapathError, Way, choose, describe
 from tcpha.net import firewall
 from tcpha.net.host import Host, HostError

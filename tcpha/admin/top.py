@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tcpha.admin.console import amount, console, duration, table, write
-from tcpha.admin.server import Refused, ask
+from tcpha.daemon.control_socket import Refused, ask
 
 BARS = " ▁▂▃▄▅▆▇█"
 HISTORY = 60  # samples of a spark line

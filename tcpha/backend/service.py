@@ -13,9 +13,6 @@ from tcpha._fast.be_worker import FAST, BackEnd
 from tcpha._fast.core import MOST_LINKS
 from tcpha._fast.message import clock
 from tcpha._fast.rows import ADOPTED, AdoptedRows
-from tcpha.admin.logs import MEMBERS, Sparing
-from tcpha.admin.rundir import RunDir
-from tcpha.admin.server import Command, Table
 from tcpha.admin.web import Pages
 from tcpha.application import Application
 from tcpha.backend import arp
@@ -33,9 +30,12 @@ from tcpha.control.hello import (
     new_instance,
 )
 from tcpha.control.strangers import Strangers
+from tcpha.daemon.control_socket import Command, Table
+from tcpha.daemon.logs import MEMBERS, Sparing
+from tcpha.daemon.rundir import RunDir
+from tcpha.daemon.service import TICK, Service
 from tcpha.datapath import allow_adoption, open_backend
 from tcpha.net.host import HostError
-from tcpha.service import TICK, Service
 from tcpha.undoing import Undoing
 
 log = logging.getLogger("tcpha")

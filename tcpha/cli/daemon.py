@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tcpha import __version__
-from tcpha.admin import capabilities, logs
-from tcpha.admin.rundir import DEFAULT, RunDir, RunDirError, daemonise
 from tcpha.config import Config, ConfigError, load, to_toml
-from tcpha.service import Service
+from tcpha.daemon import capabilities, logs
+from tcpha.daemon.rundir import DEFAULT, RunDir, RunDirError, daemonise
+from tcpha.daemon.service import Service
 
 ROLES = {"tcphafe": "fe", "tcphabe": "be"}
 

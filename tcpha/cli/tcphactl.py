@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tcpha import __version__
-from tcpha.admin.rundir import DEFAULT
-from tcpha.admin.server import NoAnswer, Refused, ask_for
 from tcpha.cli.ending import plain_ending
+from tcpha.daemon.control_socket import NoAnswer, Refused, ask_for
+from tcpha.daemon.rundir import DEFAULT
 
 MOST_BACKENDS = 16  # of the lab
 

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from tcpha.admin.logs import Sparing
+from tcpha.daemon.logs import Sparing
 
 MOST = 64      # connections on which HELLO is not over yet
 FEW = 8        # of one address

@@ -15,9 +15,9 @@ from tcpha._fast.be_worker import BackEnd
 from tcpha._fast.message import clock
 from tcpha.application import Application
 from tcpha.config import Config
+from tcpha.daemon.workers import Supervisor
 from tcpha.datapath import LOCAL_CONNECTIONS, DatapathError, Frontend, allow_adoption
 from tcpha.net.host import Host
-from tcpha.supervisor import Supervisor
 from tcpha.undoing import Step, each
 
 log = logging.getLogger("tcpha")

@@ -12,8 +12,6 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from tcpha.admin.logs import MEMBERS, Sparing
-from tcpha.admin.server import Refused
 from tcpha.config import Config, Rule, Server
 from tcpha.control.hello import (
     PATIENCE,
@@ -27,6 +25,8 @@ from tcpha.control.hello import (
     until_closed,
 )
 from tcpha.control.strangers import Strangers
+from tcpha.daemon.control_socket import Refused
+from tcpha.daemon.logs import MEMBERS, Sparing
 from tcpha.frontend.registry import Registry
 from tcpha.tasks import died
 

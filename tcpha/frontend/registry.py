@@ -17,7 +17,6 @@ from typing import Any
 from tcpha._fast.fe_worker import AWAY, DEAD, DEAF, DRAINED, FULL, MAY
 from tcpha._fast.match import Matcher, PatternError
 from tcpha._fast.scan import Questions
-from tcpha.admin.server import Refused
 from tcpha.config import ANY, MAX_BACKENDS, Config, Rule, Server, patterns_of, too_many
 from tcpha.config.keys import BE_PORT
 from tcpha.control.hello import (
@@ -29,6 +28,7 @@ from tcpha.control.hello import (
     give_up_after,
     new_instance,
 )
+from tcpha.daemon.control_socket import Refused
 from tcpha.datapath import Path, headers
 from tcpha.frontend.compiling import Compiling
 from tcpha.frontend.cookiekeys import CookieKeys

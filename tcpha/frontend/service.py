@@ -14,12 +14,13 @@ from typing import Any, ClassVar
 from tcpha._fast.fe_worker import FrontEnd
 from tcpha._fast.rows import FLOWS, FlowRows
 from tcpha._fast.scan import Questions
-from tcpha.admin import logs
-from tcpha.admin.rundir import RunDir
-from tcpha.admin.server import Command, Refused, Table
-from tcpha.admin.tablefile import TableFile
 from tcpha.admin.web import Pages, as_json
 from tcpha.config import ANY, Config
+from tcpha.daemon import logs
+from tcpha.daemon.control_socket import Command, Refused, Table
+from tcpha.daemon.rundir import RunDir
+from tcpha.daemon.service import TICK, Service, number
+from tcpha.daemon.table_file import TableFile
 from tcpha.datapath import open_frontend
 from tcpha.frontend.drained import Drained
 from tcpha.frontend.localnode import LocalNode
@@ -28,7 +29,6 @@ from tcpha.frontend.registry import Registry
 from tcpha.net.announcer import Announcer
 from tcpha.net.host import HostError
 from tcpha.net.pathmtu import PathMtu
-from tcpha.service import TICK, Service, number
 from tcpha.undoing import Undoing, each
 
 log = logging.getLogger("tcpha")

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tcpha.admin.server import ask
+from tcpha.daemon.control_socket import ask
 
 T = TypeVar("T")
 START = 120.0  # seconds for a daemon to serve: ten thousand rules take a while to compile

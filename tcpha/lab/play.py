@@ -12,7 +12,7 @@ from typing import Any
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tcpha.admin import console
-from tcpha.admin.server import Refused, ask
+from tcpha.daemon.control_socket import Refused, ask
 from tcpha.lab.bed import Cluster, program, sh
 
 PREFIX = "tcphalab"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tcpha.lab.bed import BIN, Cluster, Daemon, Host, sh, wait_for
-from tcpha.service import WAIT, WAIT_STEP
+from tcpha.daemon.service import WAIT, WAIT_STEP
 from tests.support.host import state
 
 pytestmark = pytest.mark.modes("fast-direct", "nfqueue-direct")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tcpha.admin.server import Refused
+from tcpha.daemon.control_socket import Refused
 from tcpha.lab.bed import BIN, Bed, Cluster, Daemon, Host, sh, wait_for
 from tests.support import hooks
 from tests.support.host import state
@@ -131,7 +131,7 @@ def test_what_may_be_written(tmp_path: Path, path: str, may: bool) -> None:
     (tmp_path / "run").mkdir()
     for file in ("run/there", "other"):
         (tmp_path / file).touch()
-    script = ("import os, sys; from tcpha.admin import capabilities, landlock; "
+    script = ("import os, sys; from tcpha.daemon import capabilities, landlock; "
               "capabilities.restrict(); landlock.write_only([sys.argv[1], '/proc/sys/net']); "
               "os.open(sys.argv[2], os.O_WRONLY)")
     done = sh(sys.executable, "-c", script, str(tmp_path / "run"), path.format(tmp_path / "run"),

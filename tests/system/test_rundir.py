@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tcpha.admin.rundir import RunDir, RunDirError
+from tcpha.daemon.rundir import RunDir, RunDirError
 from tcpha.lab.bed import Cluster, Daemon, program
 from tcpha.net.host import Host
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tcpha._fast import message
-from tcpha.admin import logs
+from tcpha.daemon import logs
 from tcpha.lab.bed import Cluster, Daemon, Host, wait_for
 from tests.support.client import read_all
 from tests.support.daemons import front, joined, logged, start_back, start_front

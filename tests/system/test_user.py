@@ -162,7 +162,7 @@ def test_the_kernels_counters_of_queues(mode: dict[str, Any], may: bool) -> None
 
 READ_AGAIN = """
 from tcpha._fast.nfqueue import open_queues
-from tcpha.admin import capabilities
+from tcpha.daemon import capabilities
 from tcpha.datapath import nfqueue
 from tcpha.net import rootfiles
 nfqueue.load()
@@ -214,7 +214,7 @@ def test_nat_rules_of_legacy_iptables_are_found(mode: dict[str, Any], may: bool)
 
 
 PROGRAM = """
-from tcpha.admin import capabilities
+from tcpha.daemon import capabilities
 from tcpha.net import rootfiles, rules
 from tcpha.net.rules import Rule
 class Journal:

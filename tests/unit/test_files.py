@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tcpha.admin.files import ControlFiles
+from tcpha.daemon.control_files import ControlFiles
 
 
 def test_a_write_to_a_control_file_that_was_replaced_many_times_since(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from tcpha.admin import logs
+from tcpha.daemon import logs
 
 
 def test_what_was_left_out_of_the_log_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

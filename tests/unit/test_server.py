@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tcpha.admin.server import Refused, Server, Table, ask, ask_for
+from tcpha.daemon.control_socket import Refused, Server, Table, ask, ask_for
 from tcpha.lab.bed import BIN
 
 

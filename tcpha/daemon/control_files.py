@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tcpha.admin.rundir import make_directory
-from tcpha.admin.server import Refused
+from tcpha.daemon.control_socket import Refused
+from tcpha.daemon.rundir import make_directory
 from tcpha.owner import by_owner
 from tcpha.tasks import died
 from tcpha.undoing import each

@@ -14,7 +14,7 @@ import time
 from collections import Counter, deque
 from typing import Any
 
-from tcpha.admin.troubles import QUIET
+from tcpha.daemon.troubles import QUIET
 
 KEPT = 50  # messages
 log = logging.getLogger("tcpha")

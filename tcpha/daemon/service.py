@@ -17,20 +17,20 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from tcpha.admin import capabilities, landlock, logs
-from tcpha.admin.files import ControlFiles
-from tcpha.admin.rundir import RunDir
-from tcpha.admin.server import Command, Refused, Server
-from tcpha.admin.troubles import Troubles
 from tcpha.admin.web import Admin, Pages
 from tcpha.beside import beside
 from tcpha.config import Config, ConfigError, load
 from tcpha.control.secret import read_secret
+from tcpha.daemon import capabilities, landlock, logs
+from tcpha.daemon.control_files import ControlFiles
+from tcpha.daemon.control_socket import Command, Refused, Server
+from tcpha.daemon.rundir import RunDir
+from tcpha.daemon.troubles import Troubles
+from tcpha.daemon.workers import Supervisor
 from tcpha.net import rootfiles
 from tcpha.net.announcer import Announcer, Place
 from tcpha.net.host import Host, HostError
 from tcpha.net.keeper import Keeper
-from tcpha.supervisor import Supervisor
 from tcpha.tasks import Work, deaths, died, persist, watch
 from tcpha.undoing import Undoing
 
