@@ -12,7 +12,8 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from tcpha._fast.diag import SockDiag
 from tcpha.config import ANY, Config
-from tcpha.net.host import Host, HostError
+from tcpha.net.host import Host
+from tcpha.net.journal import HostError
 
 REMEDY = ("start the application, or mend redirectaddr and redirectport; rules that send the port "
           "to a container do not count, docker's userland proxy does")

@@ -10,7 +10,7 @@ import errno
 import os
 import platform
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from tcpha.application import address_of, devices_of, find
 from tcpha.config import ANY, Config, ConfigError, load
 from tcpha.daemon.control_socket import Refused, ask
 from tcpha.datapath import ADOPT_KFUNC, DatapathError, Way, choose, describe
-from tcpha.net import firewall
-from tcpha.net.host import Host, HostError
+from tcpha.net import arp, firewall
+from tcpha.net.host import Host
+from tcpha.net.journal import HostError
 from tcpha.net.keeper import BEFORE_US
 
 Finding = dict[str, str]
@@ -192,7 +193,7 @@ def _addresses(role: str, config: Config, host: Host) -> Iterator[Row]:
                    "own server, whatever the rules say, and containers behind its bridges nobody",
                    "if that is not what they need, have them run on a host that is no back end")
     elif role == "fe" and host.is_ethernet(index) and (
-            mac := _quietly(lambda: host.holder_on_link(index, config.vaddr))):
+            mac := _who_has(host, index, config.vaddr)):
         yield ("vaddr", FAULT, f"{config.vaddr} is in use: {mac} answers for it",
                "another front end runs, or a back end answers ARP: stop it, or run doctor there")
     elif role == "fe" and config.announce == "off":
@@ -212,9 +213,9 @@ def _addresses(role: str, config: Config, host: Host) -> Iterator[Row]:
         yield "MTU", GOOD, str(mtu), ""
 
 
-def _quietly(work: Callable[[], str | None]) -> str | None:
+def _who_has(host: Host, index: int, address: str) -> str | None:
     try:
-        return work()
+        return arp.holder_on_link(host.interface(index), host.mac(index), address)
     except OSError:
         return None
 
@@ -252,7 +253,7 @@ def _arp(config: Config, host: Host) -> Iterator[Row]:
     if host.holder(config.uaddr) is not None:
         yield "uaddr", FAULT, f"{config.uaddr} is an address of this host", "name an unused one"
     elif host.is_ethernet(index):
-        mac = _quietly(lambda: host.holder_on_link(index, config.uaddr))
+        mac = _who_has(host, index, config.uaddr)
         if mac:
             yield "uaddr", FAULT, f"{config.uaddr} is in use: {mac}", "name an unused address"
         else:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 
 from tcpha.config import Config
-from tcpha.net import rules
-from tcpha.net.host import Host, HostError
+from tcpha.net import arp
+from tcpha.net.host import Host
+from tcpha.net.journal import HostError
 
 log = logging.getLogger("tcpha")
 
@@ -18,16 +19,17 @@ def set_up(config: Config, host: Host) -> None:
                         "uses")
     device = host.holder(config.raddr)
     if device is not None and host.is_ethernet(device):
-        owner = host.holder_on_link(device, config.uaddr)
+        name = host.interface(device)
+        owner = arp.holder_on_link(name, host.mac(device), config.uaddr)
         if owner:
-            raise HostError(f"uaddr {config.uaddr} is in use by {owner} on "
-                            f"{host.interface(device)}; name an address that nobody uses")
+            raise HostError(f"uaddr {config.uaddr} is in use by {owner} on {name}; name an address "
+                            "that nobody uses")
     # A host that neither answers nor announces ARP for addresses of other interfaces: the VIP
     # on lo is not seen (Documentation/networking/ip-sysctl, arp_ignore and arp_announce).
     host.sysctl("net/ipv4/conf/all/arp_ignore", "1")
     host.sysctl("net/ipv4/conf/all/arp_announce", "2")
     # and if somebody changes these back, it shows uaddr
     try:
-        rules.hide_in_arp(host, f"tcphabe_{host.handle:04x}", config.vaddr, config.uaddr)
+        arp.hide(host, f"tcphabe_{host.handle:04x}", config.vaddr, config.uaddr)
     except HostError as error:
         log.warning("%s; the sysctls arp_ignore and arp_announce must stay as they are now", error)

@@ -35,7 +35,7 @@ from tcpha.daemon.logs import MEMBERS, Sparing
 from tcpha.daemon.rundir import RunDir
 from tcpha.daemon.service import TICK, Service
 from tcpha.datapath import allow_adoption, open_backend
-from tcpha.net.host import HostError
+from tcpha.net.journal import HostError
 from tcpha.undoing import Undoing
 
 log = logging.getLogger("tcpha")

@@ -29,7 +29,8 @@ from tcpha.daemon.troubles import Troubles
 from tcpha.daemon.workers import Supervisor
 from tcpha.net import rootfiles
 from tcpha.net.announcer import Announcer, Place
-from tcpha.net.host import Host, HostError
+from tcpha.net.host import Host
+from tcpha.net.journal import HostError
 from tcpha.net.keeper import Keeper
 from tcpha.tasks import Work, deaths, died, persist, watch
 from tcpha.undoing import Undoing

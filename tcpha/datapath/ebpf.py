@@ -23,7 +23,8 @@ from tcpha.datapath import (
 from tcpha.datapath.fragments import REFUSED, Fragments, open_fragments
 from tcpha.datapath.untracked import leave_untracked
 from tcpha.net import rules
-from tcpha.net.host import ROUTE, Host, HostError
+from tcpha.net.host import Host
+from tcpha.net.journal import ROUTE, HostError
 from tcpha.net.routes import Routes
 from tcpha.net.tap import accept_any_source, open_queues, open_tap
 from tcpha.undoing import each

@@ -27,7 +27,8 @@ from tcpha.datapath import DEVICE_PRIORITY, LOCAL_CONNECTIONS, DatapathError, Pa
 from tcpha.datapath.fragments import Fragments, open_fragments
 from tcpha.datapath.pinned import Pinned
 from tcpha.net import rootfiles, rules
-from tcpha.net.host import Host, HostError
+from tcpha.net.host import Host
+from tcpha.net.journal import HostError
 from tcpha.net.rules import Rule
 from tcpha.owner import by_owner
 from tcpha.tasks import persistent_thread

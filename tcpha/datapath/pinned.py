@@ -12,7 +12,8 @@ import contextlib
 import logging
 
 from tcpha.net import conntrack, rules
-from tcpha.net.host import NFT, Host, HostError, Kept
+from tcpha.net.host import Host
+from tcpha.net.journal import NFT, HostError, Kept
 from tcpha.net.rules import Rule
 
 log = logging.getLogger("tcpha")

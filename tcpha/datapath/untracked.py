@@ -11,7 +11,8 @@ import logging
 import socket
 
 from tcpha.net import rules
-from tcpha.net.host import Host, HostError
+from tcpha.net.host import Host
+from tcpha.net.journal import HostError
 from tcpha.net.rules import Rule
 
 log = logging.getLogger("tcpha")

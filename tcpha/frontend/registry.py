@@ -36,7 +36,9 @@ from tcpha.frontend.drained import Drained
 from tcpha.frontend.localnode import INDEX as LOCAL_NODE
 from tcpha.frontend.localnode import NAME
 from tcpha.net import pathmtu
-from tcpha.net.host import Host, HostError, Route
+from tcpha.net.host import Host
+from tcpha.net.journal import HostError
+from tcpha.net.links import Route
 
 log = logging.getLogger("tcpha")
 BACKOFF_FIRST = 0.05  # seconds before the second attempt to connect; doubles up to BACKOFF_MOST

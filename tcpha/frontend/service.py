@@ -27,8 +27,9 @@ from tcpha.frontend.localnode import LocalNode
 from tcpha.frontend.registration import Registrar
 from tcpha.frontend.registry import Registry
 from tcpha.net.announcer import Announcer
-from tcpha.net.host import HostError
+from tcpha.net.journal import HostError
 from tcpha.net.pathmtu import PathMtu
+from tcpha.net.sockets import handshakes
 from tcpha.undoing import Undoing, each
 
 log = logging.getLogger("tcpha")
@@ -371,7 +372,7 @@ class FrontEndService(Service):
         begin = loop.time()
         while self.core.backlog() or (
                 loop.time() < begin + HANDSHAKE and await asyncio.to_thread(
-                    self.host.handshakes, self.config.vaddr, self.config.port)) or (
+                    handshakes, self.config.vaddr, self.config.port)) or (
                 self.datapath.fastpath and loop.time() < begin + GRACE):
             if self.datapath.fastpath:
                 await asyncio.to_thread(self.datapath.table.take_silent, 0.0)

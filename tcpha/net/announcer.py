@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from tcpha.net.host import Host, HostError
+from tcpha.net import arp
+from tcpha.net.host import Host
+from tcpha.net.journal import HostError
 
 log = logging.getLogger("tcpha")
 REPEATED = (1.0, 5.0)  # seconds after something has changed; a switch's port may need some
@@ -52,6 +54,7 @@ class Announcer:
             return
         self.due = self.due[1:] or [now + REFRESH]
         try:
-            self.host.announce(self.address, *self.place)
+            index, mac = self.place
+            arp.announce(self.host.interface(index), mac, self.address)
         except OSError as error:  # the next time, then
             log.debug("announcing %s: %s", self.address, error)

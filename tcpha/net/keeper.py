@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tcpha.net.host import LINK, NFT, POLLED, PROGRAM, ROUTE, SLOW, Host, Kept
+from tcpha.net.host import Host
+from tcpha.net.journal import LINK, NFT, POLLED, PROGRAM, ROUTE, SLOW, Kept
 from tcpha.tasks import died, persist
 
 log = logging.getLogger("tcpha")

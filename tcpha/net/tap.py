@@ -8,7 +8,9 @@ import os
 import struct
 from pathlib import Path
 
-from tcpha.net.host import IFF_UP, POLLED, Host, Kept
+from tcpha.net.host import Host
+from tcpha.net.journal import POLLED, Kept
+from tcpha.net.links import IFF_UP
 
 TUNSETIFF = 0x400454CA
 TUNSETOFFLOAD = 0x400454D0
