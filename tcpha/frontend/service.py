@@ -102,9 +102,9 @@ class FrontEndService(Service):
         self.registry = Registry(self.core, self.datapath, host, config, self.secret, self.spawn,
                                  Drained(self.run_dir.path / f"{self.run_dir.name}.drained"))
         self.registry.configure(config, config.matcher)
-        self.registry.keep_left()
+        self.registry.peers.keep_left()
         self.registrations = self._registrations(device) if self._registers() else None
-        self.registry.registers = self.registrations is not None
+        self.registry.recovery.registers = self.registrations is not None
 
     def _serve_at(self) -> None:
         config = self.config
@@ -197,7 +197,7 @@ class FrontEndService(Service):
         self.table = TableFile(self.run_dir.path / "tcpha_fe_conn", self._table)
         self.local.begin(self.forward_log)
         if self.config.forward == "tunnel":
-            self.path_mtu = PathMtu(self.registry.look_at_mtus)
+            self.path_mtu = PathMtu(self.registry.connector.look_at_mtus)
         await self.registry.begin()
         self.core.accept()
         if self.registrations:
@@ -237,8 +237,8 @@ class FrontEndService(Service):
         return self._rows(aligned=True)
 
     def _rows(self, aligned: bool = False) -> FlowRows:
-        return FlowRows(self.datapath.table, [r.pattern for r in self.registry.rules],
-                        self.registry.addresses(), aligned)
+        return FlowRows(self.datapath.table, [r.pattern for r in self.registry.rules.in_force],
+                        self.registry.peers.addresses(), aligned)
 
     def reopen(self) -> None:
         try:
@@ -268,7 +268,6 @@ class FrontEndService(Service):
 
     def on_notice(self) -> None:
         self.registry.on_notice()
-        self.registry.look_rebuilt()
 
     def every_tick(self) -> None:
         self.local.tick()
@@ -278,21 +277,22 @@ class FrontEndService(Service):
             self.spawn("silent", self._take_silent, again=False)  # we do, if it fails
 
     def look_at_links(self) -> None:
-        self.loop.call_soon_threadsafe(self.registry.reroute, self.registry.routes())
+        connector, recovery = self.registry.connector, self.registry.recovery
+        self.loop.call_soon_threadsafe(connector.reroute, connector.routes())
         if self.config.announce == "off":
-            self.loop.call_soon_threadsafe(self.registry.hold, self.host.takes(self.config.vaddr))
+            self.loop.call_soon_threadsafe(recovery.hold, self.host.takes(self.config.vaddr))
         super().look_at_links()
 
     def trouble_counts(self) -> dict[str, int]:
         return {**super().trouble_counts(), **self.core.counters()}
 
     def every_second(self) -> None:
-        self.registry.look_rebuilt()
+        self.registry.recovery.look()
         self.local.look()
-        self.registry.change_keys()
+        self.registry.connector.change_keys()
         self._look_at_guesses()
-        self.registry.detect(self.dtcinterval)
-        self.registry.look_at_mtus()
+        self.registry.peers.detect(self.dtcinterval)
+        self.registry.connector.look_at_mtus()
         self.datapath.refresh()
         if self.datapath.fastpath and not self.asking:
             self.asking = True
@@ -342,7 +342,7 @@ class FrontEndService(Service):
         idle = float(self.config.idletimeout)
         try:
             full, self.table_full = self.table_full, self.core.counters()["table_full"]
-            limits = dict.fromkeys(self.registry.dead(), min(DEAD_IDLE, idle))
+            limits = dict.fromkeys(self.registry.peers.dead(), min(DEAD_IDLE, idle))
             n = await asyncio.to_thread(self.core.expire,
                                         inf if full == self.table_full else idle, limits)
             if n:
@@ -357,7 +357,7 @@ class FrontEndService(Service):
             self.expiring = False
 
     def live(self) -> int:
-        return int(self.core.in_hand()) + self.registry.live() + self.local.live() + \
+        return int(self.core.in_hand()) + self.registry.peers.live() + self.local.live() + \
             int(self.emptying)
 
     def begin_unload(self) -> None:
@@ -382,7 +382,7 @@ class FrontEndService(Service):
 
     async def apply(self, config: Config) -> None:
         await self.registry.reconfigure(config, lambda: self._take_over(config))
-        self.registry.detect(self.dtcinterval)
+        self.registry.peers.detect(self.dtcinterval)
         self.files.refresh()
 
     def _take_over(self, config: Config) -> None:
@@ -411,7 +411,7 @@ class FrontEndService(Service):
         if name == "dtcinterval":
             self.dtcinterval = number(value, 0, 3600, "interval")
             log.info("dtcinterval %d", self.dtcinterval)
-            self.registry.detect(self.dtcinterval)
+            self.registry.peers.detect(self.dtcinterval)
             self.files.refresh()
             return {"dtcinterval": self.dtcinterval}
         if name != "dbglevel":
@@ -426,11 +426,11 @@ class FrontEndService(Service):
             "forward": config.forward,
             "fastpath": "on" if self.datapath.fastpath else "off",
             "packet_path": self.core.answers_syns(), "wary": self.datapath.wary(),
-            "dtcinterval": self.dtcinterval, "awaiting": self.registry.rebuilding,
+            "dtcinterval": self.dtcinterval, "awaiting": self.registry.recovery.rebuilding,
             "in_hand": self.core.in_hand(),
-            "live": self.registry.live() + self.local.live(), "localnode": self.local.status(),
-            "counters": self.core.counters(), "packets": self.datapath.counters(),
-            "servers": self.registry.table()}
+            "live": self.registry.peers.live() + self.local.live(),
+            "localnode": self.local.status(), "counters": self.core.counters(),
+            "packets": self.datapath.counters(), "servers": self.registry.table()}
 
     def pages(self) -> Pages:
         from tcpha.admin import metrics
@@ -450,20 +450,20 @@ class FrontEndService(Service):
         return self.registry.table()
 
     async def rules(self) -> list[dict[str, Any]]:
-        use = self.registry.rule_use()
+        use = self.registry.rules.use()
         return [{"rule": n, "server": r.server, "pattern": r.pattern, "handed": use[r]}
-                for n, r in enumerate(self.registry.rules)]
+                for n, r in enumerate(self.registry.rules.in_force)]
 
     async def stats(self) -> dict[str, Any]:
         """What 'top', the status page and the metrics show beside status() and rules()."""
-        rules = self.registry.rules
+        rules = self.registry.rules.in_force
         slowest = [{"seconds": round(s["seconds"], 6), "ago": round(s["ago"], 1),
                     "client": s["client"], "target": s["target"],
                     "rule": rules[s["rule"]].pattern if s["rule"] < len(rules) else "",
-                    "server": self.registry.address(s["backend"])}
+                    "server": self.registry.peers.address(s["backend"])}
                    for s in self.core.slowest(SLOW_FOR)]
         return {"uptime": round(time.monotonic() - self.began, 3), "stages": self.core.stages(),
-                "slowest": slowest, "channels": self.registry.channels(),
+                "slowest": slowest, "channels": self.registry.peers.channels(),
                 "events": logs.recent()}
 
     async def test_request(self, *words: str) -> dict[str, Any]:
@@ -475,7 +475,7 @@ class FrontEndService(Service):
             fields = [f"Host: {self.config.vaddr}", *fields]
         try:
             head = "".join(f"{line}\r\n" for line in (f"{method} {target} HTTP/1.1", *fields, ""))
-            return self.registry.explain(head.encode("latin-1"))
+            return self.registry.rules.explain(head.encode("latin-1"))
         except UnicodeEncodeError:
             raise Refused("a request head has only ASCII characters; encode others in the target "
                           "as %XX") from None

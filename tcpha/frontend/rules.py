@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The rules in force: their list, groups of the same pattern, their use, and what they make of a
+request."""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from tcpha._fast.fe_worker import AWAY, DEAD, DEAF, DRAINED, FULL, MAY
+from tcpha._fast.match import Matcher, PatternError
+from tcpha.config import Rule, patterns_of
+from tcpha.daemon.control_socket import Refused
+from tcpha.frontend.compiling import Compiling
+from tcpha.frontend.localnode import INDEX as LOCAL_NODE
+from tcpha.frontend.localnode import NAME
+from tcpha.frontend.peers import NOBODY_LISTENS, Peers
+
+
+def _in_order(few: list[str], many: list[str]) -> bool:
+    """Whether all are among others, in their order."""
+    left = iter(many)
+    return all(one in left for one in few)
+
+
+class Rules:
+    """Used in the loop's thread only."""
+
+    def __init__(self, core: Any, peers: Peers):
+        self.core = core
+        self.peers = peers
+        self.in_force: list[Rule] = []
+        self.matcher: Matcher | None = None  # of their patterns, and maybe of earlier ones
+        self.compiling = Compiling()
+        # connections handed over by rules that are not in force any more, or since a reload are
+        # elsewhere in the list; and what the workers' counts were when it changed
+        self.used: Counter[Rule] = Counter()
+        self.counted: list[int] = []
+
+    async def compile(self, rules: list[Rule], known: Iterable[Matcher | None]) -> Matcher:
+        """Of their patterns. A known one, or the one in use, serves, too, if it has them in their
+        order. Raises Refused."""
+        patterns = patterns_of(rules)
+        for matcher in (*known, self.matcher):
+            if matcher is not None and _in_order(patterns, matcher.patterns):
+                return matcher
+        try:
+            return await self.compiling.matcher(patterns)
+        except PatternError as error:
+            if error.pattern >= 0:
+                raise Refused(f"the pattern '{patterns[error.pattern]}' does not compile: "
+                              f"{error}") from None
+            raise Refused(f"the patterns of the file and of the back ends that have registered do "
+                          f"not compile together: {error}") from None
+
+    def publish(self, rules: list[Rule], matcher: Matcher) -> None:
+        """Put them in force. matcher: of at least their patterns, in their order."""
+        groups: dict[str, dict[int, int]] = {p: {} for p in matcher.patterns}
+        self.used = self.use()
+        self.in_force = rules
+        for n, rule in enumerate(rules):
+            named = self.peers.listed.get(rule.server)  # or it is the front end itself
+            index = named.index if named else LOCAL_NODE
+            groups[rule.pattern].setdefault(index, n)  # the same line again changes nothing
+        self.core.publish_rules(matcher, [list(group.items()) for group in groups.values()])
+        self.matcher = matcher
+        self.counted = self.core.hits(len(rules))
+
+    def use(self) -> Counter[Rule]:
+        """How many connections each rule has handed over, those of earlier lists too."""
+        use = self.used.copy()
+        hits = self.core.hits(len(self.in_force))
+        for rule, now, before in zip(self.in_force, hits, self.counted, strict=False):
+            use[rule] += now - before
+        return use
+
+    def explain(self, head: bytes) -> dict[str, Any]:
+        """What would become of a request, and why. head: all of it, up to the empty line."""
+        error, target, seen, matched, winner, alone = self.core.consider(head)
+        if error:
+            status = 431 if "headlimit" in error else 400
+            return {"outcome": str(status), "reason": f"request head: {error}", "rules": []}
+        rows: list[dict[str, Any]] = []
+        for n, refusal in matched:
+            rule = self.in_force[n]
+            rows.append({"rule": n, "pattern": rule.pattern, "server": rule.server,
+                         "usable": refusal == MAY, "reason": self._why(rule.server, refusal)})
+        if winner >= 0:
+            rule = self.in_force[winner]
+            out = {"outcome": "handed over", "server": rule.server, "rule": winner,
+                   "reason": f"first rule that matches and can be served: '{rule.pattern}'"}
+        else:
+            why = "no back end of a rule that matches can take it" if rows else "no rule matches"
+            last = next((r["server"] for r in rows if r["reason"] == NOBODY_LISTENS), "")
+            if last:
+                why += f"; {last} is asked all the same, and refuses unless its server is back"
+            if alone == MAY:
+                out = {"outcome": "handed over", "server": NAME,
+                       "reason": f"{why}; the Local Node listens"}
+            else:
+                out = {"outcome": "503", "reason": f"{why}, and no Local Node listens"}
+        return out | {"target": target, "rules_see": seen, "rules": rows}
+
+    def _why(self, server: str, refusal: int) -> str:
+        """Why a back end gets no new connections; '' if it may."""
+        peer = self.peers.listed.get(server)
+        if refusal in (AWAY, DEAD):
+            return (peer.why if peer and peer.why != "up" else "") or "no control connection"
+        return {DRAINED: "draining", DEAF: NOBODY_LISTENS,
+                FULL: "full: it has maxclients connections"}.get(refusal, "")
