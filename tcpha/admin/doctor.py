@@ -19,7 +19,8 @@ from tcpha._fast.diag import SockDiag
 from tcpha.application import address_of, devices_of, find
 from tcpha.config import ANY, Config, ConfigError, load
 from tcpha.daemon.control_socket import Refused, ask
-from tcpha.datapath import ADOPT_KFUNC, DatapathError, Way, choose, describe
+from tcpha.datapath import ADOPT_KFUNC, DatapathError
+from tcpha.datapath.opening import Way, choose, describe
 from tcpha.net import arp, firewall
 from tcpha.net.host import Host
 from tcpha.net.journal import HostError

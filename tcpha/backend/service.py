@@ -34,7 +34,8 @@ from tcpha.daemon.control_socket import Command, Table
 from tcpha.daemon.logs import MEMBERS, Sparing
 from tcpha.daemon.rundir import RunDir
 from tcpha.daemon.service import TICK, Service
-from tcpha.datapath import allow_adoption, open_backend
+from tcpha.datapath import allow_adoption
+from tcpha.datapath.opening import open_backend
 from tcpha.net.journal import HostError
 from tcpha.undoing import Undoing
 

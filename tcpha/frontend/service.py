@@ -21,7 +21,7 @@ from tcpha.daemon.control_socket import Command, Refused, Table
 from tcpha.daemon.rundir import RunDir
 from tcpha.daemon.service import TICK, Service, number
 from tcpha.daemon.table_file import TableFile
-from tcpha.datapath import open_frontend
+from tcpha.datapath.opening import open_frontend
 from tcpha.frontend.drained import Drained
 from tcpha.frontend.localnode import LocalNode
 from tcpha.frontend.registration import Registrar
