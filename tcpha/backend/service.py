@@ -32,8 +32,9 @@ from tcpha.control.hello import (
 from tcpha.control.strangers import Strangers
 from tcpha.daemon.control_socket import Command, Table
 from tcpha.daemon.logs import MEMBERS, Sparing
+from tcpha.daemon.periodic import EACH_TICK, TICK, Every
 from tcpha.daemon.rundir import RunDir
-from tcpha.daemon.service import TICK, Service
+from tcpha.daemon.service import SECOND, Service
 from tcpha.datapath import allow_adoption
 from tcpha.datapath.opening import open_backend
 from tcpha.net.journal import HostError
@@ -116,9 +117,9 @@ class BackEndService(Service):
             undoing.push("packet path", self._leave)
         await undoing.undo()
 
-    def every_second(self) -> None:
-        self._look_at_application()
-        self._look_at_frontends()
+    def periodic(self) -> list[Every]:
+        return [*super().periodic(), Every(EACH_TICK, self._look_if_unusable),
+                Every(SECOND, self._look_at_application), Every(SECOND, self._look_at_frontends)]
 
     def _look_at_frontends(self) -> None:
         """One that is gone, or hangs, must not pass for alive. It answers our PING each second. Two
@@ -139,7 +140,7 @@ class BackEndService(Service):
         met = [n for n, (_, a) in enumerate(self.frontends) if a == address]
         return not met or any(self.core.has_any_of(n) for n in met)
 
-    def every_tick(self) -> None:
+    def _look_if_unusable(self) -> None:
         if not self.application.usable:  # its clients are being turned away
             self._look_at_application()
 

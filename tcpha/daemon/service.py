@@ -24,6 +24,7 @@ from tcpha.control.secret import read_secret
 from tcpha.daemon import capabilities, landlock, logs
 from tcpha.daemon.control_files import ControlFiles
 from tcpha.daemon.control_socket import Command, Refused, Server
+from tcpha.daemon.periodic import EACH_TICK, Every, keep_doing
 from tcpha.daemon.rundir import RunDir
 from tcpha.daemon.troubles import Troubles
 from tcpha.daemon.workers import Supervisor
@@ -31,15 +32,14 @@ from tcpha.net import rootfiles
 from tcpha.net.announcer import Announcer, Place
 from tcpha.net.host import Host
 from tcpha.net.journal import HostError
-from tcpha.net.keeper import Keeper
-from tcpha.tasks import Work, deaths, died, persist, watch
+from tcpha.net.keeper import SLOWLY, Keeper
+from tcpha.tasks import Work, deaths, persist, watch
 from tcpha.undoing import Undoing
 
 T = TypeVar("T")
 
 log = logging.getLogger("tcpha")
-TICK = 0.05
-PING_EVERY = 1.0
+SECOND = 1.0
 WAIT, WAIT_STEP = 5.0, 0.25  # seconds for addresses to come, without a service manager; a look
 EXTEND_US = 30_000_000       # by which the manager is to wait longer, at each look
 LOCK = "/run/xtables.lock"
@@ -313,7 +313,7 @@ class Service:
         self.keeper.begin()
         undoing.push("tasks", self._cancel_tasks)
         await self.begin()
-        self.spawn("tick", self._tick)
+        keep_doing(self.periodic(), self.spawn)
         if self.admin:
             self.admin.start()
         self.run_dir.write_pid()
@@ -405,28 +405,16 @@ class Service:
                 await self.reload()
         self.spawn("reload", quietly)
 
-    async def _tick(self) -> None:
-        next_second = 0.0
-        loop = asyncio.get_running_loop()
+    def periodic(self) -> list[Every]:
+        """What is done again and again while we serve."""
+        return [Every(EACH_TICK, self.workers.tick), Every(EACH_TICK, self.core.reclaim),
+                Every(EACH_TICK, self._look_unloaded), Every(SECOND, self._ping),
+                Every(SECOND, self._look_at_troubles), Every(SECOND, self.keeper.tick),
+                Every(SLOWLY, self.keeper.look_at_all), Every(SECOND, self._announce_again)]
 
-        def attempt(work: Callable[[], None]) -> None:
-            """What fails, out of file descriptors or memory, keeps nothing else from its turn."""
-            try:
-                work()
-            except Exception as error:  # the next time may do better
-                died(work.__qualname__, error)
-        while True:
-            await asyncio.sleep(TICK)
-            attempt(self.workers.tick)
-            attempt(self.core.reclaim)
-            attempt(self.every_tick)
-            if loop.time() >= next_second:
-                next_second = loop.time() + PING_EVERY
-                for work in (self._ping, self._look_at_troubles, self.keeper.tick,
-                             self._announce_again, self.every_second):
-                    attempt(work)
-            if self.unloading and self.live() == 0:
-                self.stopping.set()
+    def _look_unloaded(self) -> None:
+        if self.unloading and self.live() == 0:
+            self.stopping.set()
 
     def _ping(self) -> None:
         for index, _, up, _ in self.core.links():
@@ -443,10 +431,3 @@ class Service:
     def trouble_counts(self) -> dict[str, int]:
         """Of what TROUBLES names."""
         return {"log_lost": self.core.log_lost}
-
-    def every_tick(self) -> None:
-        """What cannot wait for a second."""
-
-    def every_second(self) -> None:
-        """Periodic work of the roles."""
-

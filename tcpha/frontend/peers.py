@@ -254,4 +254,5 @@ class Peers:
                 "reason": reason if down else "", "connperbe": stats["links"],
                 "packet_path": stats["fast"], "mtu": peer.path.mtu if peer.path else 0,
                 "registered": registered, "live": stats["live"], "handed": stats["handed"],
-                "refused": stats["refused"], "closed": stats["closed"]}
+                "refused": stats["refused"], "returned": stats["returned"],
+                "closed": stats["closed"]}

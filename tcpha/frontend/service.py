@@ -18,8 +18,9 @@ from tcpha.admin.web import Pages, as_json
 from tcpha.config import ANY, Config
 from tcpha.daemon import logs
 from tcpha.daemon.control_socket import Command, Refused, Table
+from tcpha.daemon.periodic import EACH_TICK, TICK, Every
 from tcpha.daemon.rundir import RunDir
-from tcpha.daemon.service import TICK, Service, number
+from tcpha.daemon.service import SECOND, Service, number
 from tcpha.daemon.table_file import TableFile
 from tcpha.datapath.opening import open_frontend
 from tcpha.frontend.drained import Drained
@@ -66,10 +67,9 @@ class FrontEndService(Service):
         super().__init__(config, run, foreground)
         self.core = FrontEnd(config.maxclients, config.headlimit, config.headtimeout)
         self.dtcinterval = config.dtcinterval
-        self.expiring = self.asking = self.wary = False
+        self.wary = False
         self.table_full = 0
         self.asked = time.monotonic()
-        self.taking = False
         self.emptying = False  # the accept queue, before we unload
         self.began = time.monotonic()
         self.table: TableFile | None = None
@@ -269,12 +269,25 @@ class FrontEndService(Service):
     def on_notice(self) -> None:
         self.registry.on_notice()
 
-    def every_tick(self) -> None:
-        self.local.tick()
+    def periodic(self) -> list[Every]:
+        registry = self.registry
+        works = [
+            *super().periodic(), Every(EACH_TICK, self.local.tick),
+            Every(EACH_TICK, self._answer_syns), Every(SECOND, registry.recovery.look),
+            Every(SECOND, self.local.look), Every(SECOND, registry.connector.change_keys),
+            Every(SECOND, self._look_at_guesses), Every(SECOND, self._detect),
+            Every(SECOND, registry.connector.look_at_mtus), Every(SECOND, self.datapath.refresh),
+            Every(self._expiry, self._expire, "expire")]
+        if self.datapath.fastpath:
+            works += [Every(SILENT / 4, self._take_silent, "silent"),
+                      Every(DOUBT / 2, self._ask, "ask")]
+        return works
+
+    def _answer_syns(self) -> None:
         self.core.answer_syns(not self.unloading and self.core.fast_backends() > 0)
-        if self.datapath.fastpath and not self.taking:
-            self.taking = True
-            self.spawn("silent", self._take_silent, again=False)  # we do, if it fails
+
+    def _detect(self) -> None:
+        self.registry.peers.detect(self.dtcinterval)
 
     def look_at_links(self) -> None:
         connector, recovery = self.registry.connector, self.registry.recovery
@@ -285,21 +298,6 @@ class FrontEndService(Service):
 
     def trouble_counts(self) -> dict[str, int]:
         return {**super().trouble_counts(), **self.core.counters()}
-
-    def every_second(self) -> None:
-        self.registry.recovery.look()
-        self.local.look()
-        self.registry.connector.change_keys()
-        self._look_at_guesses()
-        self.registry.peers.detect(self.dtcinterval)
-        self.registry.connector.look_at_mtus()
-        self.datapath.refresh()
-        if self.datapath.fastpath and not self.asking:
-            self.asking = True
-            self.spawn("ask", self._ask, again=False)
-        if not self.expiring:
-            self.expiring = True
-            self.spawn("expire", self._expire, again=False)
 
     def _look_at_guesses(self) -> None:
         """Say when cookies of clients without timestamps do not count, and when they do again."""
@@ -316,20 +314,12 @@ class FrontEndService(Service):
 
     async def _take_silent(self) -> None:
         """The packet path keeps no state of a client that says nothing; so we do after a while."""
-        try:
-            await asyncio.to_thread(self.datapath.table.take_silent, SILENT)
-            await asyncio.sleep(SILENT / 4)
-        finally:
-            self.taking = False
+        await asyncio.to_thread(self.datapath.table.take_silent, SILENT)
 
     async def _ask(self) -> None:
         """Nobody says that a back end has adopted what the packet path sent it. The client repeats
         what was lost, but it may be gone."""
-        try:
-            await self._ask_about(Questions(self.datapath.table, DOUBT, doubtful=True))
-            await asyncio.sleep(DOUBT / 2)
-        finally:
-            self.asking = False
+        await self._ask_about(Questions(self.datapath.table, DOUBT, doubtful=True))
 
     async def _ask_about(self, questions: Questions) -> None:
         while await asyncio.to_thread(questions.find):
@@ -340,21 +330,20 @@ class FrontEndService(Service):
         """An entry goes when its back end no longer has the connection: it is asked about silent
         ones. Without asking go those of back ends that are gone, and when the table is full."""
         idle = float(self.config.idletimeout)
-        try:
-            full, self.table_full = self.table_full, self.core.counters()["table_full"]
-            limits = dict.fromkeys(self.registry.peers.dead(), min(DEAD_IDLE, idle))
-            n = await asyncio.to_thread(self.core.expire,
-                                        inf if full == self.table_full else idle, limits)
-            if n:
-                log.info("%d idle flows expired", n)
-            if time.monotonic() > self.asked + idle:
-                self.asked = time.monotonic()
-                await self._ask_about(Questions(self.datapath.table, idle, doubtful=False))
-            if self.datapath.fastpath:
-                await asyncio.to_thread(self.core.drop_pending)
-            await asyncio.sleep(max(1.0, min(10.0, self.config.idletimeout / 4)))
-        finally:
-            self.expiring = False
+        full, self.table_full = self.table_full, self.core.counters()["table_full"]
+        limits = dict.fromkeys(self.registry.peers.dead(), min(DEAD_IDLE, idle))
+        n = await asyncio.to_thread(self.core.expire, inf if full == self.table_full else idle,
+                                    limits)
+        if n:
+            log.info("%d idle flows expired", n)
+        if time.monotonic() > self.asked + idle:
+            self.asked = time.monotonic()
+            await self._ask_about(Questions(self.datapath.table, idle, doubtful=False))
+        if self.datapath.fastpath:
+            await asyncio.to_thread(self.core.drop_pending)
+
+    def _expiry(self) -> float:
+        return max(1.0, min(10.0, float(self.config.idletimeout) / 4))
 
     def live(self) -> int:
         return int(self.core.in_hand()) + self.registry.peers.live() + self.local.live() + \
@@ -382,7 +371,7 @@ class FrontEndService(Service):
 
     async def apply(self, config: Config) -> None:
         await self.registry.reconfigure(config, lambda: self._take_over(config))
-        self.registry.peers.detect(self.dtcinterval)
+        self._detect()
         self.files.refresh()
 
     def _take_over(self, config: Config) -> None:
@@ -411,7 +400,7 @@ class FrontEndService(Service):
         if name == "dtcinterval":
             self.dtcinterval = number(value, 0, 3600, "interval")
             log.info("dtcinterval %d", self.dtcinterval)
-            self.registry.peers.detect(self.dtcinterval)
+            self._detect()
             self.files.refresh()
             return {"dtcinterval": self.dtcinterval}
         if name != "dbglevel":

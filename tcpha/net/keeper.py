@@ -58,7 +58,6 @@ class Keeper:
         self.kinds = {LINK}  # to look at next; there was a time when nobody watched
         self.wake = asyncio.Event()
         self.ending = asyncio.Event()
-        self.next_slow = 0.0
         self.sockets: list[socket.socket] = []
         self.task: asyncio.Task[None] | None = None
 
@@ -95,9 +94,10 @@ class Keeper:
         if any(k.missing() for k in list(self.host.kept.values()) if k.kind == POLLED):
             self._ask(POLLED)
         self._ask(PROGRAM)
-        if time.monotonic() >= self.next_slow:
-            self.next_slow = time.monotonic() + SLOWLY
-            self._ask(LINK, NFT, ROUTE, SLOW)
+
+    def look_at_all(self) -> None:
+        """To be called every SLOWLY seconds."""
+        self._ask(LINK, NFT, ROUTE, SLOW)
 
     def _ask(self, *kinds: str) -> None:
         self.kinds |= {*kinds}
