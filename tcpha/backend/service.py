@@ -35,7 +35,7 @@ from tcpha.daemon.logs import MEMBERS, Sparing
 from tcpha.daemon.periodic import EACH_TICK, TICK, Every
 from tcpha.daemon.rundir import RunDir
 from tcpha.daemon.service import SECOND, Service
-from tcpha.datapath import allow_adoption
+from tcpha.datapath import Backend, allow_adoption
 from tcpha.datapath.opening import open_backend
 from tcpha.net.journal import HostError
 from tcpha.undoing import Undoing
@@ -48,6 +48,8 @@ UNHEARD = 5.0  # seconds for which its kernel may acknowledge nothing
 
 class BackEndService(Service):
     role = "be"
+    core: BackEnd
+    datapath: Backend
 
     def __init__(self, config: Config, run: RunDir, foreground: bool):
         super().__init__(config, run, foreground)

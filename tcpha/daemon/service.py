@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from tcpha._fast.core import Core
 from tcpha.admin.web import Admin, Pages
 from tcpha.beside import beside
 from tcpha.config import Config, ConfigError, load
@@ -28,6 +29,7 @@ from tcpha.daemon.periodic import EACH_TICK, Every, keep_doing
 from tcpha.daemon.rundir import RunDir
 from tcpha.daemon.troubles import Troubles
 from tcpha.daemon.workers import Supervisor
+from tcpha.datapath import Backend, Frontend
 from tcpha.net import rootfiles
 from tcpha.net.announcer import Announcer, Place
 from tcpha.net.host import Host
@@ -69,8 +71,8 @@ class Service:
     """Base of both roles. Derived classes set core and extend open(), close() and commands()."""
 
     role = ""
-    core: Any
-    datapath: Any
+    core: Core
+    datapath: Frontend | Backend
     TROUBLES: ClassVar[dict[str, tuple[str, str]]] = {
         "log_lost": ("debug lines are lost, more come than can be written",
                      "lower dbglevel")}

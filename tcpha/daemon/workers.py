@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Any
+
+from tcpha._fast.core import Core
 
 SAMPLES = 20  # a worker counts as busy if so many were, at one of the last ticks
 
@@ -12,10 +13,10 @@ SAMPLES = 20  # a worker counts as busy if so many were, at one of the last tick
 class Supervisor:
     """Preforks workers and keeps the idle ones between minspare and maxspare.
 
-    core: a tcpha._fast.core.Core. tick() is called about twenty times a second.
+    tick() is called about twenty times a second.
     """
 
-    def __init__(self, core: Any, start: int, minspare: int, maxspare: int, most: int):
+    def __init__(self, core: Core, start: int, minspare: int, maxspare: int, most: int):
         self.core = core
         self.start = start
         self.limits(minspare, maxspare)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Protocol
 
+from tcpha._fast.datapath import BeDatapath, FeDatapath
 from tcpha.config import Config
 from tcpha.net.host import Host
 
@@ -42,9 +43,11 @@ def headers(config: Config) -> int:
 
 
 class Frontend(Protocol):
-    """The front end's datapath. table: what the workers call (see _fast/datapath.pxd)."""
+    """The front end's datapath."""
 
-    table: Any
+    @property
+    def table(self) -> FeDatapath:
+        """What the workers call (see _fast/datapath.pxd)."""
     name: str
     chosen: str  # a line that says what was found and chosen
     fastpath: bool  # whether it has the packet path
@@ -59,6 +62,9 @@ class Frontend(Protocol):
         """Packet path: requests that this back end has not answered may go to another one."""
     def wary(self) -> bool:
         """Packet path: somebody may be guessing cookies, so not all count."""
+    def take_silent(self, seconds: float) -> None:
+        """Packet path: connections whose client has said nothing for so long become sockets. May
+        take long."""
     def open_local(self, address: str, port: int) -> Backend:
         """Open the way to the Local Node's server, at an address of this host."""
     def counters(self) -> dict[str, Any]: ...
@@ -70,7 +76,9 @@ class Frontend(Protocol):
 class Backend(Protocol):
     """The back end's datapath."""
 
-    table: Any
+    @property
+    def table(self) -> BeDatapath:
+        """As the front end's."""
     name: str
     chosen: str
     fastpath: bool

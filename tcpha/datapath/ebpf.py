@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from functools import partial
-from typing import Any
 
 from tcpha._fast.bpf import kernel_has_function
 from tcpha._fast.diag import SockDiag
@@ -58,7 +57,7 @@ class _Ebpf:
     def _attach_tap(self, host: Host, priority: int, program: str) -> None:
         host.attach(self.tap_index, self.table.obj.program_fd(program), priority)
 
-    table: Any
+    table: FeEbpf | BeEbpf
 
     def _open_fragments(self, config: Config, host: Host, role: str, program: str,
                         priority: int) -> None:
@@ -90,6 +89,8 @@ class _Ebpf:
 
 
 class EbpfFrontend(_Ebpf):
+    table: FeEbpf
+
     def __init__(self, config: Config, host: Host, fastpath: bool):
         super().__init__(config, host, "tcphafe")
         self.config, self.host = config, host
@@ -156,12 +157,15 @@ class EbpfFrontend(_Ebpf):
     def wary(self) -> bool:
         return bool(self.table.wary())
 
+    def take_silent(self, seconds: float) -> None:
+        self.table.take_silent(seconds)
+
     def close(self) -> None:
         each(("datapath", super().close), *(("queue", partial(os.close, fd)) for fd in self.queues))
 
     def set_backend(self, index: int, path: Path | None) -> None:
-        self.table.set_backend(index, path and (path.ifindex, path.tunnel, path.nexthop,
-                                                path.address, path.source, path.mtu))
+        self.table.set_backend(index, (path.ifindex, path.tunnel, path.nexthop, path.address,
+                                       path.source, path.mtu) if path else None)
 
     def open_local(self, address: str, port: int) -> EbpfLocal:
         if not kernel_has_function(ADOPT_KFUNC):
@@ -181,6 +185,8 @@ class EbpfFrontend(_Ebpf):
 
 class _Adopter(_Ebpf):
     """Of a back end and of the Local Node."""
+
+    table: BeEbpf
 
     def __init__(self, config: Config, host: Host, prefix: str):
         super().__init__(config, host, prefix)

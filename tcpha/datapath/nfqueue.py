@@ -104,7 +104,7 @@ class _Nfqueue:
     name = "nfqueue"
     chosen = ""
     fastpath = False
-    table: Any
+    table: FeNfqueue | BeNfqueue
     fragments: Fragments | None = None
 
     def __init__(self, config: Config, host: Host, role: str, heads: bool = False):
@@ -160,6 +160,8 @@ class _Nfqueue:
 
 
 class NfqueueFrontend(_Nfqueue):
+    table: FeNfqueue
+
     def __init__(self, config: Config, host: Host):
         super().__init__(config, host, "fe")
         self.config = config
@@ -189,6 +191,9 @@ class NfqueueFrontend(_Nfqueue):
 
     def wary(self) -> bool:
         return False
+
+    def take_silent(self, seconds: float) -> None:
+        """There is no packet path."""
 
     def set_backend(self, index: int, path: Path | None) -> None:
         if path is None:
@@ -263,6 +268,8 @@ class _Handshakes:
 class _Adopter(_Nfqueue):
     """The local server's side, of a back end and of the Local Node. file: what an earlier run knew
     of its connections, if it was killed."""
+
+    table: BeNfqueue
 
     def __init__(self, config: Config, host: Host, role: str, address: str, port: int,
                  connections: int, file: FilePath | None):

@@ -8,11 +8,12 @@ import logging
 import socket
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
+from tcpha._fast.fe_worker import FrontEnd
+from tcpha._fast.tls import Channel
 from tcpha.config import ANY, Config
 from tcpha.control.hello import PATIENCE, Hello, HelloError, call, check, give_up_after
-from tcpha.datapath import Path, headers
+from tcpha.datapath import Frontend, Path, headers
 from tcpha.frontend.cookiekeys import CookieKeys
 from tcpha.frontend.peers import HOST, PROCESS, Peer, Peers
 from tcpha.frontend.recovery import Recovery
@@ -31,7 +32,7 @@ UNHEARD = 20.0  # seconds without an acknowledgement by a back end's kernel, det
 class Connector:
     """Keeps as many as there are to be. instance: of this run of ours."""
 
-    def __init__(self, core: Any, datapath: Any, host: Host, config: Config,
+    def __init__(self, core: FrontEnd, datapath: Frontend, host: Host, config: Config,
                  secret: bytes | None, spawn: Callable[..., asyncio.Task[None]], peers: Peers,
                  recovery: Recovery, instance: str):
         self.core = core
@@ -131,7 +132,7 @@ class Connector:
             sock.close()
             raise
 
-    async def _greet(self, peer: Peer, sock: socket.socket) -> tuple[Hello, Any]:
+    async def _greet(self, peer: Peer, sock: socket.socket) -> tuple[Hello, Channel | None]:
         config = self.config
         sock.setblocking(False)
         if config.raddr != ANY:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
+
+from tcpha._fast.fe_worker import FrontEnd
 
 PERIOD = 60.0  # seconds for which a key makes cookies
 AHEAD = 5.0  # seconds before its use, at which it is made
@@ -17,7 +18,7 @@ AHEAD = 5.0  # seconds before its use, at which it is made
 class CookieKeys:
     """core: the front end's; used in the loop's thread only."""
 
-    def __init__(self, core: Any):
+    def __init__(self, core: FrontEnd):
         self.core = core
         self.number = core.key_in_use()  # a killed run's: its clients' cookies stay good
         if not self.number:

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 from tcpha._fast.be_worker import BackEnd
+from tcpha._fast.fe_worker import FrontEnd
 from tcpha._fast.message import clock
 from tcpha.application import Application
 from tcpha.config import Config
 from tcpha.daemon.workers import Supervisor
-from tcpha.datapath import LOCAL_CONNECTIONS, DatapathError, Frontend, allow_adoption
+from tcpha.datapath import LOCAL_CONNECTIONS, Backend, DatapathError, Frontend, allow_adoption
 from tcpha.net.host import Host
 from tcpha.undoing import Step, each
 
@@ -29,7 +30,7 @@ WORKERS = 1, 1, 2, 8  # at the start, spare at least and at most, altogether
 class LocalNode:
     """core: the front end's."""
 
-    def __init__(self, config: Config, core: Any, datapath: Frontend, host: Host):
+    def __init__(self, config: Config, core: FrontEnd, datapath: Frontend, host: Host):
         self.core = core
         self.application = Application(config, host)
         self.address, self.port = self.application.address, self.application.port
@@ -37,7 +38,7 @@ class LocalNode:
         self.workers = Supervisor(self.node, *WORKERS)
         core.backend_open(INDEX, NAME)
         core.backend_flags(INDEX, app_down=True)
-        self.datapath: Any = None
+        self.datapath: Backend | None = None
         if (self.address, self.port) == (config.vaddr, config.port):
             return  # nobody but we can listen there
         try:
@@ -63,15 +64,12 @@ class LocalNode:
             return
         self.workers.tick()
         if not self.application.usable:  # requests for it are being turned away
-            self._look()
+            self.look()
 
     def look(self) -> None:
         """See whether its server is there. One that did not answer in time gets another chance."""
         if self.datapath is None:
             return
-        self._look()
-
-    def _look(self) -> None:
         application = self.application
         first = application.found is None
         changed = application.look(self.datapath)

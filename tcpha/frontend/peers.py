@@ -8,11 +8,12 @@ import logging
 import os
 from typing import Any
 
+from tcpha._fast.fe_worker import FrontEnd
 from tcpha.config import MAX_BACKENDS, Server
 from tcpha.config.keys import BE_PORT
 from tcpha.control.hello import HelloError
 from tcpha.daemon.control_socket import Refused
-from tcpha.datapath import Path
+from tcpha.datapath import Frontend, Path
 from tcpha.frontend.drained import Drained
 from tcpha.frontend.localnode import INDEX as LOCAL_NODE
 from tcpha.frontend.localnode import NAME
@@ -51,7 +52,7 @@ class Peer:
 class Peers:
     """All of them. Used in the loop's thread only. interval: of detection, in seconds."""
 
-    def __init__(self, core: Any, datapath: Any, drained: Drained, interval: int):
+    def __init__(self, core: FrontEnd, datapath: Frontend, drained: Drained, interval: int):
         self.core = core
         self.datapath = datapath
         self.drained = drained

@@ -6,9 +6,10 @@ import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
+from tcpha._fast.fe_worker import FrontEnd
 from tcpha._fast.scan import Questions
+from tcpha.datapath import Frontend
 from tcpha.frontend.peers import Peer, Peers
 
 log = logging.getLogger("tcpha")
@@ -22,7 +23,7 @@ class Recovery:
     """shared: another front end may have the virtual address, and hand over what we know nothing
     of."""
 
-    def __init__(self, core: Any, datapath: Any, peers: Peers,
+    def __init__(self, core: FrontEnd, datapath: Frontend, peers: Peers,
                  spawn: Callable[..., asyncio.Task[None]], shared: bool):
         self.core = core
         self.datapath = datapath
@@ -93,7 +94,7 @@ class Recovery:
         if found:
             log.info("%d connections of %s go on", found, self.whose)
 
-    def met(self, peer: Peer, instance: str, before: dict[str, Any]) -> None:
+    def met(self, peer: Peer, instance: str, before: dict[str, int]) -> None:
         """There is a new link to a back end. before: what the core knew of it without that."""
         forgetful = peer.missed or peer.instance not in ("", instance)
         asked = not before["links"] and self.holding and (

@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from tcpha._fast.fe_worker import FrontEnd
 from tcpha._fast.match import Matcher
 from tcpha.config import Config, Rule, Server, too_many
 from tcpha.control.hello import new_instance
 from tcpha.daemon.control_socket import Refused
+from tcpha.datapath import Frontend
 from tcpha.frontend.connector import Connector
 from tcpha.frontend.drained import Drained
 from tcpha.frontend.peers import Peers
@@ -28,7 +30,7 @@ def _all_rules(config: Config, registered: Registered) -> list[Rule]:
 class Registry:
     """Holds together what has to do with back ends. Used in the loop's thread only."""
 
-    def __init__(self, core: Any, datapath: Any, host: Host, config: Config,
+    def __init__(self, core: FrontEnd, datapath: Frontend, host: Host, config: Config,
                  secret: bytes | None, spawn: Callable[..., asyncio.Task[None]],
                  drained: Drained):
         self.config = config

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from tcpha._fast.fe_worker import AWAY, DEAD, DEAF, DRAINED, FULL, MAY
+from tcpha._fast.fe_worker import AWAY, DEAD, DEAF, DRAINED, FULL, MAY, FrontEnd
 from tcpha._fast.match import Matcher, PatternError
 from tcpha.config import Rule, patterns_of
 from tcpha.daemon.control_socket import Refused
@@ -26,7 +26,7 @@ def _in_order(few: list[str], many: list[str]) -> bool:
 class Rules:
     """Used in the loop's thread only."""
 
-    def __init__(self, core: Any, peers: Peers):
+    def __init__(self, core: FrontEnd, peers: Peers):
         self.core = core
         self.peers = peers
         self.in_force: list[Rule] = []

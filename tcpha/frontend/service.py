@@ -22,6 +22,7 @@ from tcpha.daemon.periodic import EACH_TICK, TICK, Every
 from tcpha.daemon.rundir import RunDir
 from tcpha.daemon.service import SECOND, Service, number
 from tcpha.daemon.table_file import TableFile
+from tcpha.datapath import Frontend
 from tcpha.datapath.opening import open_frontend
 from tcpha.frontend.drained import Drained
 from tcpha.frontend.localnode import LocalNode
@@ -51,6 +52,8 @@ DEAD_IDLE = 60.0  # seconds of silence after which a dead back end's flow is for
 
 class FrontEndService(Service):
     role = "fe"
+    core: FrontEnd
+    datapath: Frontend
     TROUBLES: ClassVar[dict[str, tuple[str, str]]] = {
         **Service.TROUBLES,
         "no_descriptors": ("out of file descriptors: clients wait in the backlog",
@@ -101,6 +104,7 @@ class FrontEndService(Service):
             raise
         self.registry = Registry(self.core, self.datapath, host, config, self.secret, self.spawn,
                                  Drained(self.run_dir.path / f"{self.run_dir.name}.drained"))
+        assert config.matcher is not None  # load() sees to that
         self.registry.configure(config, config.matcher)
         self.registry.peers.keep_left()
         self.registrations = self._registrations(device) if self._registers() else None
@@ -314,7 +318,7 @@ class FrontEndService(Service):
 
     async def _take_silent(self) -> None:
         """The packet path keeps no state of a client that says nothing; so we do after a while."""
-        await asyncio.to_thread(self.datapath.table.take_silent, SILENT)
+        await asyncio.to_thread(self.datapath.take_silent, SILENT)
 
     async def _ask(self) -> None:
         """Nobody says that a back end has adopted what the packet path sent it. The client repeats
@@ -364,7 +368,7 @@ class FrontEndService(Service):
                     handshakes, self.config.vaddr, self.config.port)) or (
                 self.datapath.fastpath and loop.time() < begin + GRACE):
             if self.datapath.fastpath:
-                await asyncio.to_thread(self.datapath.table.take_silent, 0.0)
+                await asyncio.to_thread(self.datapath.take_silent, 0.0)
             await asyncio.sleep(TICK)
         self.core.stop_accepting()
         self.emptying = False

@@ -82,7 +82,7 @@ class Filters(Links, Changes):
         if number := change.get("program"):
             return self.tcx.maps(number)
         index = socket.if_nametoindex(change["interface"])
-        number = tc_attached(index, change.get("at", change["priority"]), self.handle)
+        number = tc_attached(index, change.get("at") or change["priority"], self.handle)
         if not number:
             return {}
         fd = open_program(number)
