@@ -13,6 +13,9 @@ import pytest
 TOP = Path(__file__).parents[1]
 LOADING, LATER, TYPES = "when it is loaded", "in functions", "for type checkers"
 MOST = 500  # lines
+# each imports what stands with it or behind it; all of them the modules that import nothing of ours
+LAYERS = ("cli lab", "frontend backend", "daemon admin", "datapath", "application", "config net",
+          "control", "_fast", "beside owner tasks undoing")
 
 
 def name_of(file: Path) -> str:
@@ -51,6 +54,15 @@ def test_no_module_imports_itself_by_others(also: tuple[str, ...]) -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" > ".join(error.args[1]))
+
+
+def test_layers_import_only_downwards() -> None:
+    ranks = {part: n for n, layer in enumerate(LAYERS) for part in layer.split()}
+    for module, file in FILES.items():
+        for name in {name for name, _ in imported(ast.parse(file.read_text()))}:
+            own, other = module.split("."), name.split(".")
+            if other[0] == "tcpha" and len(other) > 1 and len(own) > 1 and other[1] in ranks:
+                assert ranks[own[1]] <= ranks[other[1]], f"{module} imports {name}"
 
 
 def test_modules_are_small_and_say_what_they_are_for() -> None:

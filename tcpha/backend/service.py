@@ -29,12 +29,12 @@ from tcpha.control.hello import (
     give_up_after,
     new_instance,
 )
-from tcpha.control.strangers import Strangers
 from tcpha.daemon.control_socket import Command, Table
 from tcpha.daemon.logs import MEMBERS, Sparing
 from tcpha.daemon.periodic import EACH_TICK, TICK, Every
 from tcpha.daemon.rundir import RunDir
 from tcpha.daemon.service import SECOND, Service
+from tcpha.daemon.strangers import Strangers
 from tcpha.datapath import Backend, allow_adoption
 from tcpha.datapath.opening import open_backend
 from tcpha.net.journal import HostError

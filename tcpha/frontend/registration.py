@@ -24,9 +24,9 @@ from tcpha.control.hello import (
     keep_alive,
     until_closed,
 )
-from tcpha.control.strangers import Strangers
 from tcpha.daemon.control_socket import Refused
 from tcpha.daemon.logs import MEMBERS, Sparing
+from tcpha.daemon.strangers import Strangers
 from tcpha.frontend.registry import Registry
 from tcpha.tasks import died
 
