@@ -6,7 +6,6 @@ cdef extern from "<bpf/bpf.h>" nogil:
     enum:
         BPF_ANY
         BPF_NOEXIST
-        BPF_EXIST
     int bpf_map_update_elem(int fd, const void *key, const void *value, uint64_t flags)
     int bpf_map_lookup_elem(int fd, const void *key, void *value)
     int bpf_map_delete_elem(int fd, const void *key)

@@ -96,7 +96,6 @@ cdef extern from "<errno.h>" nogil:
         ENOBUFS
         EOPNOTSUPP
         ENOENT
-        ENOSPC
         EMFILE
         ENFILE
 

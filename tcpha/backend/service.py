@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The back end."""
+"""The back end: its set-up, its life, and its commands."""
 from __future__ import annotations
 
 import asyncio

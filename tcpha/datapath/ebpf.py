@@ -41,7 +41,7 @@ class _Ebpf:
     fastpath = False
     fragments: Fragments | None = None
 
-    def __init__(self, config: Config, host: Host, prefix: str):
+    def __init__(self, host: Host, prefix: str):
         self.tap_fd, self.tap_index, tap = open_tap(host, prefix)
         accept_any_source(host, tap, self.tap_index)
 
@@ -79,7 +79,7 @@ class _Ebpf:
         self.fragments = fragments
 
     def counters(self) -> dict[str, int]:
-        return dict(self.table.counters()) | (self.fragments.counters() if self.fragments else {})
+        return self.table.counters() | (self.fragments.counters() if self.fragments else {})
 
     def close(self) -> None:
         if self.fragments:
@@ -92,7 +92,7 @@ class EbpfFrontend(_Ebpf):
     table: FeEbpf
 
     def __init__(self, config: Config, host: Host, fastpath: bool):
-        super().__init__(config, host, "tcphafe")
+        super().__init__(host, "tcphafe")
         self.config, self.host = config, host
         self.fastpath = fastpath
         self.queues: list[int] = []
@@ -110,7 +110,7 @@ class EbpfFrontend(_Ebpf):
                             config.maxclients, config.maxflows, config.forward == "tunnel",
                             host.handle, self._open_fast(), left)
         self.left: dict[str, tuple[int, int]] = {}
-        self.fresh = bool(self.table.fresh)
+        self.fresh = self.table.fresh
         if self.table.taken_over:
             live, known = self.table.take_over()
             self.left = {address: (index, live.get(index, 0)) for index, address in known.items()}
@@ -155,7 +155,7 @@ class EbpfFrontend(_Ebpf):
         self.table.set_down(index, down)
 
     def wary(self) -> bool:
-        return bool(self.table.wary())
+        return self.table.wary()
 
     def take_silent(self, seconds: float) -> None:
         self.table.take_silent(seconds)
@@ -188,8 +188,8 @@ class _Adopter(_Ebpf):
 
     table: BeEbpf
 
-    def __init__(self, config: Config, host: Host, prefix: str):
-        super().__init__(config, host, prefix)
+    def __init__(self, host: Host, prefix: str):
+        super().__init__(host, prefix)
         self.host = host
 
     def follow(self, device: int) -> None:
@@ -199,7 +199,7 @@ class _Adopter(_Ebpf):
 
 class EbpfBackend(_Adopter):
     def __init__(self, config: Config, host: Host, fastpath: bool):
-        super().__init__(config, host, "tcphabe")
+        super().__init__(host, "tcphabe")
         self.fastpath = fastpath
         self.rules = f"tcphant_{host.handle:04x}_{os.getpid()}"
         listen = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
@@ -219,7 +219,7 @@ class EbpfBackend(_Adopter):
         self.table.allow(address, allowed)
 
     def allowed(self) -> list[str]:
-        return list(self.table.allowed())
+        return self.table.allowed()
 
     def close(self) -> None:
         each(("rules", lambda: rules.remove(self.rules)), ("datapath", super().close))
@@ -230,7 +230,7 @@ class EbpfLocal(_Adopter):
     from the network."""
 
     def __init__(self, config: Config, host: Host, address: str, port: int):
-        super().__init__(config, host, "tcphaln")
+        super().__init__(host, "tcphaln")
         self.sockets = SockDiag()
         try:
             self.table = BeEbpf(program_file("be"), (self.tap_fd, self.tap_index), config.vaddr,

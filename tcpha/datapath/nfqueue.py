@@ -311,7 +311,7 @@ class _Adopter(_Nfqueue):
         self.table.allow(address, allowed)
 
     def allowed(self) -> list[str]:
-        return list(self.table.allowed())
+        return self.table.allowed()
 
     def follow(self, device: int) -> None:
         host = self.host

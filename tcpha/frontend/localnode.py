@@ -83,7 +83,7 @@ class LocalNode:
         self.node.dbglevel = dbglevel
 
     def live(self) -> int:
-        return int(self.core.backend_stats(INDEX)["live"])
+        return self.core.backend_stats(INDEX)["live"]
 
     def status(self) -> dict[str, Any]:
         stats = self.core.backend_stats(INDEX)

@@ -111,7 +111,7 @@ class Peers:
         self.core.backend_flags(peer.index, draining=True)
         self.gone.append(peer)
 
-    def forget_gone(self) -> None:
+    def _forget_gone(self) -> None:
         """Free the places of removed back ends whose last connection has ended."""
         for peer in list(self.gone):
             links = [(i, up) for i, whose, up, _ in self.core.links() if whose == peer.index]
@@ -212,7 +212,7 @@ class Peers:
             for peer in self.listed.values():
                 self.judge(peer)
         self.interval = interval
-        self.forget_gone()
+        self._forget_gone()
         if not interval:
             return
         for peer in self.listed.values():

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The rules in force: their list, groups of the same pattern, their use, and what they make of a
-request."""
+"""The rules in force: their list, their use, and what they make of a request."""
 from __future__ import annotations
 
 from collections import Counter

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The front end."""
+"""The front end: its set-up, its life, and its commands."""
 from __future__ import annotations
 
 import asyncio
@@ -350,7 +350,7 @@ class FrontEndService(Service):
         return max(1.0, min(10.0, float(self.config.idletimeout) / 4))
 
     def live(self) -> int:
-        return int(self.core.in_hand()) + self.registry.peers.live() + self.local.live() + \
+        return self.core.in_hand() + self.registry.peers.live() + self.local.live() + \
             int(self.emptying)
 
     def begin_unload(self) -> None:

@@ -87,7 +87,7 @@ class Filters(Links, Changes):
             return {}
         fd = open_program(number)
         try:
-            return dict(maps_of(fd))
+            return maps_of(fd)
         finally:
             os.close(fd)
 
@@ -153,7 +153,7 @@ class Filters(Links, Changes):
         if number := change.get("program"):
             return not self.tcx.attached(index, number)
         at = change.get("at", key[2])
-        return bool(tc_attached(index, at, self.handle) != program_id(program_fd))
+        return tc_attached(index, at, self.handle) != program_id(program_fd)
 
     @one_at_a_time
     def _attach(self, index: int, program_fd: int, priority: int) -> None:

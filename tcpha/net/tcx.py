@@ -64,13 +64,13 @@ class Tcx:
     def maps(self, number: int) -> dict[str, tuple[int, int, int]]:
         """As maps_of(), of a predecessor's program."""
         fd = self.descriptors.get(number)
-        return {} if fd is None else dict(maps_of(fd))
+        return {} if fd is None else maps_of(fd)
 
     def attach(self, index: int, program_fd: int, priority: int) -> int:
         """Attach a program before all others, but for those of TCPHA: ours are in the order of
         their priorities. One of the same name, of ours, leaves. Returns its id; 0: the kernel has
         no tcx, or no room there."""
-        number, place = int(program_id(program_fd)), (index, program_name(program_fd))
+        number, place = program_id(program_fd), (index, program_name(program_fd))
         if not self.attached(index, number) and not self._put(index, program_fd, priority):
             return 0
         if number not in self.descriptors:

@@ -398,7 +398,6 @@ cdef class FrontEnd(Core):
         return {"links": load32(&be.may.links),
                 "told": be.asked != 0 and load32(&be.told) == be.asked,
                 "fast": bool(self.f.dp.nfast and _takes_fast(self.f, b)),
-                "app_down": bool(load32(&be.may.app_down)),
                 "draining": bool(load32(&be.may.draining)), "dead": bool(load32(&be.may.dead)),
                 "listens": bool(load64(&be.server_said) & 1), "live": load32(&load.live),
                 "handed": load64(&be.handed) + load64(<uint64_t *>&load.handed),
