@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tcpha.lab.bed import BIN, Cluster, Daemon, Host, sh, wait_for
 from tcpha.daemon.service import WAIT, WAIT_STEP
+from tcpha.lab.bed import BIN, Cluster, Daemon, Host, sh, wait_for
 from tests.support.host import state
 
 pytestmark = pytest.mark.modes("fast-direct", "nfqueue-direct")

@@ -6,13 +6,13 @@ import ast
 import importlib
 import inspect
 import re
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-TOP = Path(__file__).parents[1]
+from tests.support.tree import TOP
+
 FAST = TOP / "tcpha" / "_fast"
 STUBS = {f.stem: f for f in sorted(FAST.glob("*.pyi"))}
 Parameters = list[tuple[str, bool]]  # names, and whether there is a default
@@ -42,8 +42,10 @@ def of_module(function: Any) -> Parameters:
 
 
 def of_source(module: str, name: str) -> Parameters:
-    """What a class is made with: only its source tells."""
+    """What a class is made with: only its source tells, or one of the parts of that."""
     text = (FAST / f"{module}.pyx").read_text()
+    parts = re.findall(r'^include "(.*)"', text, re.M)
+    text += "".join((FAST / part).read_text() for part in parts)
     own = re.search(rf"^cdef class {name}\b.*?(?=^\S|\Z)", text, re.M | re.S)
     assert own, name
     made = re.search(r"def __cinit__\((.*?)\):", own[0], re.S)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-TOP = Path(__file__).parents[1]
+from tests.support.tree import TOP
+
 LOADING, LATER, TYPES = "when it is loaded", "in functions", "for type checkers"
 MOST = 500  # lines
 # each imports what stands with it or behind it; all of them the modules that import nothing of ours
