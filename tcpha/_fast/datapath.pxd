@@ -29,6 +29,40 @@ cdef struct table_place:
     bint ended
 
 
+# The front end's packet path. Functions get the datapath's 'self'.
+cdef struct packet_path:
+    uint32_t queues        # of requests; each has one reader at a time, and a descriptor
+    int fd[FAST_QUEUES]
+    tcpha_keys *keys       # of cookies
+    tcpha_offer *offers    # by worker: see tcpha.h
+    # The next frame: TCPHA_FAST_FIRST, a request, TCPHA_FAST_LATER or _EARLY; 0: there is none.
+    int (*next)(void *self, uint32_t queue, uint8_t *frame, uint32_t *length,
+                tcp_view *v) noexcept nogil
+    # Send a request on, as the worker's offer says.
+    void (*send)(void *self, uint32_t queue, uint32_t worker, uint8_t *frame,
+                 uint32_t length) noexcept nogil
+    # Send on what has followed a request, in its order.
+    void (*later)(void *self, uint32_t queue, uint32_t worker, uint8_t *frame,
+                  uint32_t length) noexcept nogil
+    # A request becomes a socket of ours.
+    void (*to_socket)(void *self, uint32_t queue, uint32_t worker, uint8_t *frame, uint32_t length,
+                      const tcpha_flow *flow) noexcept nogil
+    # A later segment has come first: its connection becomes a socket of ours, to which it goes.
+    void (*early)(void *self, uint32_t queue, uint32_t worker, uint8_t *frame, uint32_t length,
+                  const tcpha_flow *flow) noexcept nogil
+    # This back end did not take it: the client's next attempt is a request again. As forget().
+    int (*take_back)(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
+                     uint32_t backend, tcpha_entry *entry) noexcept nogil
+    # As ledger_drop_pending().
+    uint32_t (*drop_pending)(void *self, uint32_t worker, const tcpha_flow *flow,
+                             uint64_t idle) noexcept nogil
+    # Verdicts that need no worker, by hash.
+    tcpha_cache *cache
+    void (*keep_verdict)(void *self, uint64_t key, const tcpha_verdict *verdict) noexcept nogil
+    tcpha_load *loads      # by back end
+    uint64_t *rule_hits    # by rule
+
+
 cdef struct fe_datapath:
     void *self
     # From now on the flow's packets are kept in user space instead of reaching our stack. 1: an
@@ -63,43 +97,27 @@ cdef struct fe_datapath:
     # more.
     int event_fd
     bint (*on_packets)(void *self) noexcept nogil
-    # The packet path: how many queues of requests it has (0: there is none), a descriptor for each,
-    # and the cookie keys. A queue has one reader at a time.
-    uint32_t nfast
-    int fast_fd[FAST_QUEUES]
-    tcpha_keys *keys
-    # The next frame: TCPHA_FAST_FIRST, a request, TCPHA_FAST_LATER or _EARLY; 0: there is none.
-    int (*fast_next)(void *self, uint32_t queue, uint8_t *frame, uint32_t *length,
-                     tcp_view *v) noexcept nogil
-    # Send it on, as 'kind' says (TCPHA_FAST_*). In the offer: see tcpha.h.
-    void (*fast_pass)(void *self, uint32_t queue, uint32_t worker, uint8_t *frame, uint32_t length,
-                      int kind) noexcept nogil
-    # Send on what has followed a request, in its order.
-    void (*fast_later)(void *self, uint32_t queue, uint32_t worker, uint8_t *frame,
-                       uint32_t length) noexcept nogil
-    # A request becomes a socket of ours.
-    void (*fast_socket)(void *self, uint32_t queue, uint32_t worker, uint8_t *frame,
-                        uint32_t length, const tcpha_flow *flow) noexcept nogil
-    # A later segment has come first: its connection becomes a socket of ours, to which it goes.
-    void (*fast_early)(void *self, uint32_t queue, uint32_t worker, uint8_t *frame, uint32_t length,
-                       const tcpha_flow *flow) noexcept nogil
-    tcpha_offer *offers    # by worker
     tcpha_state *state     # what outlives us; NULL: nothing does
-    # Verdicts that need no worker, by hash; without the packet path, both pointers are NULL.
-    tcpha_cache *cache
-    tcpha_load *loads      # by back end
-    uint64_t *rule_hits    # by rule
-    void (*keep_verdict)(void *self, uint64_t key, const tcpha_verdict *verdict) noexcept nogil
-    # This back end did not take it: the client's next attempt is a request again. As forget().
-    int (*take_back)(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
-                     uint32_t backend, tcpha_entry *entry) noexcept nogil
     # Copy the entries that follow a place in the table, TABLE_PIECE at most, and go there. Returns
     # how many; 0: there are no more. What comes or goes meanwhile may be among them, or not.
     int (*next_entries)(void *self, table_place *place, tcpha_flow *keys,
                         tcpha_entry *entries) noexcept nogil
-    # As ledger_drop_pending(); without the packet path, nothing is pending.
-    uint32_t (*drop_pending)(void *self, uint32_t worker, const tcpha_flow *flow,
-                             uint64_t idle) noexcept nogil
+    packet_path *fast      # NULL: there is none
+
+
+# The back end's packet path: what the program has adopted or refused is read from its events, by
+# one reader at a time. Functions get the datapath's 'self'.
+cdef struct cookie_adoption:
+    tcpha_gate *gate
+    tcpha_keys *keys       # by front end: TCPHA_MAX_FAST
+    int event_fd           # readable when an event cannot wait
+    bint (*next_event)(void *self, tcpha_event *event) noexcept nogil
+    # Requests that found no room wait on tap_fd: let the program have them once more. refuse: what
+    # finds none then, instead of letting it wait. scratch: SCRATCH bytes. True: more may wait.
+    int tap_fd
+    bint (*admit)(void *self, uint8_t *scratch, bint refuse) noexcept nogil
+    # Do not adopt a request with this initial sequence number for the next second.
+    void (*give_up)(void *self, const tcpha_flow *flow, uint32_t isn) noexcept nogil
 
 
 cdef struct be_datapath:
@@ -123,24 +141,15 @@ cdef struct be_datapath:
     void (*ended)(void *self, const tcpha_flow *flow) noexcept nogil
     # Called now and then.
     void (*sweep)(void *self, uint64_t now) noexcept nogil
-    # The packet path; without it, gate is NULL. What the program has adopted or refused is read
-    # from its events, by one reader at a time; event_fd is readable when it cannot wait.
-    tcpha_gate *gate
-    tcpha_keys *keys       # by front end: TCPHA_MAX_FAST
-    int event_fd
-    bint (*next_event)(void *self, tcpha_event *event) noexcept nogil
-    # Requests that found no room wait on tap_fd: let the program have them once more. refuse: what
-    # finds none then, instead of letting it wait. scratch: SCRATCH bytes. True: more may wait.
-    int tap_fd
-    bint (*admit)(void *self, uint8_t *scratch, bint refuse) noexcept nogil
-    # Do not adopt a request with this initial sequence number for the next second.
-    void (*give_up)(void *self, const tcpha_flow *flow, uint32_t isn) noexcept nogil
+    cookie_adoption *fast  # NULL: there is no packet path
 
 
 cdef class FeDatapath:
     """An opened front-end datapath; the base of each kind."""
     cdef fe_datapath table
+    cdef packet_path path  # table.fast, where there is one
 
 
 cdef class BeDatapath:
     cdef be_datapath table
+    cdef cookie_adoption adoption  # table.fast, where there is one

@@ -18,7 +18,7 @@ from tcpha._fast.bpf import possible_cpus
 from tcpha._fast.core cimport SCRATCH
 from tcpha._fast.datapath cimport (
     DP_ALIVE, DP_CLOSING, DP_GONE, DP_MORE, DP_TIME_WAIT, FAST_QUEUES, TABLE_PIECE, BeDatapath,
-    FeDatapath, table_place)
+    FeDatapath, cookie_adoption, packet_path, table_place)
 from tcpha._fast.defs cimport (
     TCPHA_DIRECT, TCPHA_ETH_OP, TCPHA_FAST_EARLY, TCPHA_FAST_FIRST, TCPHA_FAST_LATER,
     TCPHA_FAST_PASSED, TCPHA_FAST_SEND, TCPHA_FAST_SOCKET, TCPHA_FLOWING, TCPHA_GIVEN_UP,

@@ -21,7 +21,7 @@ from tcpha._fast.core cimport (
 from tcpha._fast.datapath cimport DP_GONE, FeDatapath
 from tcpha._fast.defs cimport (
     TCPHA_AWAY, TCPHA_CHOICES, TCPHA_DEAD, TCPHA_DEAF, TCPHA_DRAINED, TCPHA_FAST_EARLY,
-    TCPHA_FAST_FIRST, TCPHA_FAST_SEND, TCPHA_FULL, TCPHA_F_FIN, TCPHA_HEAD_MAX, TCPHA_LINE_MAX,
+    TCPHA_FAST_FIRST, TCPHA_FULL, TCPHA_F_FIN, TCPHA_HEAD_MAX, TCPHA_LINE_MAX,
     TCPHA_LOCAL_NODE, TCPHA_MAX_BACKENDS, TCPHA_MAX_OPS, TCPHA_MAX_RULES, TCPHA_MAY,
     TCPHA_TARGET_MAX, tcpha_cache, tcpha_choice, tcpha_choose, tcpha_entry, tcpha_flow,
     tcpha_forward, tcpha_hold, tcpha_is_pending, tcpha_live, tcpha_load, tcpha_offer,

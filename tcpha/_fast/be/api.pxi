@@ -70,9 +70,9 @@ cdef class BackEnd(Core):
         nl.setblocking(False)
         self.fds["netlink"] = self.b.netlink_fd = nl.detach()
         _await_ends(self.b, EPOLL_CTL_ADD)
-        if self.b.dp.gate != NULL:
-            watch(self.c, EPOLL_CTL_ADD, self.b.dp.event_fd, EPOLLIN | EPOLLET, EV_RING, 0, 0)
-            watch(self.c, EPOLL_CTL_ADD, self.b.dp.tap_fd, EPOLLIN | EPOLLET, EV_TAP, 0, 0)
+        if self.b.dp.fast != NULL:
+            watch(self.c, EPOLL_CTL_ADD, self.b.dp.fast.event_fd, EPOLLIN | EPOLLET, EV_RING, 0, 0)
+            watch(self.c, EPOLL_CTL_ADD, self.b.dp.fast.tap_fd, EPOLLIN | EPOLLET, EV_TAP, 0, 0)
             _tell_live(self.b)
 
     cdef void _tell_all(self, uint8_t kind, uint64_t id):
@@ -140,8 +140,8 @@ cdef class BackEnd(Core):
             return False
         if load32(&self.b.holder) == peer + 1:
             store32(&self.b.holder, 0)
-        if self.b.dp.keys != NULL and peer < TCPHA_MAX_FAST:
-            store32(&self.b.dp.keys[peer].used, 0)
+        if self.b.dp.fast != NULL and peer < TCPHA_MAX_FAST:
+            store32(&self.b.dp.fast.keys[peer].used, 0)
         return True
 
     def leave_fast_path(self):

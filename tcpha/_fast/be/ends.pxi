@@ -245,5 +245,5 @@ cdef void _on_waiting(backend_state *b, worker *w) noexcept nogil:
     _on_ring(b, w)
     if not b.unloading:
         _reap(b, w, now_ns(), True)
-    if b.dp.admit(b.dp.self, w.scratch, b.unloading or _is_full(b)):
-        rearm(b.c, b.dp.tap_fd, EV_TAP, 0)
+    if b.dp.fast.admit(b.dp.self, w.scratch, b.unloading or _is_full(b)):
+        rearm(b.c, b.dp.fast.tap_fd, EV_TAP, 0)

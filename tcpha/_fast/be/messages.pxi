@@ -7,8 +7,8 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
         _on_handoff(b, w, l, m)
         return 0
     if m.type == MSG_PONG:
-        if b.dp.keys != NULL and l.peer < TCPHA_MAX_FAST:
-            store64(&b.dp.keys[l.peer].clock, clock_word(&l.clock))
+        if b.dp.fast != NULL and l.peer < TCPHA_MAX_FAST:
+            store64(&b.dp.fast.keys[l.peer].clock, clock_word(&l.clock))
         return 0
     if m.type == MSG_OWNED:
         _on_ring(b, w)
@@ -19,7 +19,7 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
         notice(c)
         return 0
     if m.type == MSG_DOUBT:
-        if b.dp.gate != NULL:
+        if b.dp.fast != NULL:
             _doubted(b, w, l, m)
         else:
             _claim(b, w, l, m)
@@ -32,13 +32,13 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
 
 cdef void _on_keys(backend_state *b, worker *w, link *l, const message *m) noexcept nogil:
     cdef uint8_t buf[MSG_HEADER]
-    if b.dp.keys == NULL or l.peer >= TCPHA_MAX_FAST:
+    if b.dp.fast == NULL or l.peer >= TCPHA_MAX_FAST:
         return
-    memcpy(b.dp.keys[l.peer].key[m.id >> 8 & 1], m.data, 16)
-    store64(&b.dp.keys[l.peer].clock, clock_word(&l.clock))
-    store32(&b.dp.keys[l.peer].wscale, m.id & 0xff)
+    memcpy(b.dp.fast.keys[l.peer].key[m.id >> 8 & 1], m.data, 16)
+    store64(&b.dp.fast.keys[l.peer].clock, clock_word(&l.clock))
+    store32(&b.dp.fast.keys[l.peer].wscale, m.id & 0xff)
     # the other one is yet to come: until then, a stranger may know what is in its place
-    or32(&b.dp.keys[l.peer].used, <uint32_t>1 << (m.id >> 8 & 1))
+    or32(&b.dp.fast.keys[l.peer].used, <uint32_t>1 << (m.id >> 8 & 1))
     link_put(b.c, w, l, buf, message_short(buf, MSG_KEYED, m.id), NULL, 0)
 
 

@@ -44,7 +44,7 @@ cdef void _doubted(backend_state *b, worker *w, link *l, message *m) noexcept no
         link_put(b.c, w, l, buf, message_closed(buf, m.id, &m.snap.flow, END_GONE), NULL, 0)
         return
     if not known:
-        b.dp.give_up(b.dp.self, &m.snap.flow, fast_isn(m.id))
+        b.dp.fast.give_up(b.dp.self, &m.snap.flow, fast_isn(m.id))
     if known or _living(b.dp.alive(b.dp.self, w.index, &m.snap.flow)):
         _claim(b, w, l, m)
     else:

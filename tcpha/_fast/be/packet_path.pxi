@@ -37,7 +37,7 @@ cdef void _took(backend_state *b, worker *w, const tcpha_event *e) noexcept nogi
         else:
             say_flow(b.c, 0, &e.flow, b"no room in the table: its end will not be noticed")
     pthread_mutex_unlock(&b.lock)
-    add32(&b.dp.gate.coming, -1)
+    add32(&b.dp.fast.gate.coming, -1)
 
 
 cdef inline uint32_t _reason(uint32_t result) noexcept nogil:
@@ -80,15 +80,15 @@ cdef void _on_ring(backend_state *b, worker *w) noexcept nogil:
     """Take note of all that the packet path had said when this began."""
     cdef tcpha_event e
     cdef int left = RING_TURN
-    if b.dp.gate == NULL:
+    if b.dp.fast == NULL:
         return
     pthread_mutex_lock(&b.ring_lock)
-    while left and b.dp.next_event(b.dp.self, &e):
+    while left and b.dp.fast.next_event(b.dp.self, &e):
         _take_event(b, w, &e)
         left -= 1
     pthread_mutex_unlock(&b.ring_lock)
     if left == 0:
-        rearm(b.c, b.dp.event_fd, EV_RING, 0)
+        rearm(b.c, b.dp.fast.event_fd, EV_RING, 0)
 
 
 cdef void _sweep(backend_state *b, worker *w, uint64_t now) noexcept nogil:
@@ -98,7 +98,7 @@ cdef void _sweep(backend_state *b, worker *w, uint64_t now) noexcept nogil:
     cdef adopted *following
     cdef int owner
     cdef uint32_t _i
-    if b.dp.gate == NULL or load32(&b.live) == 0:
+    if b.dp.fast == NULL or load32(&b.live) == 0:
         return
     pthread_mutex_lock(&b.lock)
     for _i in range(SWEEP):

@@ -40,23 +40,26 @@ cdef class BeEbpf(BeDatapath):
         self.table.outside = _outside
         self.table.ended = _ended
         self.table.sweep = _nothing
-        self.table.event_fd = -1
         if fast:
-            self.table.event_fd = self.obj.map_fd("events")
-            self.d.consumed = <uint64_t *>self.obj.ring_memory("events", 0, True, 4096)
-            self.d.produced = <uint64_t *>self.obj.ring_memory("events", 4096, False,
-                                                               4096 + 2 * RING)
-            self.d.ring = <uint8_t *>self.d.produced + 4096
-            self.table.next_event = _next_event
-            self.table.give_up = _give_up
-            self.table.tap_fd = tap[0]
-            self.table.admit = _admit
-            self.d.adoptions = self.obj.map_fd("adoptions")
-            self.table.keys = <tcpha_keys *>self.obj.map_memory(
-                "keys", TCPHA_MAX_FAST * sizeof(tcpha_keys))
-            self.table.gate = self.d.gate
-            memcpy(self.table.gate.listen_addr, self.d.listen_addr, 16)
-            self.table.gate.listen_port = self.d.listen_port
+            self._open_adoption()
+
+    cdef int _open_adoption(self) except -1:
+        cdef cookie_adoption *a = &self.adoption
+        a.event_fd = self.obj.map_fd("events")
+        a.tap_fd = self.d.tap
+        a.keys = <tcpha_keys *>self.obj.map_memory("keys", TCPHA_MAX_FAST * sizeof(tcpha_keys))
+        a.gate = self.d.gate
+        memcpy(a.gate.listen_addr, self.d.listen_addr, 16)
+        a.gate.listen_port = self.d.listen_port
+        a.next_event = _next_event
+        a.admit = _admit
+        a.give_up = _give_up
+        self.d.consumed = <uint64_t *>self.obj.ring_memory("events", 0, True, 4096)
+        self.d.produced = <uint64_t *>self.obj.ring_memory("events", 4096, False, 4096 + 2 * RING)
+        self.d.ring = <uint8_t *>self.d.produced + 4096
+        self.d.adoptions = self.obj.map_fd("adoptions")
+        self.table.fast = a
+        return 0
 
     def __dealloc__(self):
         free(self.d)

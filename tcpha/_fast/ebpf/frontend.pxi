@@ -15,7 +15,6 @@ cdef class FeEbpf(FeDatapath):
     def __cinit__(self, str path, tap, str vaddr, int port, int slots, int maxflows, bint tunnel,
                   uint32_t instance, fast=None, dict left=None):
         cdef tcpha_fe_conf conf
-        cdef int i
         self.d = <fe_ebpf *>calloc(1, sizeof(fe_ebpf))
         if self.d == NULL:
             raise MemoryError
@@ -71,34 +70,41 @@ cdef class FeEbpf(FeDatapath):
         self.table.sweep = _sweep
         self.table.on_packets = _on_packets
         self.table.next_entries = _next_entries
-        self.table.drop_pending = _drop_pending
         if fast is not None:
-            for i, fd in enumerate(fast[0]):
-                self.d.fast_fd[i] = self.table.fast_fd[i] = fd
-            self.table.nfast = <uint32_t>len(fast[0])
-            self.table.keys = &self.table.state.keys
-            self.table.keys.wscale = conf.wscale
-            self.table.keys.used = 0
-            self.table.offers = <tcpha_offer *>self.obj.map_memory(
-                "offers", TCPHA_MAX_OPS * sizeof(tcpha_offer))
-            self.table.fast_next = _fast_next
-            self.table.fast_pass = _fast_pass
-            self.table.fast_later = _fast_later
-            self.table.take_back = _take_back
-            self.table.fast_socket = _fast_socket
-            self.d.offers = self.table.offers
-            self.d.verdicts = self.obj.map_fd("verdicts")
-            self.d.shaken = self.obj.map_fd("shaken")
-            self.table.fast_early = _fast_early
-            self.table.cache = <tcpha_cache *>self.obj.map_memory("cache", sizeof(tcpha_cache))
-            key = os.urandom(16)
-            memcpy(self.table.cache.key, <const char *>(<bytes>key), 16)
-            self.table.loads = <tcpha_load *>self.obj.map_memory(
-                "loads", TCPHA_MAX_BACKENDS * sizeof(tcpha_load))
-            self.table.rule_hits = <uint64_t *>self.obj.map_memory(
-                "rule_hits", TCPHA_MAX_RULES * sizeof(uint64_t))
-            self.table.keep_verdict = _keep_verdict
-            self.guesses = <tcpha_guesses *>self.obj.map_memory("guesses", sizeof(tcpha_guesses))
+            self._open_packet_path(fast[0], conf.wscale)
+
+    cdef int _open_packet_path(self, list queues, uint8_t wscale) except -1:
+        cdef packet_path *p = &self.path
+        cdef bytes key = os.urandom(16)
+        cdef int i
+        for i, fd in enumerate(queues):
+            self.d.fast_fd[i] = p.fd[i] = fd
+        p.queues = <uint32_t>len(queues)
+        p.keys = &self.table.state.keys
+        p.keys.wscale = wscale
+        p.keys.used = 0
+        p.offers = <tcpha_offer *>self.obj.map_memory(
+            "offers", TCPHA_MAX_OPS * sizeof(tcpha_offer))
+        p.cache = <tcpha_cache *>self.obj.map_memory("cache", sizeof(tcpha_cache))
+        memcpy(p.cache.key, <const char *>key, 16)
+        p.loads = <tcpha_load *>self.obj.map_memory(
+            "loads", TCPHA_MAX_BACKENDS * sizeof(tcpha_load))
+        p.rule_hits = <uint64_t *>self.obj.map_memory(
+            "rule_hits", TCPHA_MAX_RULES * sizeof(uint64_t))
+        p.next = _fast_next
+        p.send = _fast_send
+        p.later = _fast_later
+        p.to_socket = _fast_socket
+        p.early = _fast_early
+        p.take_back = _take_back
+        p.drop_pending = _drop_pending
+        p.keep_verdict = _keep_verdict
+        self.d.offers = p.offers
+        self.d.verdicts = self.obj.map_fd("verdicts")
+        self.d.shaken = self.obj.map_fd("shaken")
+        self.guesses = <tcpha_guesses *>self.obj.map_memory("guesses", sizeof(tcpha_guesses))
+        self.table.fast = p
+        return 0
 
     cdef dict _reusable(self, dict left, tcpha_fe_conf *conf):
         cdef tcpha_state state

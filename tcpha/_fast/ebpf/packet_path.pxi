@@ -35,7 +35,7 @@ cdef int _fast_next(void *self, uint32_t queue, uint8_t *frame, uint32_t *length
 cdef void _fast_socket(void *self, uint32_t queue, uint32_t worker, uint8_t *frame, uint32_t length,
                        const tcpha_flow *flow) noexcept nogil:
     cdef fe_ebpf *d = <fe_ebpf *>self
-    _fast_pass(self, queue, worker, frame, length, TCPHA_FAST_SOCKET)
+    _fast_pass(<fe_ebpf *>self, queue, worker, frame, length, TCPHA_FAST_SOCKET)
     if d.offers[worker].result == 1:  # the socket is there; until now, what followed came here
         ledger_drop_pending(&d.book, worker, flow, 0)
 
@@ -47,14 +47,11 @@ cdef void _write_fast(fe_ebpf *d, uint32_t queue, uint32_t worker, uint8_t *fram
     tap_send(d.fast_fd[queue], frame, length, NULL, 0)
 
 
-cdef void _fast_pass(void *self, uint32_t queue, uint32_t worker, uint8_t *frame, uint32_t length,
+cdef void _fast_pass(fe_ebpf *d, uint32_t queue, uint32_t worker, uint8_t *frame, uint32_t length,
                      int kind) noexcept nogil:
-    cdef fe_ebpf *d = <fe_ebpf *>self
     pthread_rwlock_rdlock(&d.silent_lock)
     _write_fast(d, queue, worker, frame, length, kind)
     pthread_rwlock_unlock(&d.silent_lock)
-    if kind == TCPHA_FAST_SEND and d.offers[worker].result == 1 and not d.offers[worker].alone:
-        _passed(d, queue, worker, frame, length)
 
 
 cdef void _passed(fe_ebpf *d, uint32_t queue, uint32_t worker, uint8_t *frame,
@@ -64,9 +61,17 @@ cdef void _passed(fe_ebpf *d, uint32_t queue, uint32_t worker, uint8_t *frame,
     _write_fast(d, queue, worker, frame, min(length, <uint32_t>HEAD_MOST), TCPHA_FAST_PASSED)
 
 
+cdef void _fast_send(void *self, uint32_t queue, uint32_t worker, uint8_t *frame,
+                     uint32_t length) noexcept nogil:
+    cdef fe_ebpf *d = <fe_ebpf *>self
+    _fast_pass(d, queue, worker, frame, length, TCPHA_FAST_SEND)
+    if d.offers[worker].result == 1 and not d.offers[worker].alone:
+        _passed(d, queue, worker, frame, length)
+
+
 cdef void _fast_later(void *self, uint32_t queue, uint32_t worker, uint8_t *frame,
                       uint32_t length) noexcept nogil:
-    _fast_pass(self, queue, worker, frame, length, TCPHA_FAST_LATER)
+    _fast_pass(<fe_ebpf *>self, queue, worker, frame, length, TCPHA_FAST_LATER)
     _passed(<fe_ebpf *>self, queue, worker, frame, length)
 
 
@@ -105,7 +110,7 @@ cdef void _fast_early(void *self, uint32_t queue, uint32_t worker, uint8_t *fram
                       const tcpha_flow *flow) noexcept nogil:
     cdef fe_ebpf *d = <fe_ebpf *>self
     _wake(d, queue, worker, flow, now_ns())
-    _fast_pass(self, queue, worker, frame, length, TCPHA_FAST_EARLY)
+    _fast_pass(<fe_ebpf *>self, queue, worker, frame, length, TCPHA_FAST_EARLY)
 
 
 cdef int _take_back(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,

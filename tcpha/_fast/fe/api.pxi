@@ -78,9 +78,9 @@ cdef class FrontEnd(Core):
         self.datapath = d
         self.f.dp = d.table
         self.f.key = 1         # and so no back end has it
-        if d.table.loads != NULL:
-            self.f.loads = d.table.loads
-            self.f.rule_hits = d.table.rule_hits
+        if d.table.fast != NULL:
+            self.f.loads = d.table.fast.loads
+            self.f.rule_hits = d.table.fast.rule_hits
         address_bytes(vaddr, self.f.vaddr)
         self.f.vport = htons(listener.getsockname()[1])
         listener.setblocking(False)
@@ -88,8 +88,8 @@ cdef class FrontEnd(Core):
         self.fds["listener"] = self.f.listen_fd
         if d.table.event_fd >= 0:
             watch(self.c, EPOLL_CTL_ADD, d.table.event_fd, EPOLLIN | EPOLLET, EV_TAP, 0, 0)
-        for i in range(d.table.nfast):
-            watch(self.c, EPOLL_CTL_ADD, d.table.fast_fd[i], EPOLLIN | EPOLLET, EV_FAST, i, 0)
+        for i in range(d.table.fast.queues if d.table.fast != NULL else 0):
+            watch(self.c, EPOLL_CTL_ADD, d.table.fast.fd[i], EPOLLIN | EPOLLET, EV_FAST, i, 0)
 
     def key_in_use(self):
         """The number of the cookie key that an earlier run used last, if its connections go on; the
@@ -98,27 +98,27 @@ cdef class FrontEnd(Core):
 
     def set_key(self, uint64_t number, bytes key):
         """Know a cookie key (16 bytes) by its number: it replaces the last but one."""
-        memcpy(self.f.dp.keys.key[number & 1], <const char *>key, 16)
+        memcpy(self.f.dp.fast.keys.key[number & 1], <const char *>key, 16)
 
     def use_key(self, uint64_t number):
         """Make cookies with a key from now on."""
         store64(&self.f.key, number)
         self.f.dp.state.key_number = number
-        store32(&self.f.dp.keys.current, number & 1)
+        store32(&self.f.dp.fast.keys.current, number & 1)
         _void_verdicts(self.f)
 
     def answer_syns(self, bint answer):
         """Answer SYNs by cookie from now on, or leave them to the listener."""
-        if self.f.dp.nfast:
-            store32(&self.f.dp.keys.used, answer)
+        if self.f.dp.fast != NULL:
+            store32(&self.f.dp.fast.keys.used, answer)
 
     def answers_syns(self):
-        return bool(self.f.dp.nfast and load32(&self.f.dp.keys.used))
+        return bool(self.f.dp.fast != NULL and load32(&self.f.dp.fast.keys.used))
 
     def cache_verdicts(self, bint on):
         """Have the packet path's program decide repeated requests from now on, or no longer."""
-        if self.f.dp.cache != NULL:
-            store32(&self.f.dp.cache.on, on)
+        if self.f.dp.fast != NULL:
+            store32(&self.f.dp.fast.cache.on, on)
 
     def send_key(self, uint32_t link_index, uint64_t number):
         """Tell a back end a cookie key."""
@@ -126,8 +126,8 @@ cdef class FrontEnd(Core):
         cdef uint8_t buf[MSG_KEYS_SIZE]
         with nogil:
             link_put(self.c, w, &self.c.links[link_index], buf, message_keys(
-                buf, number << 8 | self.f.dp.keys.wscale,
-                <const uint64_t *>self.f.dp.keys.key[number & 1]), NULL, 0)
+                buf, number << 8 | self.f.dp.fast.keys.wscale,
+                <const uint64_t *>self.f.dp.fast.keys.key[number & 1]), NULL, 0)
             self.flush_outsider()
 
     def fast_backends(self):
@@ -175,13 +175,16 @@ cdef class FrontEnd(Core):
 
     def drop_pending(self):
         """Remove the entries of requests that came to nothing on the way through user space."""
-        cdef Scan scan = Scan(self.datapath)
+        cdef Scan scan
         cdef uint32_t older
+        if self.f.dp.fast == NULL:
+            return
+        scan = Scan(self.datapath)
         with nogil:
             while scan.next():
                 if tcpha_is_pending(tcpha_state_of(scan.entry)):
-                    older = self.f.dp.drop_pending(self.f.dp.self, TCPHA_MAX_OPS - 2, scan.key,
-                                                   PENDING_NS)
+                    older = self.f.dp.fast.drop_pending(
+                        self.f.dp.self, TCPHA_MAX_OPS - 2, scan.key, PENDING_NS)
                     if older:  # of whose flow that had taken the place
                         _count_closed(self.f, older - 1)
         scan.check()
@@ -397,7 +400,7 @@ cdef class FrontEnd(Core):
         cdef tcpha_load *load = &self.f.loads[b]
         return {"links": load32(&be.may.links),
                 "told": be.asked != 0 and load32(&be.told) == be.asked,
-                "fast": bool(self.f.dp.nfast and _takes_fast(self.f, b)),
+                "fast": bool(self.f.dp.fast != NULL and _takes_fast(self.f, b)),
                 "draining": bool(load32(&be.may.draining)), "dead": bool(load32(&be.may.dead)),
                 "listens": bool(load64(&be.server_said) & 1), "live": load32(&load.live),
                 "handed": load64(&be.handed) + load64(<uint64_t *>&load.handed),

@@ -36,13 +36,13 @@ cdef bint _sighted(frontend *f, uint64_t key) noexcept nogil:
 cdef void _keep_verdict(frontend *f, fe_worker *fw, const tcp_view *v,
                         uint64_t generation) noexcept nogil:
     """Have the program decide requests like this one, from the second on: see cache.bpf.h."""
-    cdef tcpha_cache *c = f.dp.cache
+    cdef tcpha_cache *c = f.dp.fast.cache
     cdef request *r = &fw.req
     cdef uint32_t line = r.head.target + r.head.target_len
     cdef uint32_t limit = load32(&f.headlimit)
     cdef uint64_t target, rest
     cdef tcpha_verdict t
-    if c == NULL or not load32(&c.on) or r.head.pos != v.data_len or \
+    if not load32(&c.on) or r.head.pos != v.data_len or \
             v.data_len > TCPHA_HEAD_MAX or line >= TCPHA_LINE_MAX:
         return
     # the program knows a head by its halves, and any two of those that are known may come together
@@ -55,9 +55,9 @@ cdef void _keep_verdict(frontend *f, fe_worker *fw, const tcp_view *v,
     memset(&t, 0, sizeof(t))
     t.generation = generation
     if _sighted(f, rest):
-        f.dp.keep_verdict(f.dp.self, rest, &t)
+        f.dp.fast.keep_verdict(f.dp.self, rest, &t)
     if _sighted(f, target) and _make_verdict(f, fw, &t):
-        f.dp.keep_verdict(f.dp.self, target, &t)
+        f.dp.fast.keep_verdict(f.dp.self, target, &t)
 
 
 cdef void _recall(frontend *f, request *r, uint64_t id) noexcept nogil:
@@ -97,13 +97,13 @@ cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint
     """A request in one segment: to a back end. Whatever is not plain becomes a socket of ours, from
     this very segment, and is accepted."""
     cdef fe_worker *fw = _of_worker(w)
-    cdef tcpha_offer *o = &f.dp.offers[w.index]
+    cdef tcpha_offer *o = &f.dp.fast.offers[w.index]
     cdef request *r
-    cdef uint64_t generation = 0, took
+    cdef uint64_t generation, took
     if fw == NULL:
         return                 # out of memory: the client sends it again
-    if f.dp.cache != NULL:     # before we look at anything that it stands for
-        generation = load64(&f.dp.cache.generation)
+    # before we look at anything that it stands for
+    generation = load64(&f.dp.fast.cache.generation)
     r = &fw.req
     _recall(f, r, fast_id(get32(v.tcp + 4) - 1, get32(v.tcp + 8) - 1))
     _flow_from(f, v.ip + 12, v.tcp, &r.flow)
@@ -112,7 +112,7 @@ cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint
     o.old = o.result = 0
     if not _choose_fast(f, w, r, v):
         say_flow(f.c, 5, &r.flow, b"to a socket")
-        f.dp.fast_socket(f.dp.self, queue, w.index, frame, length, &r.flow)
+        f.dp.fast.to_socket(f.dp.self, queue, w.index, frame, length, &r.flow)
         if o.old:
             _count_closed(f, o.old - 1)
         return
@@ -126,7 +126,7 @@ cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint
     say_more(f.c, 3, &r.flow, b"offered to %s, %ld bytes", f.backends[r.backend].name,
              v.data_len)
     _offered(f, r, 0)
-    f.dp.fast_pass(f.dp.self, queue, w.index, frame, length, TCPHA_FAST_SEND)
+    f.dp.fast.send(f.dp.self, queue, w.index, frame, length)
     if o.old:
         _count_closed(f, o.old - 1)
     if o.result != 1:          # a copy of a segment, or its flow is over
@@ -155,7 +155,7 @@ cdef void _on_requests(frontend *f, worker *w, uint32_t queue) noexcept nogil:
         store32(&f.fast_readers[queue], 1)
         while turns < TURN:
             turns += 1
-            kind = f.dp.fast_next(f.dp.self, queue, w.scratch, &length, &v)
+            kind = f.dp.fast.next(f.dp.self, queue, w.scratch, &length, &v)
             if kind == 0:
                 break
             if kind == TCPHA_FAST_FIRST:
@@ -163,12 +163,12 @@ cdef void _on_requests(frontend *f, worker *w, uint32_t queue) noexcept nogil:
             elif kind == TCPHA_FAST_EARLY:
                 _flow_from(f, v.ip + 12, v.tcp, &flow)
                 say_flow(f.c, 6, &flow, b"a later segment has come first: to a socket")
-                f.dp.fast_early(f.dp.self, queue, w.index, w.scratch, length, &flow)
+                f.dp.fast.early(f.dp.self, queue, w.index, w.scratch, length, &flow)
             else:
-                f.dp.fast_later(f.dp.self, queue, w.index, w.scratch, length)
+                f.dp.fast.later(f.dp.self, queue, w.index, w.scratch, length)
         if turns == TURN:
             store32(&f.fast_readers[queue], 0)
-            rearm(f.c, f.dp.fast_fd[queue], EV_FAST, queue)
+            rearm(f.c, f.dp.fast.fd[queue], EV_FAST, queue)
             return
         if add32(&f.fast_readers[queue], -1) == 0:
             return
@@ -181,8 +181,8 @@ cdef void _on_return(frontend *f, worker *w, uint32_t b, message *m) noexcept no
     cdef tcpha_entry entry
     cdef request r
     say_more(f.c, 4, &m.snap.flow, b"RETURN from %s", be.name, 0)
-    if f.dp.nfast == 0 or \
-            f.dp.take_back(f.dp.self, w.index, &m.snap.flow, m.id, b, &entry) != 1:
+    if f.dp.fast == NULL or \
+            f.dp.fast.take_back(f.dp.self, w.index, &m.snap.flow, m.id, b, &entry) != 1:
         return
     _recall(f, &r, m.id)
     r.flow = m.snap.flow

@@ -59,7 +59,6 @@ cdef class FeNfqueue(FeDatapath):
         self.table.sweep = _sweep
         self.table.on_packets = _on_packets
         self.table.next_entries = _next_entries
-        self.table.drop_pending = _drop_pending
 
     def __dealloc__(self):
         if self.d != NULL:

@@ -157,8 +157,3 @@ cdef int _next_entries(void *self, table_place *place, tcpha_flow *keys,
                 n += 1
         pthread_rwlock_unlock(&d.lock)
     return n
-
-
-cdef uint32_t _drop_pending(void *self, uint32_t worker, const tcpha_flow *flow,
-                            uint64_t idle) noexcept nogil:
-    return 0
