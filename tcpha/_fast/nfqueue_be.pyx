@@ -24,13 +24,14 @@ from tcpha._fast.nfqueue cimport (
     HOOK_PREROUTING, SKB_CSUM_NOT_READY, SKB_GSO, V_ACCEPT, V_CHANGED, V_DROP, V_NUMBERS, V_WHOLE,
     Queue, packet, queue)
 from tcpha._fast.packet cimport (
-    ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_CWR, TCP_ECE, TCP_FIN, TCP_PSH, TCP_RST, TCP_SIZE,
-    TCP_SYN, VNET_SIZE, address_bytes, forge, ip_checksum, segment, segment_from)
+    ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_CWR, TCP_ECE, TCP_FIN, TCP_PSH, TCP_RST,
+    TCP_SYN, VNET_SIZE, address_bytes, forge, ip_checksum, segment, segment_from,
+    syn_from)
 from tcpha._fast.rewrite cimport (
     SUM_FULL, SUM_LEAVE, SUM_UPDATE, checksum_full, combine_ecn, get16, get32, icmp_parse,
     icmp_translate, icmp_view, tcp_parse, tcp_parse_head, tcp_view, translate, translation)
 from tcpha._fast.snapshot cimport (
-    SNAP_ECN, SNAP_FIN, SNAP_SACK, SNAP_TIMESTAMP, SNAP_USEC_TS, SNAP_WSCALE, snapshot)
+    SNAP_ECN, SNAP_FIN, SNAP_TIMESTAMP, SNAP_USEC_TS, SNAP_WSCALE, snapshot)
 from tcpha._fast.sys cimport (
     AF_INET, EINTR, add64, cond_wait_ms, errno, htonl, htons, load32, load64, now_ns,
     pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_mutex_destroy,

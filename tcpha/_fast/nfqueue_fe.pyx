@@ -28,7 +28,8 @@ from tcpha._fast.nfqueue cimport (
 from tcpha._fast.nfqueue_be cimport BeNfqueue, be_nfqueue, local_icmp, local_inject, local_inward
 from tcpha._fast.packet cimport (
     ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_CWR, TCP_FIN, TCP_PSH, TCP_SIZE,
-    TCP_SYN, VNET_SIZE, address_bytes, forge, ip_checksum, segment, segment_from)
+    TCP_SYN, VNET_SIZE, address_bytes, forge, ip_checksum, ip_header, segment,
+    segment_from)
 from tcpha._fast.repair cimport repair_freeze, saved_syn_mss
 from tcpha._fast.rewrite cimport (
     acks_beyond, ask_offload, get16, get32, icmp_parse, icmp_view, pseudo_sum, sum_bytes, tcp_parse,

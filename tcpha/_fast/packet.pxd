@@ -9,7 +9,8 @@ cdef enum:
     ETH_SIZE = 14
     IP_SIZE = 20
     TCP_SIZE = 20
-    FRAME_HEAD = 10 + 14 + 20 + 20 + 12   # room that forge() may need
+    OPTIONS_MOST = 20      # bytes of TCP options that we make
+    FRAME_HEAD = 10 + 14 + 20 + 20 + 20   # room that forge() may need
     TCP_FIN = 1
     TCP_SYN = 2
     TCP_RST = 4
@@ -31,6 +32,8 @@ cdef struct segment:
     bint timestamps
     uint32_t tsval
     uint32_t tsecr
+    uint8_t options[OPTIONS_MOST]  # in place of timestamps only
+    uint32_t options_len   # a multiple of 4
     uint32_t len           # payload bytes that follow the headers
 
 
@@ -40,6 +43,9 @@ cdef inline tcpha_frame *frame_of(uint8_t *bytes) noexcept nogil:
 
 
 cdef uint16_t ip_checksum(const uint8_t *p, uint32_t length) noexcept nogil
+cdef void ip_header(uint8_t *to, uint32_t length, uint16_t id, uint8_t protocol,
+                    const void *source, const void *target, const uint8_t *like) noexcept nogil
+cdef void syn_from(segment *g, const snapshot *s) noexcept nogil
 cdef uint32_t forge(uint8_t *to, const segment *s) noexcept nogil
 cdef void segment_from(segment *g, const snapshot *s) noexcept nogil
 cdef int tap_send(int fd, const uint8_t *head, uint32_t head_len, const uint8_t *data,

@@ -7,7 +7,8 @@ from libc.stdio cimport snprintf
 from libc.string cimport memcpy, memset
 
 from tcpha._fast.defs cimport tcpha_flow
-from tcpha._fast.snapshot cimport SNAP_TIMESTAMP, snapshot
+from tcpha._fast.snapshot cimport (
+    SNAP_ECN, SNAP_SACK, SNAP_TIMESTAMP, SNAP_WSCALE, snapshot)
 from tcpha._fast.sys cimport EINTR, errno, htonl, htons, iovec, ntohs, writev
 
 
@@ -35,18 +36,50 @@ cdef inline uint8_t *_u32(uint8_t *p, uint32_t v) noexcept nogil:
     return p + 4
 
 
+cdef void ip_header(uint8_t *to, uint32_t length, uint16_t id, uint8_t protocol,
+                    const void *source, const void *target, const uint8_t *like) noexcept nogil:
+    """An IPv4 header of 20 bytes, for a packet of 'length' bytes. Addresses: 4 bytes. TOS and
+    fragment field are those of the header 'like'; without one, 0 and DF."""
+    cdef uint16_t check
+    memset(to, 0, IP_SIZE)
+    to[0] = 0x45
+    to[1] = like[1] if like != NULL else 0
+    _u16(to + 2, <uint16_t>length)
+    _u16(to + 4, id)
+    to[6] = like[6] if like != NULL else 0x40
+    to[7] = like[7] if like != NULL else 0
+    to[8] = 64                # TTL
+    to[9] = protocol
+    memcpy(to + 12, source, 4)
+    memcpy(to + 16, target, 4)
+    check = ip_checksum(to, IP_SIZE)
+    memcpy(to + 10, &check, 2)
+
+
+cdef uint32_t _options(uint8_t *to, const segment *s) noexcept nogil:
+    """Returns how many bytes there are."""
+    if s.options_len:
+        memcpy(to, s.options, s.options_len)
+        return s.options_len
+    if not s.timestamps:
+        return 0
+    _u32(to, 0x0101080a)      # NOP, NOP, timestamps (RFC 7323 appendix A)
+    _u32(to + 4, s.tsval)
+    _u32(to + 8, s.tsecr)
+    return 12
+
+
 cdef uint32_t forge(uint8_t *to, const segment *s) noexcept nogil:
     """Write virtio-net, Ethernet, IPv4 and TCP headers. Returns their size (at most FRAME_HEAD).
 
     The TCP checksum field holds the pseudo-header's sum and the virtio-net header says so
     (VIRTIO_NET_HDR_F_NEEDS_CSUM): the packet never leaves memory unless a device completes it.
     """
-    cdef uint32_t opts = 12 if s.timestamps else 0
-    cdef uint32_t tcp_len = TCP_SIZE + opts + s.len
-    cdef uint32_t pseudo = 0, i
-    cdef uint16_t word, check
-    cdef uint8_t *ip
-    cdef uint8_t *p
+    cdef uint8_t *ip = to + VNET_SIZE + ETH_SIZE
+    cdef uint8_t *tcp = ip + IP_SIZE
+    cdef uint32_t header = TCP_SIZE + _options(tcp + TCP_SIZE, s)
+    cdef uint32_t pseudo = htons(6) + htons(<uint16_t>(header + s.len)), i
+    cdef uint16_t word
     memset(to, 0, VNET_SIZE + ETH_SIZE)
     to[0] = 1  # VIRTIO_NET_HDR_F_NEEDS_CSUM; the fields below are little-endian on these machines
     word = ETH_SIZE + IP_SIZE
@@ -56,42 +89,22 @@ cdef uint32_t forge(uint8_t *to, const segment *s) noexcept nogil:
     to[VNET_SIZE] = 2         # destination: any unicast address
     to[VNET_SIZE + 6] = 2
     _u16(to + VNET_SIZE + 12, 0x0800)
-    ip = to + VNET_SIZE + ETH_SIZE
-    p = ip
-    p[0] = 0x45
-    p[1] = 0
-    p = _u16(p + 2, <uint16_t>(IP_SIZE + tcp_len))
-    p = _u16(p, s.ip_id)
-    p = _u16(p, 0x4000)       # DF
-    p[0] = 64
-    p[1] = 6
-    p = _u16(p + 2, 0)
-    memcpy(p, s.flow.caddr + 12, 4)
-    memcpy(p + 4, s.flow.vaddr + 12, 4)
-    p += 8
-    check = ip_checksum(ip, IP_SIZE)
-    memcpy(ip + 10, &check, 2)
+    ip_header(ip, IP_SIZE + header + s.len, s.ip_id, 6, s.flow.caddr + 12, s.flow.vaddr + 12, NULL)
     for i in range(0, 8, 2):
         memcpy(&word, ip + 12 + i, 2)
         pseudo += word
-    pseudo += htons(6) + htons(<uint16_t>tcp_len)
     pseudo = (pseudo & 0xffff) + (pseudo >> 16)
-    pseudo = (pseudo & 0xffff) + (pseudo >> 16)
-    memcpy(p, &s.flow.cport, 2)
-    memcpy(p + 2, &s.flow.vport, 2)
-    p = _u32(p + 4, s.seq)
-    p = _u32(p, s.ack)
-    p[0] = <uint8_t>(((TCP_SIZE + opts) // 4) << 4)
-    p[1] = s.flags
-    p = _u16(p + 2, s.window)
-    check = <uint16_t>pseudo
-    memcpy(p, &check, 2)
-    p = _u16(p + 2, 0)
-    if opts:
-        p = _u32(p, 0x0101080a)  # NOP, NOP, timestamps (RFC 7323 appendix A)
-        p = _u32(p, s.tsval)
-        p = _u32(p, s.tsecr)
-    return <uint32_t>(p - to)
+    memcpy(tcp, &s.flow.cport, 2)
+    memcpy(tcp + 2, &s.flow.vport, 2)
+    _u32(tcp + 4, s.seq)
+    _u32(tcp + 8, s.ack)
+    tcp[12] = <uint8_t>((header // 4) << 4)
+    tcp[13] = s.flags
+    _u16(tcp + 14, s.window)
+    word = <uint16_t>((pseudo & 0xffff) + (pseudo >> 16))
+    memcpy(tcp + 16, &word, 2)
+    _u16(tcp + 18, 0)
+    return VNET_SIZE + ETH_SIZE + IP_SIZE + header
 
 
 cdef void segment_from(segment *g, const snapshot *s) noexcept nogil:
@@ -104,6 +117,30 @@ cdef void segment_from(segment *g, const snapshot *s) noexcept nogil:
     g.timestamps = (s.flags & SNAP_TIMESTAMP) != 0
     g.tsval = s.ts_recent
     g.tsecr = s.tsval
+
+
+cdef void syn_from(segment *g, const snapshot *s) noexcept nogil:
+    """The client's SYN once more, with the options that were agreed on. Without seq."""
+    cdef uint8_t *o = g.options
+    memset(g, 0, sizeof(segment))
+    g.flow = &s.flow
+    g.flags = TCP_SYN | (TCP_ECE | TCP_CWR if s.flags & SNAP_ECN else 0)
+    g.window = <uint16_t>min(s.snd_wnd, <uint32_t>0xffff)
+    _u16(o, 0x0204)
+    o = _u16(o + 2, s.mss)
+    o = _u16(o, 0x0402 if s.flags & SNAP_SACK else 0x0101)
+    if s.flags & SNAP_TIMESTAMP:
+        o = _u16(o, 0x080a)
+        o = _u32(o, s.ts_recent)
+        o = _u32(o, 0)
+    else:
+        o = _u16(o, 0x0101)
+    if s.flags & SNAP_WSCALE:
+        o = _u16(o, 0x0103)
+        o[0] = 3
+        o[1] = s.snd_wscale
+        o += 2
+    g.options_len = <uint32_t>(o - g.options)
 
 
 cdef int tap_send(int fd, const uint8_t *head, uint32_t head_len, const uint8_t *data,

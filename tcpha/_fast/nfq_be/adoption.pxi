@@ -26,57 +26,12 @@ cdef int _send_segment(be_nfqueue *d, segment *g, const uint8_t *data) noexcept 
 
 
 cdef int _send_syn(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) noexcept nogil:
-    """The client's SYN once more, with the options that were agreed on; its sequence number lies
-    just before the request."""
-    cdef uint8_t buf[IP_SIZE + TCP_SIZE + 20]
-    cdef uint8_t *tcp = buf + IP_SIZE
-    cdef uint8_t *o = tcp + TCP_SIZE
-    cdef uint32_t v
-    cdef uint16_t w
-    memset(buf, 0, sizeof(buf))
-    buf[0] = 0x45
-    buf[6] = 0x40          # DF
-    buf[8] = 64
-    buf[9] = 6
-    memcpy(buf + 12, local.caddr + 12, 4)
-    memcpy(buf + 16, local.vaddr + 12, 4)
-    memcpy(tcp, &local.cport, 2)
-    memcpy(tcp + 2, &local.vport, 2)
-    v = htonl(_start(s) - 1)
-    memcpy(tcp + 4, &v, 4)
-    tcp[13] = TCP_SYN | (TCP_ECE | TCP_CWR if s.flags & SNAP_ECN else 0)
-    w = htons(<uint16_t>min(s.snd_wnd, <uint32_t>0xffff))
-    memcpy(tcp + 14, &w, 2)
-    o[0] = 2
-    o[1] = 4
-    w = htons(s.mss)
-    memcpy(o + 2, &w, 2)
-    o += 4
-    if s.flags & SNAP_SACK:
-        o[0] = 4
-        o[1] = 2
-    else:
-        o[0] = o[1] = 1
-    o += 2
-    if s.flags & SNAP_TIMESTAMP:
-        o[0] = 8
-        o[1] = 10
-        v = htonl(s.ts_recent)
-        memcpy(o + 2, &v, 4)
-        o += 10
-    else:
-        o[0] = o[1] = 1
-        o += 2
-    if s.flags & SNAP_WSCALE:
-        o[0] = 1
-        o[1] = 3
-        o[2] = 3
-        o[3] = s.snd_wscale
-        o += 4
-    tcp[12] = <uint8_t>(((o - tcp) // 4) << 4)
-    w = htons(<uint16_t>(o - buf))
-    memcpy(buf + 2, &w, 2)
-    return _inject(d, buf, <uint32_t>(o - buf))
+    """The client's SYN once more; its sequence number lies just before the request."""
+    cdef segment g
+    syn_from(&g, s)
+    g.flow = local
+    g.seq = _start(s) - 1
+    return _send_segment(d, &g, NULL)
 
 
 cdef be_flow *_being_adopted(be_nfqueue *d, const tcpha_flow *local,

@@ -23,24 +23,19 @@ cdef be_flow *_flow_to(be_nfqueue *d, const tcp_view *v) noexcept nogil:
 cdef void _acknowledge(be_nfqueue *d, const tcp_view *v) noexcept nogil:
     """A FIN that comes once more, in the name of the TIME_WAIT socket that had to go: its client
     could not use the port again before it is answered."""
-    cdef uint8_t buf[IP_SIZE + TCP_SIZE]
-    cdef uint32_t ack = htonl(get32(v.tcp + 4) + v.data_len + 1)
-    cdef uint16_t length = htons(sizeof(buf))
-    memset(buf, 0, sizeof(buf))
-    buf[0] = 0x45
-    memcpy(buf + 2, &length, 2)
-    buf[6] = 0x40          # DF
-    buf[8] = 64
-    buf[9] = 6
-    memcpy(buf + 12, v.ip + 16, 4)
-    memcpy(buf + 16, v.ip + 12, 4)
-    memcpy(buf + IP_SIZE, v.tcp + 2, 2)
-    memcpy(buf + IP_SIZE + 2, v.tcp, 2)
-    memcpy(buf + IP_SIZE + 4, v.tcp + 8, 4)
-    memcpy(buf + IP_SIZE + 8, &ack, 4)
-    buf[IP_SIZE + 12] = 5 << 4
-    buf[IP_SIZE + 13] = TCP_ACK
-    _inject(d, buf, sizeof(buf))
+    cdef tcpha_flow back   # from us to the client
+    cdef segment g
+    memset(&back, 0, sizeof(back))
+    memcpy(back.caddr + 12, v.ip + 16, 4)
+    memcpy(back.vaddr + 12, v.ip + 12, 4)
+    memcpy(&back.cport, v.tcp + 2, 2)
+    memcpy(&back.vport, v.tcp, 2)
+    memset(&g, 0, sizeof(g))
+    g.flow = &back
+    g.seq = get32(v.tcp + 8)
+    g.ack = get32(v.tcp + 4) + v.data_len + 1
+    g.flags = TCP_ACK
+    _send_segment(d, &g, NULL)
 
 
 cdef bint _icmp_inward(be_nfqueue *d, icmp_view *v) noexcept nogil:

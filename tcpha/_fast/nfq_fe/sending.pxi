@@ -72,21 +72,11 @@ cdef bint _send_tunnel(fe_nfqueue *d, const path *way, tcp_view *v, uint32_t skb
             seq = (seq & 0xffff) + (seq >> 16)
             word = ~<uint16_t>((seq & 0xffff) + (seq >> 16))
             memcpy(tcp + 16, &word, 2)
-        memset(outer, 0, IP_SIZE)
-        outer[0] = 0x45
-        outer[1] = inner[1]
-        word = htons(<uint16_t>(IP_SIZE + headers + n))
-        memcpy(outer + 2, &word, 2)
-        memcpy(outer + 6, inner + 6, 2)  # keeps DF: path MTU discovery stays honest
-        if not inner[6] & 0x40:  # routers may cut it: no two may be alike for a while (RFC 6864)
-            word = htons(<uint16_t>add64(&d.outer_id, 1))
-            memcpy(outer + 4, &word, 2)
-        outer[8] = 64
-        outer[9] = 4
-        memcpy(outer + 12, &way.src, 4)
-        memcpy(outer + 16, &way.addr, 4)
-        word = ip_checksum(outer, IP_SIZE)
-        memcpy(outer + 10, &word, 2)
+        # DF is kept, so that path MTU discovery stays honest; without it, routers may cut the
+        # packet, and no two may be alike for a while (RFC 6864)
+        ip_header(outer, IP_SIZE + headers + n,
+                  0 if inner[6] & 0x40 else <uint16_t>add64(&d.outer_id, 1), 4, &way.src,
+                  &way.addr, inner)
         if not _emit(d, way, head, VNET_SIZE + ETH_SIZE + IP_SIZE + headers, v.data + at, n):
             return False
         at += n
