@@ -109,12 +109,12 @@ __noinline int find_tag(struct tagged *tag, const struct tcpha_flow *flow, __u32
  */
 static __always_inline void read_tag(struct tagged *tag, const struct packet *p)
 {
-	const __u8 may = TCPHA_T_ACK, must_not = TCPHA_T_URG | TCPHA_T_SYN | TCPHA_T_RST;
+	const __u8 must = TCPHA_T_ACK, must_not = TCPHA_T_URG | TCPHA_T_SYN | TCPHA_T_RST;
 	struct tcpha_adoption *a;
 
 	tag->by = -1;
 	tag->ack = p->ack;
-	if (!conf.fast || !p->urgent || (p->flags & (may | must_not)) != may ||
+	if (!conf.fast || !p->urgent || (p->flags & (must | must_not)) != must ||
 	    find_tag(tag, &p->flow, p->seq - 1, p->ack, p->urgent))
 		return;
 	a = bpf_map_lookup_elem(&adoptions, &p->flow);
@@ -148,7 +148,7 @@ static __always_inline bool is_old(const struct arrival *a)
 }
 
 /* Whether that connection is over already, or refused: its request is not to be served again. */
-static __always_inline bool is_again_too_soon(const struct arrival *a)
+static __always_inline bool is_repeated(const struct arrival *a)
 {
 	__u64 wait;
 
@@ -236,8 +236,8 @@ static __always_inline int accept(struct __sk_buff *skb, const struct packet *p,
 }
 
 /* Where there is room for it, and where the kernel can give it a socket. */
-static __always_inline int find_room(struct __sk_buff *skb, const struct packet *p, const struct arrival *a,
-				     const struct tcpha_keys *k)
+static __always_inline int adopt_if_room(struct __sk_buff *skb, const struct packet *p,
+					 const struct arrival *a, const struct tcpha_keys *k)
 {
 	struct tcpha_gate *g = a->gate;
 	struct tcpha_event *event;
@@ -283,7 +283,7 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct p
 		return TC_ACT_SHOT;
 	if (old)
 		return yield_first(skb, p, a, *old);
-	return is_again_too_soon(a) ? TC_ACT_SHOT : find_room(skb, p, a, k);
+	return is_repeated(a) ? TC_ACT_SHOT : adopt_if_room(skb, p, a, k);
 }
 
 /*

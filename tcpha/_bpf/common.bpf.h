@@ -66,8 +66,7 @@ static __always_inline __be32 unmap_v4(const volatile __u8 from[16])
 }
 
 /*
- * The operation slot that an operation frame or a forged packet names.
- * The frame: Ethernet header, then the slot as a 32-bit integer in host byte order.
+ * The operation that a frame names: Ethernet header, then its slot as a 32-bit integer in host byte order.
  */
 static __always_inline struct tcpha_op *op_of_frame(struct __sk_buff *skb)
 {

@@ -43,7 +43,7 @@ static __always_inline bool is_crowded(const struct tcpha_entry *e)
 	return *(volatile __u32 *)&e->behind && now_ns() - e->start_ns < BEHIND_NS;
 }
 
-/* Whether the back end that got a request is gone before it served it. */
+/* Whether the back end that got a request takes nothing now, so that another one may serve it. */
 static __always_inline bool is_down(__u32 backend)
 {
 	struct tcpha_backend *be = bpf_map_lookup_elem(&backends, &backend);
@@ -67,7 +67,7 @@ static __always_inline int fast_flow(struct __sk_buff *skb, const struct packet 
 		e->flags |= TCPHA_F_ANSWERED; /* once: another CPU may be about to change another flag */
 	first = first && !(e->flags & TCPHA_F_ANSWERED);
 	index = *(volatile __u32 *)&e->backend;
-	if (first && is_down(index)) { /* another back end may serve it */
+	if (first && is_down(index)) {
 		if (!tcpha_retry(e, e->id, index))
 			return TC_ACT_SHOT; /* a copy of this segment, on another CPU, goes on */
 		begin_anew(e);

@@ -58,7 +58,7 @@ static __always_inline bool has_cookie(const struct packet *p, const struct tcph
 	return c->good && (known || c->opt.found & OPT_TS || !is_wary());
 }
 
-/* No IP options in it. */
+/* It stands where the SYN stood, which has no IP options. */
 struct syn_ack {
 	struct iphdr ip;
 	struct tcphdr tcp;

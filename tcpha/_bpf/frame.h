@@ -13,7 +13,7 @@
 
 /* The first two bytes: of unicast addresses that are administered locally, and that no device has. */
 enum {
-	TCPHA_MAC_MARK = 0x0274,  /* read: a packet of a flow that is being handed over, of 'slot' */
+	TCPHA_MAC_MARK = 0x0274,  /* a packet of a flow that is being handed over, of 'slot' */
 	TCPHA_MAC_KEPT = 0x027a,  /* written: it was kept, and goes on */
 	TCPHA_MAC_FAST = 0x0276,  /* on the fast TAP: of 'kind' */
 	TCPHA_MAC_ROOM = 0x0278,  /* at a back end: it waits for room. Written: it was looked for; 'full' */
@@ -40,6 +40,7 @@ struct tcpha_frame {
 		struct {
 			__u8 kind;    /* TCPHA_FAST_* */
 			__u16 worker; /* written: whose offer it goes by */
+			__u8 pad;     /* as long as 'slot': verifiers ask that all is set */
 		} __attribute__((packed));
 	};
 } __attribute__((packed));

@@ -209,7 +209,7 @@ static __always_inline __u64 pseudo_sum(__be32 saddr, __be32 daddr, __u32 tcp_le
 	return (__u64)saddr + daddr + bpf_htons(IPPROTO_TCP) + bpf_htons(tcp_len);
 }
 
-/* Set the checksum of a header without options. */
+/* Set the checksum of a header without options, where 0 stands for it. */
 static __always_inline void sum_header(struct iphdr *ip)
 {
 	__u32 sum = 0, i;

@@ -72,7 +72,7 @@ cdef enum:
     TIMESTAMPS = 12        # bytes of a forged segment's options
     WINDOW = 64240         # of a SYN-ACK: 44 segments of 1460 bytes, as Linux offers
     RING = 1 << 22         # bytes in the events' ring buffer
-    FRONTENDS = 256        # that may tunnel to a back end: max_entries in be.bpf.c
+    FRONTENDS = 256        # that may tunnel to a back end: max_entries in be_maps.bpf.h
     RING_HEAD = 8          # before each record: length and flags (struct bpf_ringbuf_hdr)
     RING_BUSY = 1u << 31
     RING_DISCARD = 1u << 30

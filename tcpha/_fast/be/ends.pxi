@@ -37,8 +37,9 @@ cdef inline finished *_was_over(backend_state *b, uint64_t id) noexcept nogil:
     return &b.over[(id * 0x9e3779b97f4a7c15u) >> 52]
 
 
-cdef void _ended(backend_state *b, worker *w, adopted *a, uint32_t how) noexcept nogil:
-    """A connection is over. b.lock is held."""
+cdef bint _ended(backend_state *b, worker *w, adopted *a, uint32_t how) noexcept nogil:
+    """A connection is over. b.lock is held. True: it is out of the table; else nobody could be told
+    yet."""
     cdef finished *was = _was_over(b, a.id)
     was.id = a.id
     was.flow = a.flow
@@ -49,8 +50,9 @@ cdef void _ended(backend_state *b, worker *w, adopted *a, uint32_t how) noexcept
         say_flow(b.c, 2, &a.flow, b"closed")
     if _tell_closed(b, w, a, how):
         _remove(b, a)
-    else:
-        a.over = True  # told when the front end is back
+        return True
+    a.over = True  # told when the front end is back
+    return False
 
 
 cdef bint _replace(backend_state *b, worker *w, const tcpha_flow *flow) noexcept nogil:
@@ -59,8 +61,7 @@ cdef bint _replace(backend_state *b, worker *w, const tcpha_flow *flow) noexcept
     cdef adopted *a = _find(b, flow)
     if a == NULL:
         return False
-    _ended(b, w, a, END_GONE)
-    if a.over:
+    if not _ended(b, w, a, END_GONE):
         _remove(b, a)
     return True
 

@@ -120,15 +120,18 @@ cdef void _leave(backend_state *b, const message *m) noexcept nogil:
     pthread_mutex_unlock(&b.lock)
 
 
-cdef int _take(backend_state *b, worker *w, link *l, message *m) noexcept nogil:
-    """Adopt it. 0, or why not: REFUSE_*."""
+cdef int _take(backend_state *b, worker *w, link **l, message *m) noexcept nogil:
+    """Adopt it. 0, or why not: REFUSE_*. l: where it came; then, where the answer is awaited."""
     cdef int rc
-    if not _enter(b, w, l, m):
-        return REFUSE_FULL
+    if not _enter(b, w, l[0], m):
+        return REFUSE_FULL     # another worker may have it: the same offer, that came once more
     rc = b.dp.adopt(b.dp.self, w.index, &m.snap, m.data)
     if rc == DP_MORE:
         _keep_leftover(b, m)
         rc = 0
+    l[0] = _answer_to(b, l[0], m)
+    if rc != 0:
+        _leave(b, m)
     return rc
 
 
@@ -140,10 +143,7 @@ cdef void _on_handoff(backend_state *b, worker *w, link *l, message *m) noexcept
         _on_ring(b, w)     # what came before this one is in the table
         if _is_known(b, w, l, m):
             return
-        rc = _take(b, w, l, m)
-        l = _answer_to(b, l, m)
-        if rc != 0:
-            _leave(b, m)
+        rc = _take(b, w, &l, m)
     if rc == 0:
         add64(&b.n.adopted, 1)
         say_flow(b.c, 2, &m.snap.flow, b"adopted")

@@ -14,9 +14,6 @@ cdef void _log_access(frontend *f, const request *r, const uint8_t *head_bytes) 
     cdef time_t seconds = <time_t>(now // 1000000000)
     cdef tm at
     cdef int n
-    if head_bytes == NULL:
-        add64(&f.n.access_lost, 1)
-        return
     memcpy(rule, b"-", 2)
     gmtime_r(&seconds, &at)
     n = <int>strftime(head, sizeof(head), b"%Y-%m-%dT%H:%M:%S", &at)

@@ -73,12 +73,14 @@ cdef void _recall(frontend *f, request *r, uint64_t id) noexcept nogil:
     pthread_mutex_unlock(&f.return_lock)
 
 
-cdef void _remember(frontend *f, const request *r) noexcept nogil:
-    """Who has refused it, for when the client sends it again."""
-    cdef returned *back = &f.back[r.id % RETURNED]
+cdef void _remember(frontend *f, uint64_t id, uint32_t b) noexcept nogil:
+    """Who has refused a request, for when the client sends it again."""
+    cdef returned *back = &f.back[id % RETURNED]
     pthread_mutex_lock(&f.return_lock)
-    back.id = r.id
-    memcpy(back.tried, r.tried, sizeof(r.tried))
+    if back.id != id:
+        back.id = id
+        memset(back.tried, 0, sizeof(back.tried))
+    back.tried[b >> 6] |= <uint64_t>1 << (b & 63)
     pthread_mutex_unlock(&f.return_lock)
     add32(&f.returns, 1)
 
@@ -137,7 +139,7 @@ cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint
     add64(&f.n.accepted, 1)
     add64(&f.n.fast, 1)
     histogram_add(&f.stages[STAGE_FAST], took)
-    _handed(f, r, o.target, took, v.data)
+    _handed(f, r, o.target, took, v.data if f.access_fd >= 0 else NULL)
     _keep_verdict(f, fw, v, generation)
 
 
@@ -184,7 +186,10 @@ cdef void _on_return(frontend *f, worker *w, uint32_t b, message *m) noexcept no
     if f.dp.fast == NULL or \
             f.dp.fast.take_back(f.dp.self, w.index, &m.snap.flow, m.id, b, &entry) != 1:
         return
-    _recall(f, &r, m.id)
+    if m.reason != REFUSE_LOST:
+        _remember(f, m.id, b)  # at once: the client may send it again at any moment
+    memset(&r, 0, sizeof(r))
+    r.id = m.id
     r.flow = m.snap.flow
     r.backend = b
     r.rule = entry.rule
@@ -194,4 +199,3 @@ cdef void _on_return(frontend *f, worker *w, uint32_t b, message *m) noexcept no
         store64(&be.keyed, 0)  # of the connections that our cookies make
         _void_verdicts(f)
     _refused(f, &r, m.reason)
-    _remember(f, &r)

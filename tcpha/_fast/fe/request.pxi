@@ -30,7 +30,7 @@ cdef inline void _call_off(frontend *f, const request *r) noexcept nogil:
 cdef void _handed(frontend *f, const request *r, const char *target, uint64_t took,
                   const uint8_t *head) noexcept nogil:
     """The back end has it, 'took' ns after it began. target: as the flow table has it; head: its
-    bytes, for the access log, or NULL if they are gone."""
+    bytes, for the access log, or NULL if there is none."""
     add64(&f.n.handed, 1)
     add64(&f.backends[r.backend].handed, 1)
     if r.rule < TCPHA_MAX_RULES:
@@ -38,7 +38,7 @@ cdef void _handed(frontend *f, const request *r, const char *target, uint64_t to
     slow_note(&f.slow, took, &r.flow, r.backend, r.rule, target, r.head.target_len)
     say_more(f.c, 2, &r.flow, b"handed over to %s by rule %ld", f.backends[r.backend].name,
              <int>r.rule)
-    if f.access_fd >= 0:
+    if head != NULL:
         _log_access(f, r, head)
 
 
@@ -47,8 +47,7 @@ cdef void _refused(frontend *f, request *r, uint32_t reason) noexcept nogil:
     cdef backend *be = &f.backends[r.backend]
     cdef uint64_t bit = <uint64_t>1 << (r.backend & 63)
     cdef char line[160]
-    if reason != REFUSE_LOST:
-        r.tried[r.backend >> 6] |= bit
+    r.tried[r.backend >> 6] |= bit
     if reason == REFUSE_BACKLOG and r.backend != TCPHA_LOCAL_NODE:  # that has waited itself
         r.crowded[r.backend >> 6] |= bit
     add32(&f.loads[r.backend].live, -1)

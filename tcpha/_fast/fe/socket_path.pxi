@@ -221,6 +221,8 @@ cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
         n = recv(k.fd, w.scratch, SCRATCH, MSG_PEEK | MSG_DONTWAIT)
         if n >= <ssize_t>(k.req.head.target + k.req.head.target_len):
             head = w.scratch
+        else:
+            add64(&f.n.access_lost, 1)
     _handed(f, &k.req, k.entry.target, at - k.req.began_ns, head)
     if k.ended:
         _forget(f, w, &k.req.flow, k.req.id, k.linger)

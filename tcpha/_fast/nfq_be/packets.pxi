@@ -78,8 +78,8 @@ cdef inline bint _is_for_vip(const be_nfqueue *d, const uint8_t *ip) noexcept no
 
 
 cdef int _tunnelled(be_nfqueue *d, packet *p) noexcept nogil:
-    """What is wrapped up, for us by a front end, or so it says; see be.bpf.c. V_CHANGED: what is in
-    it may go on by itself."""
+    """What is wrapped up, for us by a front end, or so it says; see be_tunnel.bpf.h. V_CHANGED:
+    what is in it may go on by itself."""
     cdef uint32_t outer_src, size = (p.data[0] & 15) * 4u
     cdef uint16_t fragment = get16(p.data + 6) & 0x3fff
     cdef uint8_t *inner = p.data + size
