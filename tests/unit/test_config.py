@@ -183,24 +183,24 @@ def test_unreadable_files(tmp_path: Path) -> None:
 def test_a_kernel_without_the_function_is_named(
         monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The probe asks the running kernel; here for a function that none has."""
-    import tcpha.datapath as datapath
+    from tcpha.datapath import DatapathError, opening
 
     def ways(role: str, requested: str) -> tuple[list[tuple[str, bool]], str]:
         file = tmp_path / f"{role}.conf"
         file.write_text((FE if role == "fe" else BE) + f"datapath = {requested}\n")
-        return datapath.choose(role, load(role, str(file)))
+        return opening.choose(role, load(role, str(file)))
     fast, socket_path, queues = ("ebpf", True), ("ebpf", False), ("nfqueue", False)
     for role in ("fe", "be"):
         found, why = ways(role, "auto")
         assert found == [fast, socket_path, queues] and "bpf_sk_assign_tcp_reqsk" in why
         assert ways(role, "ebpf")[0] == [fast] and ways(role, "nfqueue")[0] == [queues]
-    monkeypatch.setattr(datapath, "ADOPT_KFUNC", "bpf_no_such_function")
-    with pytest.raises(datapath.DatapathError, match="the kernel has no bpf_no_such_function"):
+    monkeypatch.setattr(opening, "ADOPT_KFUNC", "bpf_no_such_function")
+    with pytest.raises(DatapathError, match="the kernel has no bpf_no_such_function"):
         ways("be", "ebpf")
     assert ways("fe", "ebpf")[0] == [socket_path]
     found, why = ways("be", "auto")
     assert found == [queues] and why.startswith("the kernel has no bpf_no_such_function")
-    assert datapath.describe(queues, "auto", why).startswith("datapath nfqueue (auto): the kernel")
+    assert opening.describe(queues, "auto", why).startswith("datapath nfqueue (auto): the kernel")
 
 
 def test_command_checks_a_file(tmp_path: Path) -> None:
