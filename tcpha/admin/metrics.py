@@ -71,6 +71,8 @@ def frontend(status: Mapping[str, Any], rules: list[dict[str, Any]],
              stats: Mapping[str, Any]) -> Iterable[Metric]:
     """Families of a front end."""
     counters = status["counters"]
+    # what was returned counts here: no counter of Prometheus may go down
+    returned = counters["returned"]
     servers = [*status["servers"], status["localnode"] | {
         "server": "localnode", "state": "up" if status["localnode"]["listening"] else "down"}]
     yield from _shared("fe", status)
@@ -79,8 +81,8 @@ def frontend(status: Mapping[str, Any], rules: list[dict[str, Any]],
                             "(offered elsewhere then), returned (those of both: refused after "
                             "they were handed over), closed (ended after it was handed over).",
                             labels=["server", "outcome"]),
-        [([s["server"], how], s[how]) for s in servers
-         for how in ("handed", "refused", "returned", "closed")])
+        [([s["server"], how], s[how] + (s["returned"] if how == "handed" else 0))
+         for s in servers for how in ("handed", "refused", "returned", "closed")])
     yield _labelled(
         CounterMetricFamily("tcpha_rule_handoffs", "Connections handed over, by rule.",
                             labels=["rule", "server", "pattern"]),
@@ -95,11 +97,11 @@ def frontend(status: Mapping[str, Any], rules: list[dict[str, Any]],
                                       "included.", labels=["server"]),
                     [([s["server"]], s["live"]) for s in servers])
     yield _counter("accepted", "Connections taken, by socket or by packet path.",
-                   counters["accepted"])
+                   counters["accepted"] + returned)
     yield _labelled(CounterMetricFamily("tcpha_paths", "Connections handed over, by path.",
                                         labels=["path"]),
                     [(["socket"], counters["handed"] - counters["fast"]),
-                     (["packet"], counters["fast"])])
+                     (["packet"], counters["fast"] + returned)])
     yield _labelled(CounterMetricFamily("tcpha_answers", "Requests that the front end answered "
                                         "itself; 400 and 431: the parser refused the head.",
                                         labels=["code"]),

@@ -398,21 +398,23 @@ cdef class FrontEnd(Core):
     def backend_stats(self, uint32_t b):
         cdef backend *be = &self.f.backends[b]
         cdef tcpha_load *load = &self.f.loads[b]
+        cdef uint64_t returned = load64(&be.returned)
         return {"links": load32(&be.may.links),
                 "told": be.asked != 0 and load32(&be.told) == be.asked,
                 "fast": bool(self.f.dp.fast != NULL and _takes_fast(self.f, b)),
                 "draining": bool(load32(&be.may.draining)), "dead": bool(load32(&be.may.dead)),
                 "listens": bool(load64(&be.server_said) & 1), "live": load32(&load.live),
-                "handed": load64(&be.handed) + load64(<uint64_t *>&load.handed),
+                "handed": load64(&be.handed) + load64(<uint64_t *>&load.handed) - returned,
                 "refused": load64(&be.refused),
-                "returned": load64(&be.returned),
+                "returned": returned,
                 "closed": load64(&be.closed) + load64(<uint64_t *>&load.closed)}
 
-    def drop_strangers(self, bint drop):
+    def drop_unknown(self, bint drop):
         """See datapath.pxd."""
-        self.f.dp.drop_strangers(self.f.dp.self, drop)
+        self.f.dp.drop_unknown(self.f.dp.self, drop)
 
     def counters(self):
+        """accepted, handed and fast are without what was returned: it comes again."""
         cdef fe_counters n
         cdef uint64_t cached = 0, closed = 0
         cdef uint32_t i
@@ -420,6 +422,7 @@ cdef class FrontEnd(Core):
         for i in range(TCPHA_MAX_BACKENDS):
             cached += load64(<uint64_t *>&self.f.loads[i].handed)
             closed += load64(<uint64_t *>&self.f.loads[i].closed)
+        cached -= n.returned
         return {"accepted": n.accepted + cached, "handed": n.handed + cached,
                 "closed": n.closed + closed,
                 "refused": n.refused, "returned": n.returned, "lost": n.lost, "silent": n.silent,
