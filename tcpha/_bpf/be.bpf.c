@@ -41,6 +41,21 @@ int be_ingress(struct __sk_buff *skb)
 	return guard(skb, &p, false);
 }
 
+/* What the client and the front end agreed on. */
+static __always_inline void agreed(const struct tcpha_op *op, struct bpf_tcp_req_attrs *attrs)
+{
+	attrs->mss = op->mss;
+	attrs->snd_wscale = op->snd_wscale;
+	attrs->rcv_wscale = op->rcv_wscale;
+	attrs->wscale_ok = op->wscale_ok;
+	attrs->sack_ok = op->sack_ok;
+	attrs->ecn_ok = op->ecn_ok;
+	attrs->tstamp_ok = op->tstamp_ok;
+	attrs->usec_ts_ok = op->usec_ts_ok;
+	attrs->rcv_tsval = op->ts_recent;
+	attrs->rcv_tsecr = op->tsval;
+}
+
 /* Make the forged packet the last ACK of a handshake, and its socket a child of the listener. */
 static __always_inline void adopt(struct __sk_buff *skb, struct tcpha_op *op)
 {
@@ -67,16 +82,7 @@ static __always_inline void adopt(struct __sk_buff *skb, struct tcpha_op *op)
 	listener = bpf_skc_to_tcp_sock(skc);
 	if (!listener)
 		goto out;
-	attrs.mss = op->mss;
-	attrs.snd_wscale = op->snd_wscale;
-	attrs.rcv_wscale = op->rcv_wscale;
-	attrs.wscale_ok = op->wscale_ok;
-	attrs.sack_ok = op->sack_ok;
-	attrs.ecn_ok = op->ecn_ok;
-	attrs.tstamp_ok = op->tstamp_ok;
-	attrs.usec_ts_ok = op->usec_ts_ok;
-	attrs.rcv_tsval = op->ts_recent;
-	attrs.rcv_tsecr = op->tsval;
+	agreed(op, &attrs);
 	op->error = bpf_sk_assign_tcp_reqsk(skb, (struct sock *)listener, &attrs, sizeof(attrs));
 	op->result = op->error ? TCPHA_R_ASSIGN : TCPHA_R_OK;
 	bpf_map_delete_elem(&adoptions, &op->flow); /* what it says is of an older connection */

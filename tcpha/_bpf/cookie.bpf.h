@@ -96,11 +96,27 @@ static __always_inline struct options_left *in_reading(void)
 	return bpf_map_lookup_elem(&reading, &zero);
 }
 
+/* What a whole option of 'size' bytes says. */
+static __always_inline void take_option(struct options *o, const __u8 *b, __u32 size)
+{
+	if (b[0] == 2 && size == 4) {
+		o->mss = (__u16)b[2] << 8 | b[3];
+	} else if (b[0] == 3 && size == 3) {
+		o->wscale = b[2] > 14 ? 14 : b[2]; /* RFC 7323 section 2.3 */
+		o->found |= OPT_WSCALE;
+	} else if (b[0] == 4 && size == 2) {
+		o->found |= OPT_SACK;
+	} else if (b[0] == 8 && size == 10) {
+		o->tsval = (__u32)b[2] << 24 | (__u32)b[3] << 16 | (__u32)b[4] << 8 | b[5];
+		o->tsecr = (__u32)b[6] << 24 | (__u32)b[7] << 16 | (__u32)b[8] << 8 | b[9];
+		o->found |= OPT_TS;
+	}
+}
+
 /* One option, or NOP. Returns 1 behind the last one. */
 static long read_option(__u32 i, void *ctx)
 {
 	struct options_left *l = in_reading();
-	struct options *o;
 	__u32 at, size;
 	const __u8 *b;
 
@@ -108,7 +124,6 @@ static long read_option(__u32 i, void *ctx)
 	(void)ctx;
 	if (!l)
 		return 1;
-	o = &l->o;
 	at = l->at;
 	if (at >= l->length || at >= 40)
 		return 1;
@@ -124,18 +139,7 @@ static long read_option(__u32 i, void *ctx)
 		l->bad = 1;
 		return 1;
 	}
-	if (b[0] == 2 && size == 4) {
-		o->mss = (__u16)b[2] << 8 | b[3];
-	} else if (b[0] == 3 && size == 3) {
-		o->wscale = b[2] > 14 ? 14 : b[2]; /* RFC 7323 section 2.3 */
-		o->found |= OPT_WSCALE;
-	} else if (b[0] == 4 && size == 2) {
-		o->found |= OPT_SACK;
-	} else if (b[0] == 8 && size == 10) {
-		o->tsval = (__u32)b[2] << 24 | (__u32)b[3] << 16 | (__u32)b[4] << 8 | b[5];
-		o->tsecr = (__u32)b[6] << 24 | (__u32)b[7] << 16 | (__u32)b[8] << 8 | b[9];
-		o->found |= OPT_TS;
-	}
+	take_option(&l->o, b, size);
 	l->at = at + size;
 	return 0;
 }

@@ -84,6 +84,42 @@ struct icmp_too_big { /* RFC 1191 section 4; linux/icmp.h needs more of libc tha
 	__be16 mtu;
 };
 
+struct too_big_frame {
+	__u16 align;
+	struct ethhdr eth;
+	struct iphdr ip;
+	struct icmp_too_big icmp;
+};
+
+/* The sums of an ICMP message that quotes a TCP header: one up to its checksum, or with it, and unfinished.
+ */
+static __always_inline bool sum_quoted(struct icmp_too_big *icmp, struct tcphdr *tcp, __s64 *whole,
+				       __s64 *partial)
+{
+	*partial = bpf_csum_diff(0, 0, (void *)icmp, sizeof(*icmp), (__u16)~tcp->check);
+	*whole = bpf_csum_diff(0, 0, (void *)icmp, sizeof(*icmp), 0);
+	if (*partial < 0 || *whole < 0)
+		return false;
+	*whole = bpf_csum_diff(0, 0, (void *)tcp, __builtin_offsetof(struct tcphdr, check), *whole);
+	return *whole >= 0;
+}
+
+/* The headers of an answer to a client's packet. */
+static __always_inline void answer_headers(struct too_big_frame *out, const struct headers *h)
+{
+	__builtin_memcpy(out->eth.h_dest, h->eth->h_source, ETH_ALEN);
+	__builtin_memcpy(out->eth.h_source, h->eth->h_dest, ETH_ALEN);
+	out->eth.h_proto = h->eth->h_proto;
+	out->ip.version = 4;
+	out->ip.ihl = 5;
+	out->ip.tos = 0xc0; /* internetwork control (RFC 1812 section 4.3.2.5) */
+	out->ip.frag_off = bpf_htons(IP_DF);
+	out->ip.ttl = 64;
+	out->ip.protocol = IPPROTO_ICMP;
+	out->ip.saddr = h->ip->daddr;
+	out->ip.daddr = h->ip->saddr;
+}
+
 /*
  * Tell the client that its packet is too big: ICMP destination unreachable, fragmentation needed (RFC 1191),
  * quoting the headers. The kernel, too, sends as many of these as are asked for. What user space has written
@@ -95,40 +131,17 @@ struct icmp_too_big { /* RFC 1191 section 4; linux/icmp.h needs more of libc tha
  */
 __noinline int tell_too_big(struct __sk_buff *skb, __u32 room)
 {
-	struct {
-		__u16 align;
-		struct ethhdr eth;
-		struct iphdr ip;
-		struct icmp_too_big icmp;
-	} out = {};
 	const __u32 before_check = __builtin_offsetof(struct tcphdr, check);
+	struct too_big_frame out = {.icmp = {.type = 3, .code = 4, .mtu = bpf_htons(room)}};
 	struct headers h;
-	__u32 quoted;
 	__s64 whole, partial;
+	__u32 quoted;
 
 	if (skb->ifindex == conf.tap || skb->ifindex == conf.fast_tap || parse_tcp(skb, 0, &h) < 0)
 		return TC_ACT_SHOT;
-	out.icmp.type = 3;
-	out.icmp.code = 4;
-	out.icmp.mtu = bpf_htons(room);
-	partial = bpf_csum_diff(0, 0, (void *)&out.icmp, sizeof(out.icmp), (__u16)~h.tcp->check);
-	whole = bpf_csum_diff(0, 0, (void *)&out.icmp, sizeof(out.icmp), 0);
-	if (partial < 0 || whole < 0)
+	if (!sum_quoted(&out.icmp, h.tcp, &whole, &partial))
 		return TC_ACT_SHOT;
-	whole = bpf_csum_diff(0, 0, (void *)h.tcp, before_check, whole);
-	if (whole < 0)
-		return TC_ACT_SHOT;
-	__builtin_memcpy(out.eth.h_dest, h.eth->h_source, ETH_ALEN);
-	__builtin_memcpy(out.eth.h_source, h.eth->h_dest, ETH_ALEN);
-	out.eth.h_proto = h.eth->h_proto;
-	out.ip.version = 4;
-	out.ip.ihl = 5;
-	out.ip.tos = 0xc0; /* internetwork control (RFC 1812 section 4.3.2.5) */
-	out.ip.frag_off = bpf_htons(IP_DF);
-	out.ip.ttl = 64;
-	out.ip.protocol = IPPROTO_ICMP;
-	out.ip.saddr = h.ip->daddr;
-	out.ip.daddr = h.ip->saddr;
+	answer_headers(&out, &h);
 	quoted = h.ip->ihl * 4 + before_check;
 	out.icmp.checksum = ~fold(whole);
 	if (bpf_skb_change_tail(skb, ETH_HLEN + quoted, 0) < 0) {
@@ -141,7 +154,7 @@ __noinline int tell_too_big(struct __sk_buff *skb, __u32 room)
 	sum_header(&out.ip);
 	if (bpf_skb_adjust_room(skb, sizeof(out.ip) + sizeof(out.icmp), BPF_ADJ_ROOM_MAC,
 				BPF_F_ADJ_ROOM_NO_CSUM_RESET) < 0 ||
-	    bpf_skb_store_bytes(skb, 0, &out.eth, sizeof(out.eth) + sizeof(out.ip) + sizeof(out.icmp), 0) < 0)
+	    bpf_skb_store_bytes(skb, 0, &out.eth, sizeof(out) - sizeof(out.align), 0) < 0)
 		return TC_ACT_SHOT;
 	COUNT(too_big, 1);
 	return bpf_redirect(skb->ifindex, 0);

@@ -147,6 +147,32 @@ static __always_inline struct bpf_sock *find_listener(struct __sk_buff *skb, str
 	return bpf_skc_lookup_tcp(skb, t, sizeof(t->ipv4), BPF_F_CURRENT_NETNS, 0);
 }
 
+/* Fill op from a connection's socket. */
+static __always_inline void read_socket(const struct tcp_sock *tp, struct tcpha_op *op)
+{
+	op->snd_una = tp->snd_una;
+	op->snd_nxt = tp->snd_nxt;
+	op->write_seq = tp->write_seq;
+	op->snd_wnd = tp->snd_wnd;
+	op->rcv_nxt = tp->rcv_nxt;
+	op->rcv_wnd = tp->rcv_wnd;
+	op->copied_seq = tp->copied_seq;
+	op->srtt_us = tp->srtt_us >> 3;
+	op->mss = tp->rx_opt.mss_clamp;
+	op->ts_recent = tp->rx_opt.ts_recent;
+	op->wscale_ok = BPF_CORE_READ_BITFIELD(tp, rx_opt.wscale_ok);
+	op->sack_ok = BPF_CORE_READ_BITFIELD(tp, rx_opt.sack_ok) != 0;
+	op->tstamp_ok = BPF_CORE_READ_BITFIELD(tp, rx_opt.tstamp_ok);
+	op->snd_wscale = BPF_CORE_READ_BITFIELD(tp, rx_opt.snd_wscale);
+	op->rcv_wscale = BPF_CORE_READ_BITFIELD(tp, rx_opt.rcv_wscale);
+	op->ecn_ok = tp->ecn_flags & 1; /* TCP_ECN_OK, RFC 3168 */
+	op->usec_ts_ok = 0;
+	if (bpf_core_field_exists(tp->tcp_usec_ts))
+		op->usec_ts_ok = BPF_CORE_READ_BITFIELD(tp, tcp_usec_ts);
+	/* tcp_clock_ms() or tcp_clock_us() of the kernel, plus this socket's offset */
+	op->tsval = (__u32)(bpf_ktime_get_ns() / (op->usec_ts_ok ? 1000 : 1000000)) + tp->tsoffset;
+}
+
 /* Fill op from the socket that owns op->flow in this namespace. Sets op->result. */
 static __always_inline void query(struct __sk_buff *skb, struct tcpha_op *op)
 {
@@ -173,29 +199,8 @@ static __always_inline void query(struct __sk_buff *skb, struct tcpha_op *op)
 		goto out;
 	}
 	tp = bpf_skc_to_tcp_sock(skc);
-	if (!tp)
-		goto out;
-	op->snd_una = tp->snd_una;
-	op->snd_nxt = tp->snd_nxt;
-	op->write_seq = tp->write_seq;
-	op->snd_wnd = tp->snd_wnd;
-	op->rcv_nxt = tp->rcv_nxt;
-	op->rcv_wnd = tp->rcv_wnd;
-	op->copied_seq = tp->copied_seq;
-	op->srtt_us = tp->srtt_us >> 3;
-	op->mss = tp->rx_opt.mss_clamp;
-	op->ts_recent = tp->rx_opt.ts_recent;
-	op->wscale_ok = BPF_CORE_READ_BITFIELD(tp, rx_opt.wscale_ok);
-	op->sack_ok = BPF_CORE_READ_BITFIELD(tp, rx_opt.sack_ok) != 0;
-	op->tstamp_ok = BPF_CORE_READ_BITFIELD(tp, rx_opt.tstamp_ok);
-	op->snd_wscale = BPF_CORE_READ_BITFIELD(tp, rx_opt.snd_wscale);
-	op->rcv_wscale = BPF_CORE_READ_BITFIELD(tp, rx_opt.rcv_wscale);
-	op->ecn_ok = tp->ecn_flags & 1; /* TCP_ECN_OK, RFC 3168 */
-	op->usec_ts_ok = 0;
-	if (bpf_core_field_exists(tp->tcp_usec_ts))
-		op->usec_ts_ok = BPF_CORE_READ_BITFIELD(tp, tcp_usec_ts);
-	/* tcp_clock_ms() or tcp_clock_us() of the kernel, plus this socket's offset */
-	op->tsval = (__u32)(bpf_ktime_get_ns() / (op->usec_ts_ok ? 1000 : 1000000)) + tp->tsoffset;
+	if (tp)
+		read_socket(tp, op);
 out:
 	bpf_sk_release(skc);
 }
