@@ -22,15 +22,15 @@
 #include "fe_ops.bpf.h"
 #include "fe_passed.bpf.h"
 
-/* Whether our stack would answer a packet with a RST, and that would be too early: see drop_strangers. */
-static __always_inline bool drop_stranger(struct __sk_buff *skb, const struct packet *p)
+/* Whether our stack would answer a packet with a RST, and that would be too early: see drop_unknown. */
+static __always_inline bool is_unknown(struct __sk_buff *skb, const struct packet *p)
 {
 	struct bpf_sock_tuple t = {};
 	struct tcpha_state *own;
 	__u32 zero = 0, socket;
 
 	own = bpf_map_lookup_elem(&state, &zero);
-	if (!own || !own->drop_strangers || p->flags & TCPHA_T_SYN)
+	if (!own || !own->drop_unknown || p->flags & TCPHA_T_SYN)
 		return false;
 	tuple_of(&p->flow, &t);
 	socket = owner(skb, &t);
@@ -63,7 +63,7 @@ int fe_ingress(struct __sk_buff *skb)
 		return TC_ACT_SHOT; /* a late copy of the SYN that the flow began with */
 	if (!e || !is_of(&p, e)) {
 		verdict = PACKET_PATH ? new_flow(skb, &p, e) : TC_ACT_UNSPEC;
-		if (verdict == TC_ACT_UNSPEC && drop_stranger(skb, &p))
+		if (verdict == TC_ACT_UNSPEC && is_unknown(skb, &p))
 			return TC_ACT_SHOT;
 		if (verdict != NEXT)
 			return verdict == ACCEPTED ? TC_ACT_UNSPEC : verdict;

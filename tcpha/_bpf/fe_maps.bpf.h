@@ -59,7 +59,7 @@ struct {
 	__uint(max_entries, 16384);
 	__type(key, struct tcpha_flow);
 	__type(value, __u64);
-} strangers SEC(".maps");
+} unknown_flows SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);

@@ -117,15 +117,15 @@ static __always_inline int on_syn(struct __sk_buff *skb, const struct packet *p,
  * connection that is dead indeed is for the client's retransmission.
  */
 #define EARLY_NS 1000000000ULL
-#define STRANGER_NS 60000000000ULL
+#define UNKNOWN_NS 60000000000ULL
 
 static __always_inline bool may_be_early(const struct tcpha_flow *flow)
 {
-	__u64 now = now_ns(), *since = bpf_map_lookup_elem(&strangers, flow);
+	__u64 now = now_ns(), *since = bpf_map_lookup_elem(&unknown_flows, flow);
 
-	if (since && now - *since < STRANGER_NS)
+	if (since && now - *since < UNKNOWN_NS)
 		return now - *since < EARLY_NS;
-	bpf_map_update_elem(&strangers, flow, &now, BPF_ANY);
+	bpf_map_update_elem(&unknown_flows, flow, &now, BPF_ANY);
 	return true;
 }
 

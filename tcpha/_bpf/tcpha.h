@@ -228,8 +228,8 @@ struct tcpha_state {
 	__u64 key_number; /* of the cookie key in use */
 	__u32 version;
 	__be16 vport;
-	__u16 drop_strangers; /* flows of an earlier run may not be known yet */
-	__u32 mtu;	      /* the least between here and the back ends; 0: not known */
+	__u16 drop_unknown; /* flows of an earlier run may not be known yet */
+	__u32 mtu;	    /* the least between here and the back ends; 0: not known */
 	__u8 vaddr[16];
 };
 

@@ -90,7 +90,7 @@ cdef struct fe_datapath:
                    uint64_t asked, tcpha_entry *old) noexcept nogil
     # Whether packets of unknown connections are dropped: they may be of flows not restored yet, and
     # our stack would answer them with a RST.
-    void (*drop_strangers)(void *self, bint drop) noexcept nogil
+    void (*drop_unknown)(void *self, bint drop) noexcept nogil
     # Remove entries whose lingering is over. Called now and then.
     void (*sweep)(void *self, uint32_t worker, uint64_t now) noexcept nogil
     # Packets of diverted flows wait on the event descriptor (-1: there is none). True: there may be

@@ -182,7 +182,7 @@ cdef extern from "tcpha.h" nogil:
         uint64_t key_number
         uint32_t version
         uint16_t vport
-        uint16_t drop_strangers
+        uint16_t drop_unknown
         uint32_t mtu
         uint8_t vaddr[16]
 

@@ -110,7 +110,7 @@ cdef struct fe_nfqueue:
     path paths[TCPHA_MAX_BACKENDS]
     be_nfqueue *local      # the Local Node; NULL: none
     diag *sockets          # our own
-    bint drop_strangers
+    bint drop_unknown
     recent *seen
     waiting_ack waiting[MAX_QUEUES][ACKS]
     uint64_t thinned

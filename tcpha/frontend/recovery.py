@@ -38,7 +38,7 @@ class Recovery:
         self.started = False
         self.registers = False  # back ends may register
         if self.rebuilding:
-            core.drop_strangers(True)
+            core.drop_unknown(True)
 
     def begin(self) -> None:
         self.started = True
@@ -58,7 +58,7 @@ class Recovery:
         self.since = asyncio.get_running_loop().time()
         self.restored = self.core.counters()["restored"]
         self.whose = "another front end"
-        self.core.drop_strangers(True)
+        self.core.drop_unknown(True)
         if self.holding:
             for peer in self.peers.all():
                 self._ask(peer)
@@ -89,7 +89,7 @@ class Recovery:
         if age <= REBUILD and not (told and age > at_least):
             return
         self.rebuilding = False
-        self.core.drop_strangers(False)
+        self.core.drop_unknown(False)
         found = self.core.counters()["restored"] - self.restored
         if found:
             log.info("%d connections of %s go on", found, self.whose)

@@ -142,9 +142,9 @@ def test_cookie(lab: Cluster) -> None:
         # data may have overtaken what proves its cookie, but not for longer than a second
         packet = Packet(ACK | PSH, data=b"GET", **values)
         for first, verdict in ((0, DROP), (500, DROP), (1500, STACK), (70_000, DROP)):
-            bpf.drop("strangers", flow(values["sport"]))
+            bpf.drop("unknown_flows", flow(values["sport"]))
             if first:
-                bpf.put("strangers", flow(values["sport"]),
+                bpf.put("unknown_flows", flow(values["sport"]),
                         struct.pack("=Q", bpf.host.now_ns() - first * 1_000_000))
             assert bpf.run("fe_ingress", packet)[0] == verdict, (other, first)
     assert bpf.run("fe_ingress", Packet(RST | ACK, **good))[0] == DROP

@@ -86,7 +86,7 @@ def test_many_guesses(c: Cluster) -> None:
         ask(s)
     assert fast(c) >= settled + 1
     calm_down(bpf)
-    bpf.drop("strangers", flow(4020))
+    bpf.drop("unknown_flows", flow(4020))
     try:
         assert bpf.run("fe_ingress", right)[0] == REDIRECT
     finally:

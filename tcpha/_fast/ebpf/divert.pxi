@@ -287,8 +287,8 @@ cdef int _restore(void *self, uint32_t worker, const tcpha_flow *flow, const tcp
     return ledger_restore(&(<fe_ebpf *>self).book, worker, flow, entry, asked, old)
 
 
-cdef void _drop_strangers(void *self, bint drop) noexcept nogil:
-    (<fe_ebpf *>self).state.drop_strangers = drop
+cdef void _drop_unknown(void *self, bint drop) noexcept nogil:
+    (<fe_ebpf *>self).state.drop_unknown = drop
 
 
 cdef void _sweep(void *self, uint32_t worker, uint64_t now) noexcept nogil:

@@ -50,8 +50,8 @@ cdef class FeEbpf(FeDatapath):
         memcpy(self.table.state.vaddr, conf.vaddr, 16)
         self.table.state.vport = conf.vport
         self.table.state.version = TCPHA_STATE_VERSION
-        self.fresh = not self.taken_over or self.table.state.drop_strangers
-        self.table.state.drop_strangers = self.fresh
+        self.fresh = not self.taken_over or self.table.state.drop_unknown
+        self.table.state.drop_unknown = self.fresh
         self.d.tap = self.table.event_fd = tap[0]
         self.d.tunnel = tunnel
         self.d.flows = self.obj.map_fd("flows")
@@ -65,7 +65,7 @@ cdef class FeEbpf(FeDatapath):
         self.table.give_back = _give_back
         self.table.forget = _forget
         self.table.restore = _restore
-        self.table.drop_strangers = _drop_strangers
+        self.table.drop_unknown = _drop_unknown
         self.d.state = self.table.state
         self.table.sweep = _sweep
         self.table.on_packets = _on_packets

@@ -115,7 +115,7 @@ cdef void _fast_early(void *self, uint32_t queue, uint32_t worker, uint8_t *fram
 
 cdef int _take_back(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
                     uint32_t backend, tcpha_entry *entry) noexcept nogil:
-    """The entry stays, so that what the client still sends is not mistaken for a stranger's. A
+    """The entry stays, so that what the client still sends is not mistaken for an unknown flow's. A
     request has one id, and the word of who had it before may come when another one has it."""
     cdef fe_ebpf *d = <fe_ebpf *>self
     return id and _find(d, flow, entry) == 0 and tcpha_live(entry) == id and \

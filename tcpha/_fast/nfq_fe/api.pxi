@@ -36,7 +36,7 @@ cdef class FeNfqueue(FeDatapath):
         self.d.tunnel = tunnel
         self.diag = SockDiag()
         self.d.sockets = &self.diag.d
-        self.fresh = self.d.drop_strangers = True
+        self.fresh = self.d.drop_unknown = True
         self.packet_socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC)
         self.packet_socket.setsockopt(263, 15, 1)  # SOL_PACKET, PACKET_VNET_HDR
         self.packet_socket.setsockopt(socket.SOL_SOCKET, 32, 16 << 20)  # SO_SNDBUFFORCE
@@ -55,7 +55,7 @@ cdef class FeNfqueue(FeDatapath):
         self.table.give_back = _give_back
         self.table.forget = _forget
         self.table.restore = _restore
-        self.table.drop_strangers = _drop_strangers
+        self.table.drop_unknown = _drop_unknown
         self.table.sweep = _sweep
         self.table.on_packets = _on_packets
         self.table.next_entries = _next_entries

@@ -137,7 +137,7 @@ cdef void _on_batch(void *self, queue *q) noexcept nogil:
         _send_waiting(d, &d.waiting[q.num - d.first_queue][i])
 
 
-cdef bint _is_stranger(fe_nfqueue *d, const tcpha_flow *flow, const tcp_view *v) noexcept nogil:
+cdef bint _is_unknown(fe_nfqueue *d, const tcpha_flow *flow, const tcp_view *v) noexcept nogil:
     """Whether our stack has no connection for a packet, and would answer with a RST."""
     cdef diag_answer a
     return not v.flags & TCP_SYN and diag_query(d.sockets, flow, &a) == 0 and a.state == 0
@@ -201,7 +201,7 @@ cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
     memcpy(&flow.vport, v.tcp + 2, 2)
     e = <tcpha_entry *>table_find(&d.flows, &flow)
     if e == NULL or not _classify(d, e, &v):
-        if d.drop_strangers and _is_stranger(d, &flow, &v):
+        if d.drop_unknown and _is_unknown(d, &flow, &v):
             return V_DROP
         if v.ts != NULL:
             _note(d, &flow, &v)
