@@ -81,7 +81,7 @@ cdef fe_worker *_of_worker(worker *w) noexcept nogil:
     return <fe_worker *>w.role
 
 
-cdef bint _by_rules(frontend *f, worker *w, request *r, const uint8_t *buf) noexcept nogil:
+cdef bint _by_rules(frontend *f, worker *w, request *r, uint8_t *buf) noexcept nogil:
     """Match the rules and pick a back end. False: there is none."""
     cdef ruleset *rules = <ruleset *>loadp(<void **>&f.rules)
     cdef fe_worker *fw = _of_worker(w)
@@ -112,7 +112,7 @@ cdef bint _by_rules(frontend *f, worker *w, request *r, const uint8_t *buf) noex
     return True
 
 
-cdef bint _choose(frontend *f, worker *w, request *r, const uint8_t *buf) noexcept nogil:
+cdef bint _choose(frontend *f, worker *w, request *r, uint8_t *buf) noexcept nogil:
     """Pick who takes the request, whose head begins at buf: a back end, or the Local Node. False:
     nobody."""
     if _by_rules(f, w, r, buf):
