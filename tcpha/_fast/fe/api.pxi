@@ -357,13 +357,11 @@ cdef class FrontEnd(Core):
         cdef int i
         for i in range(LINKS_MAX):
             if load32(&be.link[i]) == MAX_LINKS:
-                store32(&be.link[i], link_index)
                 add32(&be.may.links, 1)
+                store32(&be.link[i], link_index)
                 _void_verdicts(self.f)
-                if load32(&self.c.links[link_index].state) != LINK_UP and \
-                        load32(&be.link[i]) == link_index:
-                    store32(&be.link[i], MAX_LINKS)
-                    add32(&be.may.links, -1)
+                if load32(&self.c.links[link_index].state) != LINK_UP:
+                    _lose_link(self.f, be, link_index)
                 with nogil:
                     _ask_all_again(self.f, w, b)
                     self.flush_outsider()

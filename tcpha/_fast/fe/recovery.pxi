@@ -65,6 +65,16 @@ cdef void _ask_all_again(frontend *f, worker *w, uint32_t b) noexcept nogil:
             pthread_mutex_unlock(&k.lock)
 
 
+cdef void _lose_link(frontend *f, backend *be, uint32_t index) noexcept nogil:
+    """A back end has a link no longer. It may break while it is entered: whoever takes it off the
+    list counts that."""
+    cdef uint32_t i
+    for i in range(LINKS_MAX):
+        if load32(&be.link[i]) == index and xchg32(&be.link[i], MAX_LINKS) == index:
+            add32(&be.may.links, -1)
+            _void_verdicts(f)
+
+
 cdef void _on_link_down(core *c, worker *w, link *l) noexcept nogil:
     """Whether the back end has adopted what was offered on a link is known to it alone: it is asked
     on another link, or as soon as it is back. If it closed the link (it was killed, then), it has
@@ -74,11 +84,7 @@ cdef void _on_link_down(core *c, worker *w, link *l) noexcept nogil:
     cdef backend *be = &f.backends[l.peer]
     cdef uint32_t i, index = <uint32_t>(l - c.links)
     cdef conn *k
-    for i in range(LINKS_MAX):
-        if load32(&be.link[i]) == index:
-            store32(&be.link[i], MAX_LINKS)
-            add32(&be.may.links, -1)
-            _void_verdicts(f)
+    _lose_link(f, be, index)
     for i in range(f.nconns):
         k = &f.conns[i]
         if load32(&k.state) != CONN_SENT or load32(&k.link) != index:
