@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * A flow that was diverted: what becomes of it, and whose is a client's packet. One answer for the BPF
- * programs and for the datapath in user space. Nobody else looks into 'phase'.
+ * An entry of the front end's flow table: what becomes of it, and whose is a client's packet. One answer for
+ * the BPF programs and for the datapath in user space. Nobody else takes 'phase' apart.
  */
 #ifndef TCPHA_FLOW_H
 #define TCPHA_FLOW_H
