@@ -222,7 +222,7 @@ static __always_inline int accept(struct __sk_buff *skb, const struct packet *p,
 		bpf_ringbuf_discard(event, 0);
 		return TC_ACT_SHOT;
 	}
-	result = cookie_accept(skb, &t, &a->c, k->wscale, bpf_ntohs(p->id));
+	result = cookie_accept(skb, &t, &a->c, k->wscale, p->df ? bpf_ntohs(p->id) : a->c.rtt_ms);
 	if (result)
 		return refuse(event, p, a, result);
 	if (is_again(skb))
@@ -287,9 +287,9 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct p
 }
 
 /*
- * A segment that came right behind one whose socket is in the making, on another CPU perhaps, or which has
- * to wait for the end of an older socket: it waits in the same way, or it would be lost. A TIME_WAIT that
- * nothing waits for is what became of the socket, and the segment is its own.
+ * The socket for this segment is being made, on another CPU perhaps, or waits for the end of an older one.
+ * So the segment waits, too, or it would be lost. A TIME_WAIT that nothing waits for is what became of the
+ * socket: the segment is its own.
  */
 static __always_inline int behind_first(struct __sk_buff *skb, const struct packet *p, __u32 state)
 {

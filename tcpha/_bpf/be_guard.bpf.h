@@ -98,7 +98,7 @@ static __always_inline int guard(struct __sk_buff *skb, const struct packet *p, 
 	verdict = adopt_by_cookie(skb, p, &a, s.other ? &s.rcv_nxt : 0);
 	if (verdict == TC_ACT_SHOT && conf.fast && !control)
 		verdict = behind_first(skb, p, s.state);
-	/* what the socket cannot expect would be answered with a RST, should it end before this gets there */
+	/* only what the socket expects: should it end meanwhile, our stack answers all else with a RST */
 	if (verdict == TC_ACT_SHOT && pass &&
 	    (!conf.fast || control || (s.state == BPF_TCP_TIME_WAIT && (__s32)(p->seq - s.rcv_nxt) <= 0)))
 		return let_pass(skb, p, &a.tag);

@@ -186,7 +186,7 @@ static __always_inline int decide(struct __sk_buff *skb, __u32 offset, __u32 len
 	fresh->target_len = at - target;
 	for (i = 0; i < TCPHA_TARGET_MAX / 8; i++)
 		((__u64 *)fresh->target)[i] = word_at(h, target + i * 8);
-	/* the choice is another flow's, if by now the memory is */
+	/* this memory may be another verdict's by now, and the choice was its */
 	return choose(v, fresh) && *(volatile __u64 *)&v->key == key;
 }
 

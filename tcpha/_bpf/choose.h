@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Who gets a request. Workers and 'test-request' ask tcpha_refusal() who may. A verdict in the cache keeps what
- * it said, until a change makes all verdicts void. Of those who may, workers and the BPF program take one by
- * tcpha_choose().
+ * Who gets a request. Workers and 'test-request' ask tcpha_refusal() who may. A verdict in the cache keeps
+ * what it said, until a change makes all verdicts void. Of those who may, workers and the BPF program take
+ * one by tcpha_choose().
  *
  * Rules that match are asked in their order, those with the same pattern together: a group. The first group
  * with a member that may take the request decides; in it the one with the fewest connections. Equal ones take

@@ -41,11 +41,14 @@ static __always_inline int encapsulate(struct __sk_buff *skb, const struct tcpha
 	return bpf_skb_store_bytes(skb, ETH_HLEN, &outer, sizeof(outer), 0);
 }
 
-/* The RTT of the handshake, for the back end, in a field that has no use in packets with DF (RFC 6864). */
+/* The RTT of the handshake, for the back end: in the identification, which has no use where DF is (RFC 6864).
+ */
 static __always_inline void tell_rtt(struct __sk_buff *skb, const struct packet *p, __u16 rtt_ms)
 {
 	__be16 id = bpf_htons(rtt_ms);
 
+	if (!p->df)
+		return;
 	bpf_l3_csum_replace(skb, ETH_HLEN + __builtin_offsetof(struct iphdr, check), p->id, id, sizeof(id));
 	bpf_skb_store_bytes(skb, ETH_HLEN + __builtin_offsetof(struct iphdr, id), &id, sizeof(id), 0);
 }
@@ -243,7 +246,7 @@ static __always_inline int hold(struct __sk_buff *skb, const struct packet *p, s
 	return to_tap(skb, &frame, conf.tap, 0);
 }
 
-/* Whether a packet belongs to the flow of an entry of its name, and not to our stack. */
+/* Whether a packet belongs to the flow of an entry of its 4-tuple, and not to our stack. */
 static __always_inline bool is_of(const struct packet *p, struct tcpha_entry *e)
 {
 	if (*(volatile __u32 *)&e->tag != tcpha_tag(&p->flow))

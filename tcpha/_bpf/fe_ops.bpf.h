@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What the front end's user space wants: see enum tcpha_op_kind. */
+/* What the front end's user space wants: see TCPHA_OP_HOLD and what follows it. */
 #ifndef FE_OPS_BPF_H
 #define FE_OPS_BPF_H
 

@@ -74,8 +74,8 @@ static __always_inline int fast_flow(struct __sk_buff *skb, const struct packet 
 		return to_worker(skb, TCPHA_FAST_FIRST);
 	}
 	/*
-	 * A copy with an urgent byte in it: of that, the server would read other bytes than we did. The back
-	 * end's socket may have it, if there is one; if not, the connection comes back to us (DOUBT).
+	 * This copy has an urgent byte, so the server would read other bytes of it than we did. Only a socket
+	 * that exists may get it. If there is none, the connection comes back to us (DOUBT).
 	 */
 	if (urgent_end(p) && urgent_end(p) <= length)
 		first = false;
@@ -92,7 +92,7 @@ struct arrival {
 	struct cookie c;
 	struct tcpha_state *own;
 	struct tcpha_shaken *before; /* the end of the flow's handshake, or 0 */
-	struct tcpha_entry *older;   /* the entry of an older flow of its name, or 0 */
+	struct tcpha_entry *older;   /* the entry of an older flow of its 4-tuple, or 0 */
 	__u32 socket;		     /* state of the socket that owns its 4-tuple; 0: none does */
 };
 
@@ -137,8 +137,8 @@ static __always_inline int without_cookie(struct __sk_buff *skb, const struct pa
 	if (a->before && p->seq - a->before->isn < TCPHA_LEAP) /* or a keep-alive probe */
 		return p->seq != a->before->isn && p->length ? to_worker(skb, TCPHA_FAST_EARLY) : TC_ACT_SHOT;
 	/*
-	 * Another CPU may have had the first segment in its hands since we looked for an entry. First there
-	 * is an entry, and perhaps a socket in its place; then 'shaken' forgets.
+	 * Another CPU may have had the first segment since we looked for an entry. It makes the entry, and
+	 * perhaps a socket in its place, before 'shaken' forgets. So look again.
 	 */
 	if (owner(skb, &a->t) != BPF_TCP_LISTEN)
 		return TC_ACT_UNSPEC;
@@ -211,9 +211,9 @@ static long has_gone(__u32 i, void *ctx)
 }
 
 /*
- * Make an entry ours to replace; its phase was *was. Another CPU may have been first: if it had a copy of
- * our segment, that one goes on (-1). If it removes the entry, there is soon none to replace (0). It is
- * looked up once more, as the memory of one that is gone may be another flow's at any time.
+ * Claim an entry, to replace it; *was gets its phase. 1: it is ours. -1: another CPU has replaced it, with a
+ * copy of our segment, which goes on. 0: it is gone, or about to be. It is looked up once more, as the memory
+ * of one that is gone may be another flow's at any time.
  */
 static __always_inline int claim(struct tcpha_entry *e, struct tcpha_flow *flow, __u64 *was)
 {

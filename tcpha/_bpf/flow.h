@@ -55,6 +55,7 @@ enum {
  *      settle: a socket of ours       REPLACING             PENDING      the older one's
  *
  *      forward: cached, or restored   (new)                 FORWARD
+ *      forward, by nfqueue            HELD                  FORWARD
  *      end, and the client may send   FORWARD, DRAINING     LINGERING    its own
  *      end                            FORWARD, DRAINING     GONE         its own
  *      claim: to replace it           all but GONE          GONE         its own, or the older one's
@@ -69,7 +70,8 @@ enum {
 	TCPHA_DRAINING = 2,  /* a back end has it: user space sends on what it has kept */
 	TCPHA_FORWARD = 3,   /* a back end has it: packets go there */
 	TCPHA_PENDING = 4,   /* the request is on its way to user space, and what follows goes there, too */
-	TCPHA_REPLACING = 5, /* the same; an older flow of its name was a back end's, and is over by this */
+	TCPHA_REPLACING = 5, /* the same, and this request has ended an older flow of its 4-tuple, which a
+				back end had */
 	TCPHA_LINGERING = 6, /* the connection is over; the client may still send its FIN, or that again */
 	TCPHA_GONE = 7,
 };

@@ -134,7 +134,7 @@ static __always_inline void tuple_of(const struct tcpha_flow *flow, struct bpf_s
 
 /*
  * The listener that a SYN from t would find. The client may have a connection of its own with the address
- * and port where the application listens, or its remains: looked up by name, that hides the listener.
+ * and port where the application listens, or its remains: looked up by 4-tuple, that hides the listener.
  */
 static __always_inline struct bpf_sock *find_listener(struct __sk_buff *skb, struct bpf_sock_tuple *t)
 {
@@ -150,9 +150,7 @@ static __always_inline struct bpf_sock *find_listener(struct __sk_buff *skb, str
 /* Fill op from a connection's socket. */
 static __always_inline void read_socket(const struct tcp_sock *tp, struct tcpha_op *op)
 {
-	op->snd_una = tp->snd_una;
 	op->snd_nxt = tp->snd_nxt;
-	op->write_seq = tp->write_seq;
 	op->snd_wnd = tp->snd_wnd;
 	op->rcv_nxt = tp->rcv_nxt;
 	op->rcv_wnd = tp->rcv_wnd;

@@ -63,7 +63,7 @@ struct tcpha_entry {
 	__u64 packets;	/* forwarded; a GSO packet counts as its segments */
 	__u64 bytes;	/* forwarded, L3 and up */
 	__u64 phase;	/* see flow.h */
-	__u32 tag;	/* of its key, see flow.h: when it is gone, its memory is another flow's at once */
+	__u32 tag;	/* a digest of its key: shows that this memory is still the flow's, see flow.h */
 	__u32 backend;	/* index into the table of back ends */
 	__u32 slot;	/* TCPHA_HELD: connection slot in user space */
 	__u32 flags;
@@ -119,8 +119,8 @@ enum {
 	TCPHA_R_NO_LISTENER = 2,
 	TCPHA_R_ASSIGN = 3, /* the kernel refused: see error */
 	TCPHA_R_NO_SOCKET = 4,
-	TCPHA_R_TIME_WAIT = 5, /* a TIME_WAIT socket owns the tuple: see rcv_nxt */
-	TCPHA_R_LIVE = 6,      /* another socket owns the tuple: see state, rcv_nxt */
+	TCPHA_R_TIME_WAIT = 5, /* a TIME_WAIT socket owns the 4-tuple: see rcv_nxt */
+	TCPHA_R_LIVE = 6,      /* another socket owns the 4-tuple: see state, rcv_nxt */
 	TCPHA_R_BACKLOG = 7,   /* the listener's accept queue is full */
 	TCPHA_R_FULL = 8,      /* no more connections wanted */
 };
@@ -161,9 +161,7 @@ struct tcpha_op {
 	__u32 ts_recent; /* the peer's latest TSval */
 	/* QUERY out */
 	__u32 state; /* enum tcp_state, BPF_TCP_* */
-	__u32 snd_una;
 	__u32 snd_nxt;
-	__u32 write_seq;
 	__u32 snd_wnd;
 	__u32 rcv_nxt;
 	__u32 rcv_wnd;
@@ -186,7 +184,7 @@ struct tcpha_counters {
 	__u64 cached;	/* front end: requests that the verdict cache decided */
 	__u64 forged;	/* segments of no known flow that had no valid cookie */
 	__u64 adopted;	/* back end: by a client's own segment */
-	__u64 yielded;	/* back end: older sockets on the tuple that were ended for that */
+	__u64 yielded;	/* back end: older sockets on the 4-tuple that were ended for that */
 	__u64 again;	/* back end: rounds of segments that waited for their socket */
 	__u64 icmp;	/* front end: ICMP errors sent on to the back end that they concern */
 	__u64 too_big;	/* front end: no room on the way to the back end, and the client was told */
@@ -311,7 +309,7 @@ struct tcpha_shaken {
 /* What became of the request of a flow at the back end. */
 enum {
 	TCPHA_ADOPTED = 0,
-	TCPHA_YIELDING = 1, /* it is about to be adopted: an older socket on the tuple ends first */
+	TCPHA_YIELDING = 1, /* it is about to be adopted: an older socket on the 4-tuple ends first */
 	TCPHA_GIVEN_UP = 2, /* the front end was told that it did not come */
 };
 
@@ -340,7 +338,7 @@ struct tcpha_event {
 	__u32 ours; /* our initial sequence number */
 	__u32 frontend;
 	__u32 result; /* TCPHA_R_OK, or why not */
-	__u32 reused; /* its tuple had another one within a minute, whose end may yet be reported */
+	__u32 reused; /* its 4-tuple had another one within a minute, whose end may yet be reported */
 	__u32 pad;
 };
 

@@ -4,7 +4,7 @@
 The kernel reports the end of each TCP socket (NETLINK_SOCK_DIAG, groups SKNLGRP_INET_TCP_DESTROY
 and SKNLGRP_INET6_TCP_DESTROY: a listener for both families has IPv6 children). A report may come
 late, when the 4-tuple belongs to a newer connection already; so it only makes us look whether a
-socket owns the tuple.
+socket owns it.
 """
 import os
 import socket

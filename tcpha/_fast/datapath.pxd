@@ -66,7 +66,7 @@ cdef struct packet_path:
 cdef struct fe_datapath:
     void *self
     # From now on the flow's packets are kept in user space instead of reaching our stack. 1: an
-    # older flow of the same name, of back end old.backend, is over by this.
+    # older flow of the same 4-tuple, of back end old.backend, is over by this.
     int (*divert)(void *self, uint32_t worker, const tcpha_flow *flow, tcpha_entry *entry,
                   tcpha_entry *old) noexcept nogil
     # Freeze the socket (idempotent) and read its state. s.flow is given; s.len becomes the number
@@ -81,10 +81,11 @@ cdef struct fe_datapath:
     bint (*answered)(void *self, uint32_t slot, uint32_t snd_nxt) noexcept nogil
     # Give the flow back to our own stack, kept packets too.
     int (*give_back)(void *self, const tcpha_flow *flow, uint32_t slot) noexcept nogil
-    # The back end says that the connection ended. 1: it was this handoff's; entry holds its last
-    # state. 0: not known. linger: what the client still sends belongs to a TIME_WAIT socket there.
-    int (*forget)(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id, bint linger,
-                  tcpha_entry *entry) noexcept nogil
+    # The back end says that the connection ended. 1: it was this handoff's, and its; entry holds
+    # the last state. 0: not known. linger: what the client still sends belongs to a TIME_WAIT
+    # socket there.
+    int (*forget)(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
+                  uint32_t backend, bint linger, tcpha_entry *entry) noexcept nogil
     # Enter a flow that an earlier run or another front end handed over: see ledger_restore().
     int (*restore)(void *self, uint32_t worker, const tcpha_flow *flow, const tcpha_entry *entry,
                    uint64_t asked, tcpha_entry *old) noexcept nogil

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Structs and constants shared with the BPF programs (tcpha/_bpf/tcpha.h)."""
+"""What is shared with the BPF programs: tcpha/_bpf/tcpha.h, flow.h, choose.h, frame.h."""
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 
@@ -46,7 +46,6 @@ cdef extern from "tcpha.h" nogil:
         TCPHA_F_RST
         TCPHA_F_ANSWERED
         TCPHA_GIVEN_UP
-        TCPHA_F_NEW_SYN
         TCPHA_F_FAST
         TCPHA_DIRECT
         TCPHA_TUNNEL
@@ -136,9 +135,7 @@ cdef extern from "tcpha.h" nogil:
         uint32_t tsval
         uint32_t ts_recent
         uint32_t state
-        uint32_t snd_una
         uint32_t snd_nxt
-        uint32_t write_seq
         uint32_t snd_wnd
         uint32_t rcv_nxt
         uint32_t rcv_wnd
@@ -280,15 +277,8 @@ cdef extern from "siphash.h" nogil:
 cdef extern from "flow.h" nogil:
     enum:
         TCPHA_TO_STACK
-        TCPHA_TO_FLOW
         TCPHA_TO_LIVE
-        TCPHA_HELD
-        TCPHA_DRAINING
-        TCPHA_FORWARD
-        TCPHA_PENDING
-        TCPHA_REPLACING
         TCPHA_LINGERING
-        TCPHA_GONE
     uint32_t tcpha_tag(const tcpha_flow *flow)
     uint32_t tcpha_state_of(const tcpha_entry *e)
     int tcpha_is_pending(uint32_t state)
@@ -310,7 +300,6 @@ cdef extern from "choose.h" nogil:
         TCPHA_DRAINED
         TCPHA_DEAF
         TCPHA_FULL
-        TCPHA_TRIED
 
     struct tcpha_member:
         uint32_t used

@@ -25,7 +25,6 @@ cdef enum tcp_state:       # as in include/net/tcp_states.h
     TCP_FIN_WAIT1 = 4
     TCP_FIN_WAIT2 = 5
     TCP_TIME_WAIT = 6
-    TCP_CLOSE = 7
     TCP_CLOSE_WAIT = 8
     TCP_LAST_ACK = 9
     TCP_LISTEN = 10

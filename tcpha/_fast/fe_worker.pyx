@@ -49,11 +49,11 @@ from tcpha._fast.snapshot cimport SNAP_FIN, snapshot
 from tcpha._fast.sys cimport (
     EAGAIN, EINTR, EMFILE, ENFILE, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLRDHUP, EPOLL_CTL_ADD,
     EPOLL_CTL_DEL, EPOLL_CTL_MOD, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, MSG_TRUNC,
-    SEEK_CUR, SHUT_WR, SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, add32, add64, close, errno, ftruncate,
-    getsockopt, htons, iovec, load32, load64, loadp, lseek, now_ns, pthread_mutex_destroy,
-    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, raise64,
-    read_counters, realtime_ns, recv, send, set32, set64, setsockopt, shutdown, sockaddr,
-    sockaddr_in, socklen_t, store32, store64, storep, writev, xchg32)
+    SEEK_CUR, SHUT_WR, SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, add32, add64, cas32, close, errno,
+    ftruncate, getsockopt, htons, iovec, load32, load64, loadp, lseek, now_ns,
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock,
+    pthread_mutex_unlock, raise64, read_counters, realtime_ns, recv, send, set32, set64, setsockopt,
+    shutdown, sockaddr, sockaddr_in, socklen_t, store32, store64, storep, writev, xchg32)
 
 # for Python: see choose.h
 MAY, AWAY, DEAD, DRAINED, DEAF, FULL = (

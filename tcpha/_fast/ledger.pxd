@@ -64,8 +64,8 @@ cdef int ledger_restore(ledger *l, uint32_t worker, const tcpha_flow *flow,
                         const tcpha_entry *entry, uint64_t asked,
                         tcpha_entry *old) noexcept nogil
 cdef void ledger_remove(ledger *l, const tcpha_flow *flow) noexcept nogil
-cdef int ledger_forget(ledger *l, uint32_t worker, const tcpha_flow *flow, uint64_t id, bint linger,
-                       tcpha_entry *entry) noexcept nogil
+cdef int ledger_forget(ledger *l, uint32_t worker, const tcpha_flow *flow, uint64_t id,
+                       uint32_t backend, bint linger, tcpha_entry *entry) noexcept nogil
 cdef uint32_t ledger_drop_pending(ledger *l, uint32_t worker, const tcpha_flow *flow,
                                   uint64_t idle) noexcept nogil
 cdef void ledger_linger(ledger *l, const tcpha_flow *flow, uint64_t id,

@@ -164,14 +164,17 @@ cdef bint _make_room(ledger *l, uint32_t worker) noexcept nogil:
     return made != 0
 
 
-cdef int ledger_forget(ledger *l, uint32_t worker, const tcpha_flow *flow, uint64_t id, bint linger,
-                       tcpha_entry *entry) noexcept nogil:
-    """The connection of handoff 'id' is over. 1: it was known, and entry is what it was. 0: it was
-    not, or that was said before: a back end that was started anew may say it again."""
+cdef int ledger_forget(ledger *l, uint32_t worker, const tcpha_flow *flow, uint64_t id,
+                       uint32_t backend, bint linger, tcpha_entry *entry) noexcept nogil:
+    """The connection of handoff 'id' is over at a back end. 1: it was known, and entry is what it
+    was. 0: it was not, or that was said before: a back end that was started anew may say it again.
+    Or another back end has it now: a request may be offered to a second one while the first is cut
+    off, whose connection is nobody's then."""
     cdef int known = 0
     cdef bint keep
     pthread_mutex_lock(_stripe(l, flow))
-    if id and l.store.find(l.store.self, flow, entry) == 0 and tcpha_live(entry) == id:
+    if id and l.store.find(l.store.self, flow, entry) == 0 and tcpha_live(entry) == id and \
+            entry.backend == backend:
         # a late copy of a request with a cookie would begin anew; of such, two seconds are enough
         keep = (linger or entry.flags & TCPHA_F_FAST) and \
             _linger(l, flow, id, now_ns() if linger else 0)

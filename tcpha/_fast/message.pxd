@@ -26,7 +26,7 @@ cdef enum message_type:
     MSG_PING = 6       # both: id: sender's clock
     MSG_PONG = 7       # both: id: the ping's; body: sender's clock
     MSG_OWNED = 8      # FE, to a BE that was started anew: id: handoff id; body: flow
-    MSG_KEYS = 10      # FE: id: see key_id(); body: a cookie key
+    MSG_KEYS = 10      # FE: id: number of the key << 8 | window scale; body: it
     MSG_KEYED = 11     # BE: id: the one of KEYS; from now on it knows cookies made with it. 0: none
     MSG_RETURN = 12    # BE: a request of the packet path, not taken: as CLOSED; body: flow, reason
     MSG_ASK = 17       # FE: tell what there is; id: a number of its own, which grows

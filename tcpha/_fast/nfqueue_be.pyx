@@ -72,7 +72,7 @@ cdef struct be_flow:
     int wscale             # of its SYN-ACK; -1: none
     bint ts_ok
     bint ecn_ok
-    bint after_direct      # the name was a direct connection's, whose last packets may still come
+    bint after_direct      # a direct connection had the 4-tuple; its last packets may still come
     translation inward
     translation outward
     uint64_t ended_ns      # 0: alive

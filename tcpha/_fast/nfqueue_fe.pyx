@@ -85,8 +85,8 @@ cdef struct path:
 
 
 # The latest TSval of a client that our stack serves: no socket option tells (RFC 7323: TS.Recent).
-# The queues' threads share these without a lock. What goes wrong between two of them leaves a seq
-# that does not fit, and then the TSval of the SYN does.
+# The queues' threads share these without a lock. An entry that two of them have mixed up has a seq
+# that does not fit; then the TSval of the SYN is used.
 cdef struct recent:
     uint64_t who           # client's address, port and ours; 0: free
     uint64_t value         # the packet's seq, and its TSval in the lower half

@@ -14,6 +14,7 @@ cdef extern from * nogil:
     #define at_set(p, v) __atomic_store_n(p, v, __ATOMIC_RELAXED)
     #define at_add(p, v) __atomic_add_fetch(p, v, __ATOMIC_SEQ_CST)
     #define at_xchg(p, v) __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST)
+    #define at_cas(p, before, after) __sync_bool_compare_and_swap(p, before, after)
     #define at_or(p, v) __atomic_or_fetch(p, v, __ATOMIC_SEQ_CST)
     /* Counters that others add to meanwhile, as they are at one moment each. */
     static inline void read_counters(void *to, const void *from, size_t size)
@@ -71,6 +72,7 @@ cdef extern from * nogil:
     void set64 "at_set"(uint64_t *p, uint64_t v)
     uint32_t add32 "at_add"(uint32_t *p, long v)
     uint32_t xchg32 "at_xchg"(uint32_t *p, uint32_t v)
+    bint cas32 "at_cas"(uint32_t *p, uint32_t before, uint32_t after)
     uint32_t or32 "at_or"(uint32_t *p, uint32_t v)
     uint64_t load64 "at_load"(uint64_t *p)
     void store64 "at_store"(uint64_t *p, uint64_t v)

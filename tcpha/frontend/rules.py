@@ -75,7 +75,7 @@ class Rules:
 
     def explain(self, head: bytes) -> dict[str, Any]:
         """What would become of a request, and why. head: all of it, up to the empty line."""
-        error, target, seen, matched, winner, alone = self.core.consider(head)
+        error, target, seen, matched, winner, asked, alone = self.core.consider(head)
         if error:
             status = 431 if "headlimit" in error else 400
             return {"outcome": str(status), "reason": f"request head: {error}", "rules": []}
@@ -90,9 +90,9 @@ class Rules:
                    "reason": f"first rule that matches and can be served: '{rule.pattern}'"}
         else:
             why = "no back end of a rule that matches can take it" if rows else "no rule matches"
-            last = next((r["server"] for r in rows if r["reason"] == NOBODY_LISTENS), "")
-            if last:
-                why += f"; {last} is asked all the same, and refuses unless its server is back"
+            if asked >= 0:
+                why += (f"; {self.in_force[asked].server} is asked all the same, and refuses "
+                        "unless its server is back")
             if alone == MAY:
                 out = {"outcome": "handed over", "server": NAME,
                        "reason": f"{why}; the Local Node listens"}

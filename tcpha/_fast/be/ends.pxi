@@ -6,7 +6,7 @@ cdef inline bint _living(int owner) noexcept nogil:
 
 
 cdef inline bint _unborn(adopted *a, int owner) noexcept nogil:
-    """Nobody owns the tuple; but unless its end has been reported, the packet that adopted it may
+    """Nobody owns the 4-tuple; but unless its end has been reported, the packet that adopted it may
     still be on its way up (its CPU may be doing something else), and its socket come."""
     return owner == 0 and a.fast and now_ns() - a.since_ns < YOUNG_NS
 
@@ -99,10 +99,9 @@ cdef void _check_all(backend_state *b, worker *w) noexcept nogil:
 
 
 cdef void _reap(backend_state *b, worker *w, uint64_t asked_ns, bint anyway) noexcept nogil:
-    """Look before refusing for want of room: reports of ended connections lag behind under load,
-    and those that the application has closed are no load for it. One look counts for all that was
-    asked before it began; what is older than the question says nothing. anyway: there may be too
-    little room, though not none."""
+    """Before refusing for want of room, look for connections that have ended: reports lag under
+    load, and those that the application has closed are no load for it. One look serves all who
+    asked before it began. anyway: look though there is some room."""
     pthread_mutex_lock(&b.reap_lock)
     if (anyway or _is_full(b)) and b.looked_ns < asked_ns:
         b.looked_ns = now_ns()

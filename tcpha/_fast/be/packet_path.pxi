@@ -9,7 +9,8 @@ cdef void _took(backend_state *b, worker *w, const tcpha_event *e) noexcept nogi
     pthread_mutex_lock(&b.lock)
     a = _find(b, &e.flow)
     if a != NULL and a.found and a.id != id:
-        a.found = False        # the search for what an earlier run adopted has seen it before us
+        # claim() found the socket before we read its event: now its id is known
+        a.found = False
         a.id = id
         a.fast = True
         a.peer = e.frontend

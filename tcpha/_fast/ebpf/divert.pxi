@@ -277,9 +277,9 @@ cdef int _give_back(void *self, const tcpha_flow *flow, uint32_t slot) noexcept 
     return 0
 
 
-cdef int _forget(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id, bint linger,
-                 tcpha_entry *entry) noexcept nogil:
-    return ledger_forget(&(<fe_ebpf *>self).book, worker, flow, id, linger, entry)
+cdef int _forget(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id, uint32_t backend,
+                 bint linger, tcpha_entry *entry) noexcept nogil:
+    return ledger_forget(&(<fe_ebpf *>self).book, worker, flow, id, backend, linger, entry)
 
 
 cdef int _restore(void *self, uint32_t worker, const tcpha_flow *flow, const tcpha_entry *entry,

@@ -285,8 +285,9 @@ cdef class FrontEnd(Core):
     def consider(self, bytes head):
         """What would become of a request with this head: (what is wrong with it or None, target,
         what rules see of that, [(index of a rule that matches, MAY or why not)] in the order in
-        which they are tried, the rule whose back end gets it or -1, the same of the Local Node).
-        Raises MemoryError."""
+        which they are tried, the rule whose back end gets it or -1, the one whose back end is asked
+        before the Local Node though nobody listens there or -1, what the Local Node says of it: MAY
+        or why not). Raises MemoryError."""
         cdef http_head h
         cdef bytearray buf = bytearray(head)
         cdef ruleset *rules
@@ -301,12 +302,12 @@ cdef class FrontEnd(Core):
         if rc != HTTP_DONE:
             error = h.error.decode() if rc == HTTP_BAD else \
                 "longer than headlimit" if len(head) >= self.f.headlimit else "not complete"
-            return error, "", "", [], -1, 0
+            return error, "", "", [], -1, -1, 0
         target = head[h.target:h.target + h.target_len].decode("ascii")
         seen = (chr(h.root) if h.root else "") + target[h.origin - h.target:]
         rules = self.f.rules   # the loop's thread publishes them, and runs this
         matched = []
-        winner = -1
+        winner = asked = -1
         if rules != NULL and rules.groups:
             bits = bytearray(rules.words * 8)
             if hs_clone_scratch(rules.patterns.scratch, &scratch) != HS_SUCCESS:
@@ -324,7 +325,9 @@ cdef class FrontEnd(Core):
                                         _refusal(self.f, b, nobody, False, now_ns())))
             if _pick(self.f, rules, <uint64_t *><char *>bits, nobody, False, &chosen):
                 winner = chosen.rule
-        return None, target, seen, matched, winner, \
+            elif _pick(self.f, rules, <uint64_t *><char *>bits, nobody, True, &chosen):
+                asked = chosen.rule
+        return None, target, seen, matched, winner, asked, \
             _refusal(self.f, TCPHA_LOCAL_NODE, nobody, False, now_ns())
 
     # Back ends, by index
@@ -397,12 +400,13 @@ cdef class FrontEnd(Core):
         cdef backend *be = &self.f.backends[b]
         cdef tcpha_load *load = &self.f.loads[b]
         cdef uint64_t returned = load64(&be.returned)
+        cdef uint64_t handed = load64(&be.handed) + load64(<uint64_t *>&load.handed)
         return {"links": load32(&be.may.links),
                 "told": be.asked != 0 and load32(&be.told) == be.asked,
                 "fast": bool(self.f.dp.fast != NULL and _takes_fast(self.f, b)),
                 "draining": bool(load32(&be.may.draining)), "dead": bool(load32(&be.may.dead)),
                 "listens": bool(load64(&be.server_said) & 1), "live": load32(&load.live),
-                "handed": load64(&be.handed) + load64(<uint64_t *>&load.handed) - returned,
+                "handed": max(handed, returned) - returned,  # that may be of an earlier run
                 "refused": load64(&be.refused),
                 "returned": returned,
                 "closed": load64(&be.closed) + load64(<uint64_t *>&load.closed)}
@@ -412,7 +416,8 @@ cdef class FrontEnd(Core):
         self.f.dp.drop_unknown(self.f.dp.self, drop)
 
     def counters(self):
-        """accepted, handed and fast are without what was returned: it comes again."""
+        """accepted, handed and fast are without what was returned: it comes again. Some of it may
+        have been handed over by an earlier run."""
         cdef fe_counters n
         cdef uint64_t cached = 0, closed = 0
         cdef uint32_t i
@@ -420,7 +425,7 @@ cdef class FrontEnd(Core):
         for i in range(TCPHA_MAX_BACKENDS):
             cached += load64(<uint64_t *>&self.f.loads[i].handed)
             closed += load64(<uint64_t *>&self.f.loads[i].closed)
-        cached -= n.returned
+        cached -= min(n.returned, n.fast + cached)
         return {"accepted": n.accepted + cached, "handed": n.handed + cached,
                 "closed": n.closed + closed,
                 "refused": n.refused, "returned": n.returned, "lost": n.lost, "silent": n.silent,
@@ -453,11 +458,10 @@ cdef class FrontEnd(Core):
                 id = tcpha_live(scan.entry)
                 if id and now > scan.entry.last_ns and \
                         now - scan.entry.last_ns > silence[b] and self.f.dp.forget(
-                            self.f.dp.self, TCPHA_MAX_OPS - 2, scan.key, id, False,
+                            self.f.dp.self, TCPHA_MAX_OPS - 2, scan.key, id, b, False,
                             &entry) == 1:
                     n += 1
-                    add64(&self.f.n.expired, 1)
-                    add32(&self.f.loads[b].live, -1)
+                    _expired(self.f, b)
         scan.check()
         return n
 

@@ -15,15 +15,13 @@ cdef inline uint32_t _refusal(frontend *f, uint32_t b, const uint64_t *tried, bi
 
 cdef uint32_t _members(frontend *f, const ruleset *rules, uint32_t g, const uint64_t *tried,
                        bint desperate, tcpha_choice *may, uint64_t *until) noexcept nogil:
-    """Those of a group that may take a request; returns how many. until: when this may change for
-    one that is full, if that is sooner; 0: never."""
+    """Those of a group that may take a request; returns how many. until: lowered to when the first
+    one that is full is asked again; 0: none is full."""
     cdef uint64_t now = now_ns(), then
     cdef uint32_t i, why, n = 0
     cdef const choice *ch
     for i in range(rules.first[g], rules.first[g + 1]):
         ch = &rules.choices[i]
-        if n == TCPHA_MAX_BACKENDS:
-            break
         why = _refusal(f, ch.backend, tried, desperate, now)
         if why == TCPHA_MAY:
             may[n].backend = ch.backend
@@ -50,22 +48,35 @@ cdef inline int64_t _next_group(const uint64_t *matched, uint32_t words, int64_t
     return -1
 
 
+cdef int _candidates(frontend *f, const ruleset *rules, const uint64_t *matched,
+                     const uint64_t *tried, bint desperate, uint32_t room, tcpha_choice *may,
+                     uint64_t *until) noexcept nogil:
+    """Those of the first group that matched and has some who may take a request. Returns how many;
+    0: there are none; -1: a group before has more members than there is room for."""
+    cdef int64_t g = _next_group(matched, rules.words, -1)
+    cdef uint32_t n
+    while g >= 0:
+        if rules.first[g + 1] - rules.first[g] > room:
+            return -1
+        n = _members(f, rules, <uint32_t>g, tried, desperate, may, until)
+        if n:
+            return n
+        g = _next_group(matched, rules.words, g)
+    return 0
+
+
 cdef bint _pick(frontend *f, const ruleset *rules, const uint64_t *matched, const uint64_t *tried,
                 bint desperate, tcpha_choice *chosen) noexcept nogil:
     """Whether there is somebody: see choose.h."""
     cdef tcpha_choice may[TCPHA_MAX_BACKENDS]
     cdef uint64_t until = 0
-    cdef int64_t g = _next_group(matched, rules.words, -1)
-    cdef uint32_t n
+    cdef int n = _candidates(f, rules, matched, tried, desperate, TCPHA_MAX_BACKENDS, may, &until)
     cdef int at
-    while g >= 0:
-        n = _members(f, rules, <uint32_t>g, tried, desperate, may, &until)
-        at = tcpha_choose(may, n, TCPHA_MAX_BACKENDS, load64(&f.next_id), f.loads)
-        if at >= 0:
-            chosen[0] = may[at]
-            return True
-        g = _next_group(matched, rules.words, g)
-    return False
+    if n <= 0:
+        return False
+    at = tcpha_choose(may, n, TCPHA_MAX_BACKENDS, load64(&f.next_id), f.loads)
+    chosen[0] = may[at]
+    return True
 
 
 cdef inline void _void_verdicts(frontend *f) noexcept nogil:

@@ -31,7 +31,7 @@ cdef void _on_closed(frontend *f, worker *w, uint32_t b, const message *m) noexc
     cdef uint32_t slot = <uint32_t>(m.id & ((1 << SLOT_BITS) - 1))
     cdef bint linger = m.reason == END_TIME_WAIT
     cdef conn *k
-    if _forget(f, w, &m.snap.flow, m.id, linger) or slot >= f.nconns:
+    if _forget(f, w, &m.snap.flow, m.id, b, linger) or slot >= f.nconns:
         return
     k = &f.conns[slot]
     pthread_mutex_lock(&k.lock)
@@ -39,7 +39,8 @@ cdef void _on_closed(frontend *f, worker *w, uint32_t b, const message *m) noexc
         k.ended = True
         k.linger = linger
     pthread_mutex_unlock(&k.lock)
-    _forget(f, w, &m.snap.flow, m.id, linger)  # it may have been completed just now
+    # again: it may have been completed between our first look and the lock
+    _forget(f, w, &m.snap.flow, m.id, b, linger)
 
 
 cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:

@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 # The packet path: a request in one segment, that has no socket.
 
+cdef inline bint _has_key(frontend *f, uint32_t b) noexcept nogil:
+    """Whether a back end takes the cookies that we make. Else its requests take the socket path."""
+    return load64(&f.backends[b].keyed) >= load64(&f.key)
+
+
 cdef bint _takes_fast(frontend *f, uint32_t b) noexcept nogil:
-    """Whether a back end is there and has the key of the cookies that we make."""
-    cdef backend *be = &f.backends[b]
-    return load32(&be.may.used) and load32(&be.may.links) and load64(&be.keyed) >= load64(&f.key)
+    """Whether a back end is there, too."""
+    cdef tcpha_member *m = &f.backends[b].may
+    return load32(&m.used) and load32(&m.links) and _has_key(f, b)
 
 
 cdef bint _make_verdict(frontend *f, fe_worker *fw, tcpha_verdict *t) noexcept nogil:
     """Who may take a request by the rules that matched. False: no verdict can say so."""
-    cdef const ruleset *rules = fw.rules
-    cdef int64_t g = _next_group(fw.bits, rules.words, -1)
-    cdef uint32_t i
-    while g >= 0 and rules.first[g + 1] - rules.first[g] <= TCPHA_CHOICES:
-        t.count = _members(f, rules, <uint32_t>g, fw.req.tried, False, t.choice,
-                           <uint64_t *>&t.until_ns)
-        for i in range(t.count):
-            if load64(&f.backends[t.choice[i].backend].keyed) < load64(&f.key):
-                return False  # its requests take the socket path
-        if t.count:
-            return True
-        g = _next_group(fw.bits, rules.words, g)
-    return False
+    cdef int n = _candidates(f, fw.rules, fw.bits, fw.req.tried, False, TCPHA_CHOICES, t.choice,
+                             <uint64_t *>&t.until_ns)
+    cdef int i
+    t.count = max(n, 0)
+    for i in range(n):
+        if not _has_key(f, t.choice[i].backend):
+            return False
+    return n > 0
 
 
 cdef bint _sighted(frontend *f, uint64_t key) noexcept nogil:
@@ -45,7 +45,7 @@ cdef void _keep_verdict(frontend *f, fe_worker *fw, const tcp_view *v,
     if not load32(&c.on) or r.head.pos != v.data_len or \
             v.data_len > TCPHA_HEAD_MAX or line >= TCPHA_LINE_MAX:
         return
-    # the program knows a head by its halves, and any two of those that are known may come together
+    # the program stores the halves of heads, and any two may meet: each must fit half the limit
     if limit < TCPHA_HEAD_MAX and max(line, v.data_len - line) > limit // 2:
         return
     if not _untried(r):
@@ -91,7 +91,7 @@ cdef bint _choose_fast(frontend *f, worker *w, request *r, const tcp_view *v) no
     return not v.tcp[13] & TCP_URG and \
         http_parse(&r.head, v.data, min(v.data_len, f.headlimit)) == HTTP_DONE and \
         _choose(f, w, r, v.data) and \
-        load64(&f.backends[r.backend].keyed) >= load64(&f.key)  # never the Local Node
+        _has_key(f, r.backend)  # never the Local Node
 
 
 cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint32_t length,
@@ -136,8 +136,7 @@ cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint
         return
     r.began_ns = o.start_ns
     took = now_ns() - o.start_ns
-    add64(&f.n.accepted, 1)
-    add64(&f.n.fast, 1)
+    _accepted(f, True)
     histogram_add(&f.stages[STAGE_FAST], took)
     _handed(f, r, o.target, took, v.data if f.access_fd >= 0 else NULL)
     _keep_verdict(f, fw, v, generation)
@@ -189,13 +188,9 @@ cdef void _on_return(frontend *f, worker *w, uint32_t b, message *m) noexcept no
     if m.reason != REFUSE_LOST:
         _remember(f, m.id, b)  # at once: the client may send it again at any moment
     memset(&r, 0, sizeof(r))
-    r.id = m.id
     r.flow = m.snap.flow
     r.backend = b
-    r.rule = entry.rule
-    add64(&f.n.returned, 1)    # it was counted when it was sent, and is again when it comes again
-    add64(&be.returned, 1)
     if m.reason == REFUSE_UNSUPPORTED:
         store64(&be.keyed, 0)  # of the connections that our cookies make
         _void_verdicts(f)
-    _refused(f, &r, m.reason)
+    _returned(f, &r, m.reason)

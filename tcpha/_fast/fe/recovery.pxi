@@ -18,8 +18,7 @@ cdef void _restore(frontend *f, worker *w, uint32_t b, const message *m) noexcep
     if rc & RESTORED_OVER:
         _count_closed(f, old.backend)
     if rc & RESTORED:
-        add32(&f.loads[b].live, 1)
-        add64(&f.n.restored, 1)
+        _restored(f, b)
         say_more(f.c, 2, &m.snap.flow, b"%s has it", f.backends[b].name, 0)
     pthread_mutex_unlock(&f.restore_lock)
 
@@ -70,16 +69,16 @@ cdef void _lose_link(frontend *f, backend *be, uint32_t index) noexcept nogil:
     list counts that."""
     cdef uint32_t i
     for i in range(LINKS_MAX):
-        if load32(&be.link[i]) == index and xchg32(&be.link[i], MAX_LINKS) == index:
+        if cas32(&be.link[i], index, MAX_LINKS):
             add32(&be.may.links, -1)
             _void_verdicts(f)
 
 
 cdef void _on_link_down(core *c, worker *w, link *l) noexcept nogil:
-    """Whether the back end has adopted what was offered on a link is known to it alone: it is asked
-    on another link, or as soon as it is back. If it closed the link (it was killed, then), it has
-    two seconds for that before the next back end is offered the connection; if we did, since it
-    does not answer, it may still find the offer: it has until it would refuse that as too old."""
+    """Only the back end knows whether it has adopted what was offered on a link. It is asked on
+    another link, or when it is back. If it closed the link (it was killed, then), it has REVIVE_NS
+    for that before the next back end is offered the connection. If we did, since it does not
+    answer, it may still find the offer: it has until it would refuse that as too old."""
     cdef frontend *f = <frontend *>c.role
     cdef backend *be = &f.backends[l.peer]
     cdef uint32_t i, index = <uint32_t>(l - c.links)

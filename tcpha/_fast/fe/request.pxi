@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-# A request's life, and its accounts. Each one that is offered ends with _handed() or _refused();
-# what a back end has ends with _count_closed().
+# A request's life, and all its accounts. Each one that is offered ends with _handed(), _refused()
+# or _call_off(); what a back end has ends with _count_closed(), _returned() or _expired().
 
 cdef inline bint _untried(const request *r) noexcept nogil:
     """Nobody has refused it."""
@@ -14,6 +14,12 @@ cdef inline bint _untried(const request *r) noexcept nogil:
 cdef inline void _say_chosen(frontend *f, const request *r) noexcept nogil:
     say_more(f.c, 5, &r.flow, b"chosen: back end %s, rule %ld", f.backends[r.backend].name,
              <int>r.rule)
+
+
+cdef inline void _accepted(frontend *f, bint fast) noexcept nogil:
+    """A connection has come to us, by the socket path or by the packet path."""
+    add64(&f.n.accepted, 1)
+    add64(&f.n.fast, fast)
 
 
 cdef inline void _offered(frontend *f, request *r, uint64_t now) noexcept nogil:
@@ -70,12 +76,31 @@ cdef void _count_closed(frontend *f, uint32_t b) noexcept nogil:
     add32(&f.loads[b].live, -1)
 
 
-cdef bint _forget(frontend *f, worker *w, const tcpha_flow *flow, uint64_t id,
+cdef void _returned(frontend *f, request *r, uint32_t reason) noexcept nogil:
+    """What was handed over by the packet path came back. It comes again, and is counted again."""
+    add64(&f.n.returned, 1)
+    add64(&f.backends[r.backend].returned, 1)
+    _refused(f, r, reason)
+
+
+cdef inline void _expired(frontend *f, uint32_t b) noexcept nogil:
+    """Nobody has heard of a back end's connection for long."""
+    add64(&f.n.expired, 1)
+    add32(&f.loads[b].live, -1)
+
+
+cdef inline void _restored(frontend *f, uint32_t b) noexcept nogil:
+    """A back end has a connection that we have not handed over."""
+    add64(&f.n.restored, 1)
+    add32(&f.loads[b].live, 1)
+
+
+cdef bint _forget(frontend *f, worker *w, const tcpha_flow *flow, uint64_t id, uint32_t b,
                   bint linger) noexcept nogil:
-    """A back end's connection is over. False: it was not known."""
+    """A back end's connection is over. False: it was not known to be there."""
     cdef tcpha_entry entry
-    if f.dp.forget(f.dp.self, w.index, flow, id, linger, &entry) != 1:
+    if f.dp.forget(f.dp.self, w.index, flow, id, b, linger, &entry) != 1:
         return False
-    _count_closed(f, entry.backend)
+    _count_closed(f, b)
     say_flow(f.c, 2, flow, b"closed")
     return True

@@ -225,7 +225,7 @@ cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
             add64(&f.n.access_lost, 1)
     _handed(f, &k.req, k.entry.target, at - k.req.began_ns, head)
     if k.ended:
-        _forget(f, w, &k.req.flow, k.req.id, k.linger)
+        _forget(f, w, &k.req.flow, k.req.id, k.req.backend, k.linger)
     _close(f, k)
 
 
@@ -294,7 +294,7 @@ cdef void _accept(frontend *f, worker *w) noexcept nogil:
             _free_slot(f, k)
             pthread_mutex_unlock(&k.lock)
             return
-        add64(&f.n.accepted, 1)
+        _accepted(f, False)
         k.fd = fd
         k.frozen = k.diverted = k.watched = k.method_head = k.ended = False
         k.seen = 0

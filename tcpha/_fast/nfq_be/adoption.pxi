@@ -36,8 +36,8 @@ cdef int _send_syn(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) no
 
 cdef be_flow *_being_adopted(be_nfqueue *d, const tcpha_flow *local,
                              const snapshot *s) noexcept nogil:
-    """The entry of a connection that is being adopted. NULL: its name is a newer one's by now, or a
-    direct one's. The lock is held."""
+    """The entry of a connection that is being adopted. NULL: its 4-tuple is a newer one's by now,
+    or a direct one's. The lock is held."""
     cdef be_flow *f = <be_flow *>table_find(&d.flows, local)
     return f if f != NULL and f.state != B_DIRECT and f.asked == _start(s) else NULL
 
@@ -108,7 +108,7 @@ cdef void _plan(be_nfqueue *d, be_flow *f, const snapshot *s) noexcept nogil:
 
 cdef void _drop_flow(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) noexcept nogil:
     """Take back an adoption. What the server says of it is dropped from now on, a RST too. If the
-    name is another connection's by now, that one goes on."""
+    4-tuple is another connection's by now, that one goes on."""
     cdef diag_answer a
     cdef be_flow *f
     if diag_query(d.sockets, local, &a) < 0:
@@ -126,12 +126,12 @@ cdef void _drop_flow(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) 
 
 
 cdef int _room(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) noexcept nogil:
-    """Enter a new flow, in place of an older one of the same name. 0 or a refusal."""
+    """Enter a new flow, in place of an older one of the same 4-tuple. 0 or a refusal."""
     cdef be_flow *f
     cdef diag_answer before, a
     cdef bint occupied, unknown, whole
     cdef int _tries
-    # Whose this socket is, the entry says afterwards: a direct connection takes the name first.
+    # Whose this socket is, the entry says afterwards: a direct connection takes the 4-tuple first.
     if not d.shared or diag_query(d.sockets, local, &before) < 0:
         before.state = 0
     pthread_rwlock_wrlock(&d.lock)
@@ -178,7 +178,7 @@ cdef int _room(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) noexce
 cdef int _settle(be_nfqueue *d, const tcpha_flow *local, const snapshot *s,
                  diag_answer *a) noexcept nogil:
     """After the ACK: wait until there is a socket. 0, or a refusal: the accept queue is full, or
-    the name is another connection's by now."""
+    the 4-tuple is another connection's by now."""
     cdef uint64_t begin = now_ns()
     cdef be_flow *f
     cdef uint64_t sent

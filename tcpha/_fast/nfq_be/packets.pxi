@@ -203,8 +203,8 @@ cdef void _tell(be_nfqueue *d) noexcept nogil:
 
 
 cdef bint _is_of(be_flow *f, const tcp_view *v) noexcept nogil:
-    """Whether a packet fits the socket's numbers. If not, it comes from an older socket with the
-    same name, whose last words (a RST, when it was destroyed) were still in the queue."""
+    """Whether a packet fits the socket's numbers. If not, it comes from an older socket of the
+    same 4-tuple, whose last words (a RST, when it was destroyed) were still in the queue."""
     cdef uint32_t seq = get32(v.tcp + 4)
     cdef int64_t ahead = <int>(seq - f.high)
     if ahead > LEAP or -ahead > <int64_t>min(f.volume, <uint64_t>1 << 30):
@@ -276,8 +276,8 @@ cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
 
 
 cdef void _hand_back(be_flow *f) noexcept nogil:
-    """The name of an adopted connection is a direct one's now. The entry stays, lest the socket is
-    taken for the adopted one's. The lock is held for writing."""
+    """The 4-tuple of an adopted connection is a direct one's now. The entry stays, lest the socket
+    is taken for the adopted one's. The lock is held for writing."""
     f.state = B_DIRECT
     if f.ended_ns == 0:
         f.ended_ns = now_ns()
@@ -285,8 +285,8 @@ cdef void _hand_back(be_flow *f) noexcept nogil:
 
 cdef void _on_syn(be_nfqueue *d, tcp_view *v) noexcept nogil:
     """A client begins to talk to the local server directly. If it used the same port for an adopted
-    connection, which is over, then the TIME_WAIT socket has the new one's name, but numbers and
-    timestamps of another, and would answer by ACKs that mean nothing to the client. So would the
+    connection, which is over, then the TIME_WAIT socket has the new one's 4-tuple, but numbers and
+    timestamps of another. It would answer by ACKs that mean nothing to the client. So would the
     request socket of one that is being adopted."""
     cdef tcpha_flow local
     cdef be_flow *f

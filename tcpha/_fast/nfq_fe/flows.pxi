@@ -103,12 +103,12 @@ cdef int _give_back(void *self, const tcpha_flow *flow, uint32_t slot) noexcept 
     return 0
 
 
-cdef int _forget(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id, bint linger,
-                 tcpha_entry *entry) noexcept nogil:
+cdef int _forget(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id, uint32_t backend,
+                 bint linger, tcpha_entry *entry) noexcept nogil:
     cdef fe_nfqueue *d = <fe_nfqueue *>self
     cdef int rc
     pthread_rwlock_wrlock(&d.lock)
-    rc = ledger_forget(&d.book, worker, flow, id, linger, entry)
+    rc = ledger_forget(&d.book, worker, flow, id, backend, linger, entry)
     pthread_rwlock_unlock(&d.lock)
     return rc
 
