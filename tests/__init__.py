@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""All tests. Each folder says in its __init__.py what its tests need."""
+"""All tests. CONTRIBUTING.md says what those of each folder need."""
 import pytest
 
 # their assertions tell as much as those of tests

@@ -13,7 +13,6 @@ from tcpha._fast.be_worker import FAST, BackEnd
 from tcpha._fast.core import MOST_LINKS
 from tcpha._fast.message import clock
 from tcpha._fast.rows import ADOPTED, AdoptedRows
-from tcpha.admin.web import Pages
 from tcpha.application import Application
 from tcpha.backend import arp
 from tcpha.backend.registration import Registration
@@ -35,6 +34,7 @@ from tcpha.daemon.periodic import EACH_TICK, TICK, Every
 from tcpha.daemon.rundir import RunDir
 from tcpha.daemon.service import SECOND, Service
 from tcpha.daemon.strangers import Strangers
+from tcpha.daemon.web import Pages
 from tcpha.datapath import Backend, allow_adoption
 from tcpha.datapath.opening import open_backend
 from tcpha.net.journal import HostError

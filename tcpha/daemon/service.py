@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from tcpha._fast.core import Core
-from tcpha.admin.web import Admin, Pages
 from tcpha.beside import beside
 from tcpha.config import Config, ConfigError, load
 from tcpha.control.secret import read_secret
@@ -28,6 +27,7 @@ from tcpha.daemon.control_socket import Command, Refused, Server
 from tcpha.daemon.periodic import EACH_TICK, Every, keep_doing
 from tcpha.daemon.rundir import RunDir
 from tcpha.daemon.troubles import Troubles
+from tcpha.daemon.web import Admin, Pages
 from tcpha.daemon.workers import Supervisor
 from tcpha.datapath import Backend, Frontend
 from tcpha.net import rootfiles

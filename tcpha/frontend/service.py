@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 from tcpha._fast.fe_worker import FrontEnd
 from tcpha._fast.rows import FLOWS, FlowRows
 from tcpha._fast.scan import Questions
-from tcpha.admin.web import Pages, as_json
 from tcpha.config import ANY, Config
 from tcpha.daemon import logs
 from tcpha.daemon.control_socket import Command, Refused, Table
@@ -22,6 +21,7 @@ from tcpha.daemon.periodic import EACH_TICK, TICK, Every
 from tcpha.daemon.rundir import RunDir
 from tcpha.daemon.service import SECOND, Service, number
 from tcpha.daemon.table_file import TableFile
+from tcpha.daemon.web import Pages, as_json
 from tcpha.datapath import Frontend
 from tcpha.datapath.opening import open_frontend
 from tcpha.frontend.drained import Drained

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tcpha.admin import web
+from tcpha.daemon import web
 from tcpha.lab.bed import Cluster, wait_for
 
 PORT = 9110

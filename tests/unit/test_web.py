@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tcpha.admin import web
+from tcpha.daemon import web
 from tcpha.lab.bed import wait_for
 
 
