@@ -53,8 +53,11 @@ class Two(Cluster):
 
     def cable(self, host: Host, state: str) -> None:
         sh("ip", "-n", self.bed.switch, "link", "set", host.port, state)
-        if state == "up":  # what is sent before its kernel has noticed is lost
+        if state == "up":  # what is sent before both kernels have noticed is lost
             host.link_up("eth0")
+            wait_for(lambda: "state forwarding" in sh(
+                "bridge", "-n", self.bed.switch, "link", "show", "dev", host.port).stdout,
+                "the switch")
 
     def settled(self) -> None:
         """All have forgotten all connections."""
