@@ -222,7 +222,7 @@ static __always_inline int accept(struct __sk_buff *skb, const struct packet *p,
 		bpf_ringbuf_discard(event, 0);
 		return TC_ACT_SHOT;
 	}
-	result = cookie_accept(skb, &t, &a->c, k->wscale, p->df ? bpf_ntohs(p->id) : a->c.rtt_ms);
+	result = cookie_accept(skb, &t, &a->c, k->wscale, p->df ? bpf_ntohs(p->id) : 0);
 	if (result)
 		return refuse(event, p, a, result);
 	if (is_again(skb))

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What the front end's user space wants: see TCPHA_OP_HOLD and what follows it. */
+/* What the front end's user space wants: see TCPHA_OP_QUERY and what follows it. */
 #ifndef FE_OPS_BPF_H
 #define FE_OPS_BPF_H
 
@@ -25,7 +25,7 @@ static __always_inline void change_entry(struct tcpha_op *op)
 	struct tcpha_entry *e = bpf_map_lookup_elem(&flows, &op->flow);
 
 	op->result = TCPHA_R_NO_SOCKET;
-	if (!e || !op->id)
+	if (!e || !op->id || e->backend != op->backend)
 		return;
 	if (op->kind == TCPHA_OP_TAKE_BACK ? !tcpha_take_back(e, op->id) : !tcpha_end(e, op->id, op->keep))
 		return;

@@ -139,8 +139,8 @@ struct tcpha_op {
 	__u64 phase;   /* DROP: as found */
 	__u32 slot;    /* GIVE_BACK */
 	__u32 keep;    /* END: the entry stays, for what the client may still send */
-	__u32 backend; /* HAND_OVER, as in the entry, and so are the next three */
-	__u32 rule;
+	__u32 backend; /* END, TAKE_BACK: whose it is; HAND_OVER: as in the entry */
+	__u32 rule;    /* HAND_OVER: this and the next two as in the entry */
 	__u32 flags;
 	__u32 end_seq;
 	__u32 done;	      /* ADOPT out: the rest is what became of it */

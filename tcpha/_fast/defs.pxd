@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What is shared with the BPF programs: tcpha/_bpf/tcpha.h, flow.h, choose.h, frame.h."""
+"""What is shared with the BPF programs: headers of tcpha/_bpf without .bpf in their names."""
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 

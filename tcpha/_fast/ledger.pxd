@@ -19,9 +19,9 @@ cdef struct flow_store:
     int (*put)(void *self, const tcpha_flow *flow, const tcpha_entry *entry,
                int how) noexcept nogil
     int (*remove)(void *self, const tcpha_flow *flow) noexcept nogil
-    # If handoff 'id' is live, it no longer is: 1; else 0. Packets do not come in between. keep: the
-    # entry stays.
-    int (*end)(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
+    # If handoff 'id' is live at a back end, it no longer is: 1; else 0. Packets do not come in
+    # between. keep: the entry stays.
+    int (*end)(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id, uint32_t backend,
                bint keep) noexcept nogil
     # Remove an entry that is not live, if it still is the one found, in the same phase: 1; else 0.
     # Packets do not come in between.

@@ -72,7 +72,7 @@ cdef int ledger_restore(ledger *l, uint32_t worker, const tcpha_flow *flow,
             if tcpha_state_of(old) == TCPHA_LINGERING:
                 rc = l.store.drop(l.store.self, worker, flow, old)
             else:
-                rc = l.store.end(l.store.self, worker, flow, old.id, False)
+                rc = l.store.end(l.store.self, worker, flow, old.id, old.backend, False)
                 result = RESTORED_OVER if rc == 1 else 0
             rc = l.store.put(l.store.self, flow, entry, PUT_NEW) if rc == 1 else -1
         pthread_mutex_unlock(_stripe(l, flow))
@@ -178,7 +178,7 @@ cdef int ledger_forget(ledger *l, uint32_t worker, const tcpha_flow *flow, uint6
         # a late copy of a request with a cookie would begin anew; of such, two seconds are enough
         keep = (linger or entry.flags & TCPHA_F_FAST) and \
             _linger(l, flow, id, now_ns() if linger else 0)
-        known = l.store.end(l.store.self, worker, flow, id, keep)
+        known = l.store.end(l.store.self, worker, flow, id, backend, keep)
     pthread_mutex_unlock(_stripe(l, flow))
     return known
 

@@ -120,6 +120,7 @@ class Peers:
             if not links:
                 self.gone.remove(peer)
                 self.core.backend_close(peer.index)
+                self.datapath.set_backend(peer.index, None)
             for index, up in links:
                 if up:
                     self.core.break_link(index)

@@ -51,16 +51,17 @@ cdef int _remove(void *self, const tcpha_flow *flow) noexcept nogil:
     return bpf_map_delete_elem((<fe_ebpf *>self).flows, flow)
 
 
-cdef int _change(fe_ebpf *d, uint32_t worker, const tcpha_flow *flow, uint64_t id, bint keep,
-                 uint32_t what) noexcept nogil:
+cdef int _change(fe_ebpf *d, uint32_t worker, const tcpha_flow *flow, uint64_t id, uint32_t backend,
+                 bint keep, uint32_t what) noexcept nogil:
     d.ops[worker].id = id
+    d.ops[worker].backend = backend
     d.ops[worker].keep = keep
     return _operate(d.tap, d.ops, worker, flow, what) == 0 and d.ops[worker].result == TCPHA_R_OK
 
 
-cdef int _end(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
+cdef int _end(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id, uint32_t backend,
               bint keep) noexcept nogil:
-    return _change(<fe_ebpf *>self, worker, flow, id, keep, TCPHA_OP_END)
+    return _change(<fe_ebpf *>self, worker, flow, id, backend, keep, TCPHA_OP_END)
 
 
 cdef int _drop(void *self, uint32_t worker, const tcpha_flow *flow,
@@ -68,7 +69,7 @@ cdef int _drop(void *self, uint32_t worker, const tcpha_flow *flow,
     cdef fe_ebpf *d = <fe_ebpf *>self
     cdef tcpha_op *op = &d.ops[worker]
     op.phase = found.phase
-    return _change(d, worker, flow, found.id, False, TCPHA_OP_DROP)
+    return _change(d, worker, flow, found.id, found.backend, False, TCPHA_OP_DROP)
 
 
 cdef int _divert(void *self, uint32_t worker, const tcpha_flow *flow, tcpha_entry *entry,

@@ -119,7 +119,7 @@ cdef int _take_back(void *self, uint32_t worker, const tcpha_flow *flow, uint64_
     request has one id, and the word of who had it before may come when another one has it."""
     cdef fe_ebpf *d = <fe_ebpf *>self
     return id and _find(d, flow, entry) == 0 and tcpha_live(entry) == id and \
-        entry.backend == backend and _change(d, worker, flow, id, True, TCPHA_OP_TAKE_BACK)
+        _change(d, worker, flow, id, backend, True, TCPHA_OP_TAKE_BACK)
 
 
 cdef void _keep_verdict(void *self, uint64_t key, const tcpha_verdict *verdict) noexcept nogil:

@@ -425,7 +425,7 @@ cdef class FrontEnd(Core):
         for i in range(TCPHA_MAX_BACKENDS):
             cached += load64(<uint64_t *>&self.f.loads[i].handed)
             closed += load64(<uint64_t *>&self.f.loads[i].closed)
-        cached -= min(n.returned, n.fast + cached)
+        cached -= min(n.returned, n.accepted + cached, n.handed + cached, n.fast + cached)
         return {"accepted": n.accepted + cached, "handed": n.handed + cached,
                 "closed": n.closed + closed,
                 "refused": n.refused, "returned": n.returned, "lost": n.lost, "silent": n.silent,

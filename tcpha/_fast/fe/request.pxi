@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-# A request's life, and all its accounts. Each one that is offered ends with _handed(), _refused()
-# or _call_off(); what a back end has ends with _count_closed(), _returned() or _expired().
+# A request's life, and its accounts with back ends. One that is offered ends with _handed(),
+# _refused() or _call_off(); what a back end has ends with _count_closed(), _returned() or
+# _expired().
 
 cdef inline bint _untried(const request *r) noexcept nogil:
     """Nobody has refused it."""

@@ -26,10 +26,10 @@ cdef int _remove(void *self, const tcpha_flow *flow) noexcept nogil:
     return 0 if table_remove(&(<fe_nfqueue *>self).flows, flow) else -1
 
 
-cdef int _end(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
+cdef int _end(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id, uint32_t backend,
               bint keep) noexcept nogil:
     cdef tcpha_entry *e = <tcpha_entry *>table_find(&(<fe_nfqueue *>self).flows, flow)
-    if e == NULL or not tcpha_end(e, id, keep):
+    if e == NULL or e.backend != backend or not tcpha_end(e, id, keep):
         return 0
     if not keep:
         table_remove(&(<fe_nfqueue *>self).flows, flow)
