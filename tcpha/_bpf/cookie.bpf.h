@@ -35,6 +35,7 @@ enum {
 	OPT_TS = 1,
 	OPT_SACK = 2,
 	OPT_WSCALE = 4,
+	OPT_ECN = 8, /* in conf.options alone: it is no option of TCP */
 };
 
 struct options {

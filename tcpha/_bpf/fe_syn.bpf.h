@@ -198,7 +198,7 @@ static __always_inline int answer_syn(struct __sk_buff *skb, const struct packet
 		COUNT(wary, 1);
 		return TC_ACT_UNSPEC;
 	}
-	ecn = (bpf_ntohs(p->bits) & (T_ECE | T_CWR)) == (T_ECE | T_CWR) && (conf.options & 8);
+	ecn = (bpf_ntohs(p->bits) & (T_ECE | T_CWR)) == (T_ECE | T_CWR) && (conf.options & OPT_ECN);
 	meta = metadata(key, o.mss, o.wscale, agreed, ecn);
 	hash = cookie_hash(&p->flow, k->key[key][0], k->key[key][1], p->seq,
 			   meta | (agreed & OPT_TS ? META_TIMED : 0));

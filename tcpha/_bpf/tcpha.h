@@ -350,7 +350,7 @@ struct tcpha_fe_conf {
 	__u32 fast_tap;
 	__u16 window; /* of the SYN-ACK */
 	__u8 wscale;
-	__u8 options; /* 1: timestamps, 2: SACK, 4: window scale, 8: ECN */
+	__u8 options; /* OPT_*, see cookie.bpf.h */
 };
 
 struct tcpha_be_conf {
