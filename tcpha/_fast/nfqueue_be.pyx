@@ -103,6 +103,7 @@ cdef inline uint32_t _start(const snapshot *s) noexcept nogil:
     return s.rcv_nxt - (1 if s.flags & SNAP_FIN else 0) - s.len
 
 
+include "nfq_be/owner.pxi"
 include "nfq_be/packets.pxi"
 include "nfq_be/adoption.pxi"
 include "nfq_be/ends.pxi"

@@ -34,14 +34,6 @@ cdef int _send_syn(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) no
     return _send_segment(d, &g, NULL)
 
 
-cdef be_flow *_being_adopted(be_nfqueue *d, const tcpha_flow *local,
-                             const snapshot *s) noexcept nogil:
-    """The entry of a connection that is being adopted. NULL: its 4-tuple is a newer one's by now,
-    or a direct one's. The lock is held."""
-    cdef be_flow *f = <be_flow *>table_find(&d.flows, local)
-    return f if f != NULL and f.state != B_DIRECT and f.asked == _start(s) else NULL
-
-
 cdef int _await_answer(be_nfqueue *d, const tcpha_flow *local, const snapshot *s,
                        be_flow *copy) noexcept nogil:
     """Send the SYN and wait for the local server's SYN-ACK or RST. 0 or a refusal."""
@@ -104,75 +96,6 @@ cdef void _plan(be_nfqueue *d, be_flow *f, const snapshot *s) noexcept nogil:
         f.outward.port = s.flow.vport
         memcpy(&f.inward.addr, d.listen_addr + 12, 4)
         f.inward.port = d.listen_port
-
-
-cdef void _drop_flow(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) noexcept nogil:
-    """Take back an adoption. What the server says of it is dropped from now on, a RST too. If the
-    4-tuple is another connection's by now, that one goes on."""
-    cdef diag_answer a
-    cdef be_flow *f
-    if diag_query(d.sockets, local, &a) < 0:
-        a.state = 0
-    pthread_rwlock_wrlock(&d.lock)
-    f = _being_adopted(d, local, s)
-    if f != NULL:
-        # As long as no SYN-ACK was seen, the socket may come from the client's SYN instead of ours.
-        if d.shared and f.state == B_SYN:
-            a.state = 0
-        table_remove(&d.flows, local)
-    pthread_rwlock_unlock(&d.lock)
-    if f != NULL:
-        diag_destroy(d.sockets, local, &a)
-
-
-cdef int _room(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) noexcept nogil:
-    """Enter a new flow, in place of an older one of the same 4-tuple. 0 or a refusal."""
-    cdef be_flow *f
-    cdef diag_answer before, a
-    cdef bint occupied, unknown, whole
-    cdef int _tries
-    # Whose this socket is, the entry says afterwards: a direct connection takes the 4-tuple first.
-    if not d.shared or diag_query(d.sockets, local, &before) < 0:
-        before.state = 0
-    pthread_rwlock_wrlock(&d.lock)
-    f = <be_flow *>table_find(&d.flows, local)
-    unknown = f == NULL or f.state == B_DIRECT
-    # a client with one port and two of the VIP's: the local server cannot tell them apart
-    occupied = f != NULL and f.outside.vport != s.flow.vport and f.ended_ns == 0
-    if not occupied:
-        if f != NULL:
-            table_remove(&d.flows, local)
-        f = <be_flow *>table_add(&d.flows, local)
-        if f == NULL and _evict(d):
-            f = <be_flow *>table_add(&d.flows, local)
-        if f != NULL:
-            f.state = B_SYN
-            f.outside = s.flow
-            f.after_direct = d.shared and unknown
-            f.asked = _start(s)
-    pthread_rwlock_unlock(&d.lock)
-    if occupied:
-        return REFUSE_UNSUPPORTED
-    if f == NULL:
-        return REFUSE_FULL
-    for _tries in range(4):
-        if diag_query(d.sockets, local, &a) < 0 or a.state == 0:
-            return 0
-        whole = a.full or a.state == TCP_NEW_SYN_RECV or a.state == TCP_SYN_RECV
-        if d.shared and whole and (unknown or before.state == 0 or
-                                   memcmp(a.cookie, before.cookie, sizeof(a.cookie)) != 0):
-            # the client talks to the local server directly
-            pthread_rwlock_wrlock(&d.lock)
-            if _being_adopted(d, local, s) != NULL:
-                table_remove(&d.flows, local)
-            pthread_rwlock_unlock(&d.lock)
-            return REFUSE_UNSUPPORTED
-        # A socket of an earlier connection owns the 4-tuple. The client has given that one up, or
-        # the front end could not have accepted this one. If it is not there any more: look again.
-        if diag_destroy(d.sockets, local, &a):
-            add64(&d.killed, 1)
-            return 0
-    return 0
 
 
 cdef int _settle(be_nfqueue *d, const tcpha_flow *local, const snapshot *s,

@@ -194,28 +194,6 @@ cdef bint local_inject(be_nfqueue *d, tcp_view *v) noexcept nogil:
     return f != NULL and _inject(d, v.ip, v.len) == 0
 
 
-cdef void _tell(be_nfqueue *d) noexcept nogil:
-    """Wake the workers that wait for an answer. Nobody takes another lock under wait_lock."""
-    pthread_mutex_lock(&d.wait_lock)
-    store32(&d.answers, d.answers + 1)
-    pthread_cond_broadcast(&d.answered)
-    pthread_mutex_unlock(&d.wait_lock)
-
-
-cdef bint _is_of(be_flow *f, const tcp_view *v) noexcept nogil:
-    """Whether a packet fits the socket's numbers. If not, it comes from an older socket of the
-    same 4-tuple, whose last words (a RST, when it was destroyed) were still in the queue."""
-    cdef uint32_t seq = get32(v.tcp + 4)
-    cdef int64_t ahead = <int>(seq - f.high)
-    if ahead > LEAP or -ahead > <int64_t>min(f.volume, <uint64_t>1 << 30):
-        return False
-    seq += v.data_len + (1 if v.flags & TCP_FIN else 0)
-    if <int>(seq - f.high) > 0:
-        f.volume += seq - f.high
-        f.high = seq
-    return True
-
-
 cdef bint _number(const be_flow *f, const tcp_view *v, packet *p) noexcept nogil:
     """Rewrite without the packet: the new sequence number (as mark) and TSval (as priority), as
     they stand in memory, for rules to store; zero stores nothing. False: more must change, or the
@@ -273,67 +251,3 @@ cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
     if p.hook != HOOK_PREROUTING:
         return _outward(d, q, p)
     return V_WHOLE if q.whole else _inward(d, p)
-
-
-cdef void _hand_back(be_flow *f) noexcept nogil:
-    """The 4-tuple of an adopted connection is a direct one's now. The entry stays, lest the socket
-    is taken for the adopted one's. The lock is held for writing."""
-    f.state = B_DIRECT
-    if f.ended_ns == 0:
-        f.ended_ns = now_ns()
-
-
-cdef void _on_syn(be_nfqueue *d, tcp_view *v) noexcept nogil:
-    """A client begins to talk to the local server directly. If it used the same port for an adopted
-    connection, which is over, then the TIME_WAIT socket has the new one's 4-tuple, but numbers and
-    timestamps of another. It would answer by ACKs that mean nothing to the client. So would the
-    request socket of one that is being adopted."""
-    cdef tcpha_flow local
-    cdef be_flow *f
-    cdef diag_answer a
-    cdef uint32_t state
-    cdef bint over
-    _key(d, v.ip + 12, v.tcp, &local)
-    pthread_rwlock_rdlock(&d.lock)
-    f = <be_flow *>table_find(&d.flows, &local)
-    state = f.state if f != NULL else <uint32_t>B_DIRECT
-    pthread_rwlock_unlock(&d.lock)
-    if state == B_DIRECT or diag_query(d.sockets, &local, &a) < 0 or a.full:
-        return
-    pthread_rwlock_wrlock(&d.lock)
-    f = <be_flow *>table_find(&d.flows, &local)
-    over = f != NULL and f.state == state  # or an adoption has succeeded since, or begun
-    if over:
-        _hand_back(f)
-    pthread_rwlock_unlock(&d.lock)
-    if over:
-        _tell(d)
-        if diag_destroy(d.sockets, &local, &a):
-            add64(&d.killed, 1)
-
-
-cdef bint _on_syn_ack(be_nfqueue *d, tcp_view *v) noexcept nogil:
-    """The local server's answer to a forged SYN; it must not leave the host. False: another's."""
-    cdef tcpha_flow local
-    cdef be_flow *f
-    cdef bint ours
-    _key(d, v.ip + 16, v.tcp + 2, &local)
-    pthread_rwlock_wrlock(&d.lock)
-    f = <be_flow *>table_find(&d.flows, &local)
-    if f != NULL and d.shared and (
-            (f.state == B_SYN and get32(v.tcp + 8) != f.asked) or
-            ((f.state == B_SYNACK or f.state == B_LIVE) and get32(v.tcp + 4) != f.isn)):
-        # the SYN came while we sent ours, or just before the adopted connection ended
-        _hand_back(f)
-    elif f != NULL and f.state == B_SYN and get32(v.tcp + 8) == f.asked:
-        f.isn = get32(v.tcp + 4)
-        f.ts_ok = v.ts != NULL
-        f.tsval = get32(v.ts) if v.ts != NULL else 0
-        f.wscale = v.wscale
-        f.ecn_ok = (v.flags & (TCP_ECE | TCP_CWR)) == TCP_ECE
-        f.state = B_SYNACK
-    # the client may have begun, or even ended, a direct connection before our SYN arrived
-    ours = f != NULL and (f.state != B_DIRECT or get32(v.tcp + 8) == f.asked)
-    pthread_rwlock_unlock(&d.lock)
-    _tell(d)
-    return ours or not d.shared
