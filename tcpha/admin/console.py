@@ -18,7 +18,7 @@ STATE_STYLES = {"up": "green", "down": "red", "draining": "yellow", "listening":
                 "dead": "red", "good": "green", "warning": "yellow", "fault": "bold red",
                 "forward": "green", "hold": "yellow", "pending": "yellow"}
 BYTES = {"bytes", "forwarded_bytes"}
-SECONDS = {"age", "idle", "uptime", "silent", "dtcinterval"}
+SECONDS = {"age", "idle", "uptime", "silent"}  # where it is no count, which is an int
 MANY = 2000  # rows, more of which are printed as they are: laying them out would take long
 WIDE = 100_000  # columns, where no terminal limits them
 
@@ -51,7 +51,7 @@ def cell(key: str, value: Any) -> Text:
         return Text("yes" if value else "no")
     if key in BYTES and isinstance(value, int):
         return Text(f"{amount(value)}B" if value >= 1000 else f"{value} B")
-    if key in SECONDS and isinstance(value, int | float):
+    if key == "dtcinterval" or (key in SECONDS and isinstance(value, float)):
         return Text(duration(value) if value else "0 s")
     if value in ({}, [], None, ""):
         return Text("-", style="dim")

@@ -86,8 +86,11 @@ class Rules:
                          "usable": refusal == MAY, "reason": self._why(rule.server, refusal)})
         if winner >= 0:
             rule = self.in_force[winner]
+            alike = sum(r["usable"] and r["pattern"] == rule.pattern for r in rows)
+            how = "first rule that matches and can be served" if alike == 1 else \
+                f"of {alike} with this pattern, it has the fewest connections, or its turn"
             out = {"outcome": "handed over", "server": rule.server, "rule": winner,
-                   "reason": f"first rule that matches and can be served: '{rule.pattern}'"}
+                   "reason": f"{how}: '{rule.pattern}'"}
         else:
             why = "no back end of a rule that matches can take it" if rows else "no rule matches"
             if asked >= 0:

@@ -132,7 +132,8 @@ def test_the_same_rule_very_often(c: Cluster) -> None:
     c.rules = [(n % 2, ".*") for n in range(1000)]
     c.fe.config.write_text(c.fe_text())
     c.fe.ctl("reload")
-    assert c.fe.ctl("test-request", "GET", "/a")["rule"] in (0, 1)
+    said = c.fe.ctl("test-request", "GET", "/a")
+    assert said["rule"] in (0, 1) and said["reason"].startswith("of 2 with this pattern"), said
     for _ in range(4):
         assert c.curl(f"http://{c.VIP}/a", "-w", "%{http_code}").stdout.endswith("404")
     assert sum(row["handed"] for row in c.fe.ctl("rules")[:2]) == 4
