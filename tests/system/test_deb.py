@@ -428,6 +428,11 @@ systemctl daemon-reload; systemctl start tries
 iptables-legacy -t raw -X tries; rm tries.service""")
 
 
+# one that is killed takes a while to end, and has its files and devices until then
+END_AND_START = ("pid=$(cat /run/tcpha/tcphafe.pid); kill -{} $pid; "
+                 "while kill -0 $pid 2> /dev/null; do sleep 0.1; done; systemctl start tcphafe")
+
+
 def test_daemons_that_root_starts_by_hand(serving: Three) -> None:
     """Before the unit, and after it, on its run directory; one is killed, one stops."""
     fe = serving.machines["fe"]
@@ -436,13 +441,12 @@ def test_daemons_that_root_starts_by_hand(serving: Three) -> None:
         serving.connected()
         pages(serving)
         assert "tcpha" in fe.run("stat", "-c", "%U", "/run/tcpha/tcphafe.pid").stdout
-        fe.run("sh", "-ec", f"pid=$(cat /run/tcpha/tcphafe.pid); kill -{end} $pid; "
-               "while kill -0 $pid 2> /dev/null; do sleep 0.1; done; systemctl start tcphafe")
+        fe.run("sh", "-ec", END_AND_START.format(end))
         serving.connected()
         pages(serving)
     fe.run("sh", "-ec", "systemctl stop tcphafe; rm -r /run/tcpha; tcphafe; "
            "tcphactl fe drain 192.168.1.38; tcphactl fe undrain 192.168.1.38")
-    fe.run("sh", "-ec", "kill -KILL $(cat /run/tcpha/tcphafe.pid); systemctl start tcphafe")
+    fe.run("sh", "-ec", END_AND_START.format("KILL"))
     serving.connected()
     pages(serving)
 
