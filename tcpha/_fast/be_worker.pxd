@@ -2,8 +2,8 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from tcpha._fast.core cimport Core, core
-from tcpha._fast.datapath cimport be_datapath
-from tcpha._fast.defs cimport tcpha_flow
+from tcpha._fast.datapath cimport be_datapath, cookie_adoption
+from tcpha._fast.defs cimport TCPHA_MAX_FAST, tcpha_flow, tcpha_gate, tcpha_keys
 from tcpha._fast.snapshot cimport snapshot
 from tcpha._fast.sys cimport pthread_mutex_t
 
@@ -76,6 +76,9 @@ cdef struct backend_state:
     pthread_mutex_t reap_lock
     uint64_t looked_ns     # when the last look for room through the whole table began
     uint32_t unloading     # refuse what comes
+    cookie_adoption no_path  # in place of a datapath's that has none: it adopts nothing
+    tcpha_gate no_gate
+    tcpha_keys no_keys[TCPHA_MAX_FAST]
     pthread_mutex_t ring_lock  # the packet path's events
     uint32_t swept         # bucket that _sweep() has come to
     tcpha_flow again[AGAIN]  # to look at once more, at the timer's next turn; guarded by the lock

@@ -17,7 +17,7 @@ from tcpha._fast.core cimport (
     EV_NETLINK, EV_RING, EV_TAP, LINK_BUSY, LINK_UP, MAX_LINKS, SCRATCH, Core, core, half_closed,
     link, link_put, link_queued, notice, rearm, say_flow, say_more, say_number, watch, worker)
 from tcpha._fast.datapath cimport (
-    DP_ALIVE, DP_CLOSING, DP_MORE, DP_TIME_WAIT, BeDatapath)
+    DP_ALIVE, DP_CLOSING, DP_MORE, DP_TIME_WAIT, BeDatapath, cookie_adoption)
 from tcpha._fast.defs cimport (
     TCPHA_MAX_FAST, TCPHA_MAX_OPS, TCPHA_R_ASSIGN, TCPHA_R_BACKLOG, TCPHA_R_FULL,
     TCPHA_R_NO_LISTENER, TCPHA_R_OK, tcpha_event, tcpha_flow)

@@ -2,9 +2,9 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from tcpha._fast.core cimport Core, core, worker
-from tcpha._fast.datapath cimport FAST_QUEUES, fe_datapath
+from tcpha._fast.datapath cimport FAST_QUEUES, fe_datapath, packet_path
 from tcpha._fast.defs cimport (
-    TCPHA_MAX_BACKENDS, tcpha_entry, tcpha_flow, tcpha_load, tcpha_member)
+    TCPHA_MAX_BACKENDS, tcpha_cache, tcpha_entry, tcpha_flow, tcpha_keys, tcpha_load, tcpha_member)
 from tcpha._fast.http cimport http_head
 from tcpha._fast.match cimport hs_scratch_t, ruleset
 from tcpha._fast.meter cimport histogram, slow_ones
@@ -153,10 +153,11 @@ cdef struct frontend:
     returned back[RETURNED]
     pthread_mutex_t restore_lock
     backend backends[TCPHA_MAX_BACKENDS]
-    tcpha_load *own_loads
-    tcpha_load *loads      # by back end; the datapath's, if it has some
-    uint64_t *own_hits
-    uint64_t *rule_hits    # by rule; the datapath's, if it has some
+    packet_path no_path    # in place of a datapath's that has none: nothing comes by it
+    tcpha_keys no_keys
+    tcpha_cache no_cache
+    tcpha_load *loads      # by back end; the packet path's
+    uint64_t *rule_hits    # by rule; the packet path's
     uint64_t sighted[SIGHTED]  # hashes
     histogram stages[STAGES]
     slow_ones slow

@@ -18,7 +18,7 @@ from tcpha._fast.core cimport (
     EV_CLIENT, EV_FAST, EV_LISTENER, EV_TAP, LINK_FULL, LINK_OUT_MAX, LINK_UP, MAX_LINKS, SCRATCH,
     Core, core, half_closed, link, link_put, link_queued, notice, rearm, say_flow, say_more,
     say_number, watch, worker)
-from tcpha._fast.datapath cimport DP_GONE, FeDatapath
+from tcpha._fast.datapath cimport DP_GONE, FeDatapath, packet_path
 from tcpha._fast.defs cimport (
     TCPHA_AWAY, TCPHA_CHOICES, TCPHA_DEAD, TCPHA_DEAF, TCPHA_DRAINED, TCPHA_FAST_EARLY,
     TCPHA_FAST_FIRST, TCPHA_FULL, TCPHA_F_FIN, TCPHA_HEAD_MAX, TCPHA_LINE_MAX,

@@ -17,10 +17,9 @@ cdef adopted *_find(backend_state *b, const tcpha_flow *flow) noexcept nogil:
 
 cdef inline void _tell_live(backend_state *b) noexcept nogil:
     """The packet path asks nobody: it reads how many there are, and may be."""
-    if b.dp.fast != NULL:
-        store32(&b.dp.fast.gate.max,
-                0 if b.unloading else min(b.max, b.opened + b.entries - b.live))
-        store32(&b.dp.fast.gate.live, b.opened)
+    store32(&b.dp.fast.gate.max,
+            0 if b.unloading else min(b.max, b.opened + b.entries - b.live))
+    store32(&b.dp.fast.gate.live, b.opened)
 
 
 cdef inline void _set_open(backend_state *b, adopted *a, bint is_open) noexcept nogil:

@@ -32,6 +32,7 @@ cdef class BackEnd(Core):
         pthread_mutex_init(&self.b.reap_lock, NULL)
         pthread_mutex_init(&self.b.ring_lock, NULL)
         self.b.c = self.c
+        _take_path(self.b, NULL)
         self.b.stale_ns = <uint64_t>(stale * 1e9)
         self.b.claimed = int.from_bytes(os.urandom(7), "little")
         self.b.netlink_fd = -1
@@ -64,13 +65,14 @@ cdef class BackEnd(Core):
         cdef BeDatapath d = datapath
         self.datapath = d
         self.b.dp = d.table
+        _take_path(self.b, d.table.fast)
         nl = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 4)  # SOCK_DIAG
         nl.setsockopt(socket.SOL_SOCKET, 33, 8 << 20)  # SO_RCVBUFFORCE
         nl.bind((0, 1 << (SKNLGRP_INET_TCP_DESTROY - 1) | 1 << (SKNLGRP_INET6_TCP_DESTROY - 1)))
         nl.setblocking(False)
         self.fds["netlink"] = self.b.netlink_fd = nl.detach()
         _await_ends(self.b, EPOLL_CTL_ADD)
-        if self.b.dp.fast != NULL:
+        if _has_path(self.b):
             watch(self.c, EPOLL_CTL_ADD, self.b.dp.fast.event_fd, EPOLLIN | EPOLLET, EV_RING, 0, 0)
             watch(self.c, EPOLL_CTL_ADD, self.b.dp.fast.tap_fd, EPOLLIN | EPOLLET, EV_TAP, 0, 0)
             _tell_live(self.b)
@@ -140,7 +142,7 @@ cdef class BackEnd(Core):
             return False
         if load32(&self.b.holder) == peer + 1:
             store32(&self.b.holder, 0)
-        if self.b.dp.fast != NULL and peer < TCPHA_MAX_FAST:
+        if peer < TCPHA_MAX_FAST:
             store32(&self.b.dp.fast.keys[peer].used, 0)
         return True
 

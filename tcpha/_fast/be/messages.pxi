@@ -7,7 +7,7 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
         _on_handoff(b, w, l, m)
         return 0
     if m.type == MSG_PONG:
-        if b.dp.fast != NULL and l.peer < TCPHA_MAX_FAST:
+        if l.peer < TCPHA_MAX_FAST:
             store64(&b.dp.fast.keys[l.peer].clock, clock_word(&l.clock))
         return 0
     if m.type == MSG_OWNED:
@@ -19,7 +19,7 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
         notice(c)
         return 0
     if m.type == MSG_DOUBT:
-        if b.dp.fast != NULL:
+        if _has_path(b):
             _doubted(b, w, l, m)
         else:
             _claim(b, w, l, m)
@@ -32,7 +32,7 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
 
 cdef void _on_keys(backend_state *b, worker *w, link *l, const message *m) noexcept nogil:
     cdef uint8_t buf[MSG_HEADER]
-    if b.dp.fast == NULL or l.peer >= TCPHA_MAX_FAST:
+    if not _has_path(b) or l.peer >= TCPHA_MAX_FAST:
         return
     memcpy(b.dp.fast.keys[l.peer].key[m.id >> 8 & 1], m.data, 16)
     store64(&b.dp.fast.keys[l.peer].clock, clock_word(&l.clock))

@@ -1,6 +1,28 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 # The packet path: what the programs have adopted.
 
+cdef bint _no_event(void *self, tcpha_event *event) noexcept nogil:
+    return False
+
+
+cdef void _give_nothing_up(void *self, const tcpha_flow *flow, uint32_t isn) noexcept nogil:
+    pass
+
+
+cdef void _take_path(backend_state *b, cookie_adoption *path) noexcept nogil:
+    """Work with the datapath's packet path; NULL: it has none, and no program adopts anything."""
+    b.no_path.gate = &b.no_gate
+    b.no_path.keys = b.no_keys
+    b.no_path.event_fd = -1
+    b.no_path.next_event = _no_event
+    b.no_path.give_up = _give_nothing_up
+    b.dp.fast = path if path != NULL else &b.no_path
+
+
+cdef inline bint _has_path(backend_state *b) noexcept nogil:
+    return b.dp.fast != &b.no_path
+
+
 cdef void _took(backend_state *b, worker *w, const tcpha_event *e) noexcept nogil:
     """The program has adopted a connection."""
     cdef uint64_t id = fast_id(e.isn, e.ours)
@@ -81,8 +103,6 @@ cdef void _on_ring(backend_state *b, worker *w) noexcept nogil:
     """Take note of all that the packet path had said when this began."""
     cdef tcpha_event e
     cdef int left = RING_TURN
-    if b.dp.fast == NULL:
-        return
     pthread_mutex_lock(&b.ring_lock)
     while left and b.dp.fast.next_event(b.dp.self, &e):
         _take_event(b, w, &e)
@@ -99,7 +119,7 @@ cdef void _sweep(backend_state *b, worker *w, uint64_t now) noexcept nogil:
     cdef adopted *following
     cdef int owner
     cdef uint32_t _i
-    if b.dp.fast == NULL or load32(&b.live) == 0:
+    if not _has_path(b) or load32(&b.live) == 0:
         return
     pthread_mutex_lock(&b.lock)
     for _i in range(SWEEP):

@@ -19,13 +19,8 @@ cdef class FrontEnd(Core):
         self.f.nconns = maxclients
         self.f.conns = <conn *>calloc(maxclients, sizeof(conn))
         self.f.pool = <uint32_t *>calloc(maxclients, sizeof(uint32_t))
-        self.f.own_loads = <tcpha_load *>calloc(TCPHA_MAX_BACKENDS, sizeof(tcpha_load))
-        self.f.own_hits = <uint64_t *>calloc(TCPHA_MAX_RULES, sizeof(uint64_t))
-        if self.f.conns == NULL or self.f.pool == NULL or self.f.own_loads == NULL or \
-                self.f.own_hits == NULL:
+        if not _open_no_path(self.f) or self.f.conns == NULL or self.f.pool == NULL:
             raise MemoryError
-        self.f.loads = self.f.own_loads
-        self.f.rule_hits = self.f.own_hits
         slow_open(&self.f.slow)
         pthread_mutex_init(&self.f.pool_lock, NULL)
         pthread_mutex_init(&self.f.return_lock, NULL)
@@ -44,6 +39,7 @@ cdef class FrontEnd(Core):
         self.f.offer_ns = <uint64_t>(offer_timeout * 1e9)
         # ids of an earlier run must not come again: it may have left flows behind
         self.f.next_id = <uint64_t>(time.time() * 1e6) >> 3
+        self.f.key = 1         # and so no back end has it
         self.c.role = self.f
         self.c.on_event = _on_event
         self.c.on_message = _on_message
@@ -66,8 +62,8 @@ cdef class FrontEnd(Core):
         ruleset_free(self.f.rules)
         free(self.f.conns)
         free(self.f.pool)
-        free(self.f.own_loads)
-        free(self.f.own_hits)
+        free(self.f.no_path.loads)
+        free(self.f.no_path.rule_hits)
         slow_close(&self.f.slow)
         free(self.f)
 
@@ -77,10 +73,7 @@ cdef class FrontEnd(Core):
         cdef uint32_t i
         self.datapath = d
         self.f.dp = d.table
-        self.f.key = 1         # and so no back end has it
-        if d.table.fast != NULL:
-            self.f.loads = d.table.fast.loads
-            self.f.rule_hits = d.table.fast.rule_hits
+        _take_path(self.f, d.table.fast)
         address_bytes(vaddr, self.f.vaddr)
         self.f.vport = htons(listener.getsockname()[1])
         listener.setblocking(False)
@@ -88,8 +81,8 @@ cdef class FrontEnd(Core):
         self.fds["listener"] = self.f.listen_fd
         if d.table.event_fd >= 0:
             watch(self.c, EPOLL_CTL_ADD, d.table.event_fd, EPOLLIN | EPOLLET, EV_TAP, 0, 0)
-        for i in range(d.table.fast.queues if d.table.fast != NULL else 0):
-            watch(self.c, EPOLL_CTL_ADD, d.table.fast.fd[i], EPOLLIN | EPOLLET, EV_FAST, i, 0)
+        for i in range(self.f.dp.fast.queues):
+            watch(self.c, EPOLL_CTL_ADD, self.f.dp.fast.fd[i], EPOLLIN | EPOLLET, EV_FAST, i, 0)
 
     def key_in_use(self):
         """The number of the cookie key that an earlier run used last, if its connections go on; the
@@ -109,16 +102,14 @@ cdef class FrontEnd(Core):
 
     def answer_syns(self, bint answer):
         """Answer SYNs by cookie from now on, or leave them to the listener."""
-        if self.f.dp.fast != NULL:
-            store32(&self.f.dp.fast.keys.used, answer)
+        store32(&self.f.dp.fast.keys.used, answer)
 
     def answers_syns(self):
-        return bool(self.f.dp.fast != NULL and load32(&self.f.dp.fast.keys.used))
+        return bool(load32(&self.f.dp.fast.keys.used))
 
     def cache_verdicts(self, bint on):
         """Have the packet path's program decide repeated requests from now on, or no longer."""
-        if self.f.dp.fast != NULL:
-            store32(&self.f.dp.fast.cache.on, on)
+        store32(&self.f.dp.fast.cache.on, on)
 
     def send_key(self, uint32_t link_index, uint64_t number):
         """Tell a back end a cookie key."""
@@ -177,7 +168,7 @@ cdef class FrontEnd(Core):
         """Remove the entries of requests that came to nothing on the way through user space."""
         cdef Scan scan
         cdef uint32_t older
-        if self.f.dp.fast == NULL:
+        if self.f.dp.fast.queues == 0:
             return
         scan = Scan(self.datapath)
         with nogil:
@@ -403,7 +394,7 @@ cdef class FrontEnd(Core):
         cdef uint64_t handed = load64(&be.handed) + load64(<uint64_t *>&load.handed)
         return {"links": load32(&be.may.links),
                 "told": be.asked != 0 and load32(&be.told) == be.asked,
-                "fast": bool(self.f.dp.fast != NULL and _takes_fast(self.f, b)),
+                "fast": _takes_fast(self.f, b),
                 "draining": bool(load32(&be.may.draining)), "dead": bool(load32(&be.may.dead)),
                 "listens": bool(load64(&be.server_said) & 1), "live": load32(&load.live),
                 "handed": max(handed, returned) - returned,  # that may be of an earlier run

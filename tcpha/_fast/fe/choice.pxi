@@ -81,8 +81,7 @@ cdef bint _pick(frontend *f, const ruleset *rules, const uint64_t *matched, cons
 
 cdef inline void _void_verdicts(frontend *f) noexcept nogil:
     """Something has changed that cached verdicts depend on."""
-    if f.dp.fast != NULL:
-        add64(&f.dp.fast.cache.generation, 1)
+    add64(&f.dp.fast.cache.generation, 1)
 
 
 cdef fe_worker *_of_worker(worker *w) noexcept nogil:

@@ -1,6 +1,29 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 # The packet path: a request in one segment, that has no socket.
 
+cdef int _nothing_to_take_back(void *self, uint32_t worker, const tcpha_flow *flow, uint64_t id,
+                               uint32_t backend, tcpha_entry *entry) noexcept nogil:
+    return 0
+
+
+cdef void _take_path(frontend *f, packet_path *path) noexcept nogil:
+    """Work with the datapath's packet path; NULL: it has none, and nothing ever comes by it."""
+    f.dp.fast = path if path != NULL else &f.no_path
+    f.loads = f.dp.fast.loads
+    f.rule_hits = f.dp.fast.rule_hits
+
+
+cdef bint _open_no_path(frontend *f) noexcept nogil:
+    """False: out of memory."""
+    f.no_path.keys = &f.no_keys
+    f.no_path.cache = &f.no_cache
+    f.no_path.take_back = _nothing_to_take_back
+    f.no_path.loads = <tcpha_load *>calloc(TCPHA_MAX_BACKENDS, sizeof(tcpha_load))
+    f.no_path.rule_hits = <uint64_t *>calloc(TCPHA_MAX_RULES, sizeof(uint64_t))
+    _take_path(f, NULL)
+    return f.loads != NULL and f.rule_hits != NULL
+
+
 cdef inline bint _has_key(frontend *f, uint32_t b) noexcept nogil:
     """Whether a back end takes the cookies that we make. Else its requests take the socket path."""
     return load64(&f.backends[b].keyed) >= load64(&f.key)
@@ -182,8 +205,7 @@ cdef void _on_return(frontend *f, worker *w, uint32_t b, message *m) noexcept no
     cdef tcpha_entry entry
     cdef request r
     say_more(f.c, 4, &m.snap.flow, b"RETURN from %s", be.name, 0)
-    if f.dp.fast == NULL or \
-            f.dp.fast.take_back(f.dp.self, w.index, &m.snap.flow, m.id, b, &entry) != 1:
+    if f.dp.fast.take_back(f.dp.self, w.index, &m.snap.flow, m.id, b, &entry) != 1:
         return
     if m.reason != REFUSE_LOST:
         _remember(f, m.id, b)  # at once: the client may send it again at any moment
