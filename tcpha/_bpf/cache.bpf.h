@@ -139,7 +139,7 @@ static long next_byte(__u32 i, void *ctx)
 
 static __always_inline int choose(struct tcpha_verdict *v, struct tcpha_entry *fresh)
 {
-	__u32 turn = __sync_fetch_and_add(&v->turn, 1), count = *(volatile __u32 *)&v->count;
+	__u32 turn = __sync_fetch_and_add(&v->turn, 1), count = tcpha_now(&v->count);
 	int n = tcpha_choose(v->choice, count, TCPHA_CHOICES, turn, &loads);
 
 	if (n < 0)
@@ -165,7 +165,7 @@ static __always_inline int decide(struct __sk_buff *skb, __u32 offset, __u32 len
 	c = bpf_map_lookup_elem(&cache, &zero);
 	if (!c || !c->on || !h || length < 16)
 		return 0;
-	generation = *(volatile __u64 *)&c->generation;
+	generation = tcpha_now(&c->generation);
 	if (load_bytes(skb, offset, h->b, length, TCPHA_HEAD_MAX) < 0)
 		return 0;
 	n = length < TCPHA_LINE_MAX ? length : TCPHA_LINE_MAX;
@@ -187,7 +187,7 @@ static __always_inline int decide(struct __sk_buff *skb, __u32 offset, __u32 len
 	for (i = 0; i < TCPHA_TARGET_MAX / 8; i++)
 		((__u64 *)fresh->target)[i] = word_at(h, target + i * 8);
 	/* this memory may be another verdict's by now, and the choice was its */
-	return choose(v, fresh) && *(volatile __u64 *)&v->key == key;
+	return choose(v, fresh) && tcpha_now(&v->key) == key;
 }
 
 /* A back end has got a connection, by a rule; one of another (its index + 1, or 0) is over by that. */

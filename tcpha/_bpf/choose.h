@@ -42,17 +42,15 @@ enum {
 static __choose __u32 tcpha_refusal(const struct tcpha_member *m, __u32 live, int tried, int desperate,
 				    __u64 now)
 {
-	const volatile struct tcpha_member *v = m;
-
-	if (!v->used || !v->links)
+	if (!tcpha_now(&m->used) || !tcpha_now(&m->links))
 		return TCPHA_AWAY;
-	if (v->dead)
+	if (tcpha_now(&m->dead))
 		return TCPHA_DEAD;
-	if (v->draining)
+	if (tcpha_now(&m->draining))
 		return TCPHA_DRAINED;
-	if (v->app_down && !desperate)
+	if (tcpha_now(&m->app_down) && !desperate)
 		return TCPHA_DEAF;
-	if (now < v->full_until_ns && live >= v->full_live)
+	if (now < tcpha_now(&m->full_until_ns) && live >= tcpha_now(&m->full_live))
 		return TCPHA_FULL;
 	return tried ? TCPHA_TRIED : TCPHA_MAY;
 }
@@ -84,7 +82,7 @@ static __choose int tcpha_choose(const struct tcpha_choice *of, __u32 count, __u
 		load = tcpha_load_of(loads, of[n].backend);
 		if (!load)
 			continue;
-		live = *(const volatile __u32 *)&load->live;
+		live = tcpha_now(&load->live);
 		if (found >= 0 && live >= least)
 			continue;
 		least = live;

@@ -178,7 +178,7 @@ static __always_inline __u32 clock_ms(void)
 static __always_inline int cookie_check(const struct tcpha_flow *flow, const struct tcpha_keys *keys,
 					__u32 seq, __u32 ack, struct cookie *c)
 {
-	__u64 h, clock = *(const volatile __u64 *)&keys->clock;
+	__u64 h, clock = tcpha_now(&keys->clock);
 	__u32 age, slack = (__u32)clock;
 
 	c->isn = seq - 1;

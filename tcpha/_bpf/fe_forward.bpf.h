@@ -203,13 +203,13 @@ static __always_inline int forward(struct __sk_buff *skb, const struct packet *p
 				   bool first)
 {
 	struct tcpha_backend *be;
-	__u32 index = *(volatile __u32 *)&e->backend;
+	__u32 index = tcpha_now(&e->backend);
 	__u32 segments = skb->gso_segs ?: 1;
 	__u32 bytes = skb->len - ETH_HLEN;
 	__u32 room;
 	int ret;
 
-	if (*(volatile __u32 *)&e->tag != tcpha_tag(&p->flow))
+	if (tcpha_now(&e->tag) != tcpha_tag(&p->flow))
 		return TC_ACT_SHOT; /* it is gone, and so may be all that was known of the flow */
 	be = bpf_map_lookup_elem(&backends, &index);
 	if (!be || !be->mode) {
@@ -249,7 +249,7 @@ static __always_inline int hold(struct __sk_buff *skb, const struct packet *p, s
 /* Whether a packet belongs to the flow of an entry of its 4-tuple, and not to our stack. */
 static __always_inline bool is_of(const struct packet *p, struct tcpha_entry *e)
 {
-	if (*(volatile __u32 *)&e->tag != tcpha_tag(&p->flow))
+	if (tcpha_now(&e->tag) != tcpha_tag(&p->flow))
 		return false;
 	switch (tcpha_classify(e, p->flags, p->seq, p->length, now_ns())) {
 	case TCPHA_TO_STACK:

@@ -40,7 +40,7 @@ static __always_inline int to_worker_later(struct __sk_buff *skb, struct tcpha_e
 /* Whether packets of a flow that has its back end are still with a worker. */
 static __always_inline bool is_crowded(const struct tcpha_entry *e)
 {
-	return *(volatile __u32 *)&e->behind && now_ns() - e->start_ns < BEHIND_NS;
+	return tcpha_now(&e->behind) && now_ns() - e->start_ns < BEHIND_NS;
 }
 
 /* Whether the back end that got a request takes nothing now, so that another one may serve it. */
@@ -66,7 +66,7 @@ static __always_inline int fast_flow(struct __sk_buff *skb, const struct packet 
 	if (p->flags & TCPHA_T_ACK && p->ack != e->first_ack && !(e->flags & TCPHA_F_ANSWERED))
 		e->flags |= TCPHA_F_ANSWERED; /* once: another CPU may be about to change another flag */
 	first = first && !(e->flags & TCPHA_F_ANSWERED);
-	index = *(volatile __u32 *)&e->backend;
+	index = tcpha_now(&e->backend);
 	if (first && is_down(index)) {
 		if (!tcpha_retry(e, e->id, index))
 			return TC_ACT_SHOT; /* a copy of this segment, on another CPU, goes on */

@@ -19,7 +19,7 @@ static __always_inline bool is_wary(void)
 	__u32 zero = 0;
 	struct tcpha_guesses *g = bpf_map_lookup_elem(&guesses, &zero);
 
-	return g && now_ns() < *(volatile __u64 *)&g->until_ns;
+	return g && now_ns() < tcpha_now(&g->until_ns);
 }
 
 /* Somebody without timestamps has a wrong cookie. CPUs share this: under a flood it is read, and no more. */
@@ -35,7 +35,7 @@ static __always_inline void note_guess(void)
 		g->since_ns = now;
 		g->count = 0;
 	}
-	if (*(volatile __u32 *)&g->count < TCPHA_GUESSES)
+	if (tcpha_now(&g->count) < TCPHA_GUESSES)
 		__sync_fetch_and_add(&g->count, 1);
 	else if (g->until_ns < now + TCPHA_WARY_NS - SECOND_NS / 2)
 		g->until_ns = now + TCPHA_WARY_NS;

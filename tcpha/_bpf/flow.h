@@ -93,7 +93,7 @@ static __flow __u64 tcpha_phase(__u32 state, __u32 older, __u64 which)
 
 static __flow __u64 tcpha_phase_of(const struct tcpha_entry *e)
 {
-	return *(const volatile __u64 *)&e->phase;
+	return tcpha_now(&e->phase);
 }
 
 static __flow __u32 tcpha_phase_state(__u64 phase)

@@ -89,6 +89,13 @@ enum {
 	TCPHA_LOCAL = 3, /* our own stack: the Local Node */
 };
 
+/* A word as it is now, which others change at any time. */
+#ifdef __bpf__
+#define tcpha_now(p) (*(const volatile __typeof__(*(p)) *)(p))
+#else
+#define tcpha_now(p) __atomic_load_n(p, __ATOMIC_RELAXED)
+#endif
+
 /* How to reach a back end. mode 0: not reachable. */
 struct tcpha_backend {
 	__u32 ifindex;

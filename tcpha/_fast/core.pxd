@@ -112,7 +112,7 @@ cdef void rearm(core *c, int fd, int kind, uint32_t index) noexcept nogil
 cdef uint32_t link_queued(link *l) noexcept nogil
 cdef int link_put(core *c, worker *w, link *l, const uint8_t *a, uint32_t an, const uint8_t *b,
                   uint32_t bn) noexcept nogil
-cdef void link_break(core *c, worker *w, link *l, bint gone) noexcept nogil
+cdef void link_break(core *c, worker *w, link *l, int error, bint gone) noexcept nogil
 
 
 cdef class Core:

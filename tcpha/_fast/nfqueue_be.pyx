@@ -36,7 +36,7 @@ from tcpha._fast.sys cimport (
     AF_INET, EINTR, add64, cond_wait_ms, errno, htonl, htons, load32, load64, now_ns,
     pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_rwlock_destroy,
-    pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, read_counters,
+    pthread_rwlock_rdlock, pthread_rwlock_unlock, pthread_rwlock_wrlock, raise64, read_counters,
     rwlock_init, sendto, sockaddr, sockaddr_in, store32)
 from tcpha._fast.table cimport (
     flow_cell, table_add, table_cell, table_close, table_find, table_open, table_remove)
@@ -44,9 +44,9 @@ from tcpha._fast.table cimport (
 cdef enum:
     CHUNK = 60000          # payload of a forged segment; one skb, so that overhead is small
     HEADERS = 60           # of a forged segment, and some room
-    LEAP = 1 << 24         # how far 'high' may be behind, if the queue was full
+    LEAP = 1 << 24         # how far 'volume' may be behind, if the queue was full
     SWEEP = 512            # entries looked at by one call of sweep()
-    LAYOUT = 2             # version of struct be_flow
+    LAYOUT = 3             # version of struct be_flow
 
 cdef uint64_t HANDSHAKE_NS = 1000000000  # for the local server's SYN-ACK
 cdef uint64_t SILENT_NS = 100000000      # after this, a SYN that left no trace is looked into
@@ -76,8 +76,7 @@ cdef struct be_flow:
     translation inward
     translation outward
     uint64_t ended_ns      # 0: alive
-    uint32_t high          # behind the highest sequence number that the local socket has used
-    uint64_t volume        # how far that has come, the SYN included; 0: it never lived
+    uint64_t volume        # sequence numbers that the socket has used, its SYN's too; 0: never LIVE
     uint64_t sent          # packets from the local socket
 
 

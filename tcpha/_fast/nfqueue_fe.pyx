@@ -39,7 +39,7 @@ from tcpha._fast.sys cimport (
     AF_PACKET, EINTR, MSG_DONTWAIT, add64, errno, htonl, htons, iovec, load32, load64, msghdr,
     now_ns, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock,
     pthread_rwlock_destroy, pthread_rwlock_rdlock, pthread_rwlock_t, pthread_rwlock_unlock,
-    pthread_rwlock_wrlock, read_counters, rwlock_init, sendmsg, store64)
+    pthread_rwlock_wrlock, read_counters, rwlock_init, sendmsg, store32, store64)
 from tcpha._fast.table cimport (
     flow_cell, flow_table, table_add, table_cell, table_close, table_find, table_open, table_remove)
 
@@ -110,7 +110,7 @@ cdef struct fe_nfqueue:
     path paths[TCPHA_MAX_BACKENDS]
     be_nfqueue *local      # the Local Node; NULL: none
     diag *sockets          # our own
-    bint drop_unknown
+    uint32_t drop_unknown  # see datapath.pxd
     recent *seen
     waiting_ack waiting[MAX_QUEUES][ACKS]
     uint64_t thinned

@@ -232,7 +232,7 @@ cdef class Core:
         """Close a link (its peer is dead or stalled). What it carried is offered elsewhere."""
         cdef worker *w = self.outsider()
         with nogil:
-            link_break(self.c, w, &self.c.links[index], False)
+            link_break(self.c, w, &self.c.links[index], 0, False)
             self.flush_outsider()
 
     def link_error(self, uint32_t index):

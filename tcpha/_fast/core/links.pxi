@@ -75,8 +75,7 @@ cdef void _flush(core *c, worker *w, link *l) noexcept nogil:
     if resume:
         _rearm_link(c, l)
     if broken:
-        l.error = error
-        link_break(c, w, l, error == EPIPE or error == ECONNRESET)
+        link_break(c, w, l, error, error == EPIPE or error == ECONNRESET)
 
 
 cdef bint _has_room(link *l, uint64_t more) noexcept nogil:
@@ -107,7 +106,7 @@ cdef int link_put(core *c, worker *w, link *l, const uint8_t *a, uint32_t an, co
     cdef uint32_t i
     cdef bint up, ok = False
     pthread_mutex_lock(&l.lock)
-    up = l.state == LINK_UP
+    up = load32(&l.state) == LINK_UP
     if up and _has_room(l, <uint64_t>an + bn):
         memcpy(l.out + l.out_len, a, an)
         if bn:
@@ -117,7 +116,7 @@ cdef int link_put(core *c, worker *w, link *l, const uint8_t *a, uint32_t an, co
     pthread_mutex_unlock(&l.lock)
     if up and not ok:
         say(c, 0, b"no memory for what a control connection has to carry: closing it")
-        link_break(c, w, l, False)
+        link_break(c, w, l, 0, False)
     if not ok:
         return -1
     for i in range(w.ndirty):
@@ -136,14 +135,15 @@ cdef void _flush_dirty(core *c, worker *w) noexcept nogil:
         _flush(c, w, w.dirty[w.ndirty])
 
 
-cdef void link_break(core *c, worker *w, link *l, bint gone) noexcept nogil:
+cdef void link_break(core *c, worker *w, link *l, int error, bint gone) noexcept nogil:
     """Take a link out of use. Whoever comes first tells the role; Python closes the descriptor.
-    gone: the peer has closed it, and will read nothing more from it."""
+    error: an errno, or 0; gone: the peer has closed it, and will read nothing more from it."""
     cdef bint first
     pthread_mutex_lock(&l.lock)
-    first = l.state == LINK_UP
+    first = load32(&l.state) == LINK_UP
     if first:
         store32(&l.state, LINK_DOWN)
+        l.error = error
         l.gone = gone
     pthread_mutex_unlock(&l.lock)
     if not first:
@@ -187,7 +187,7 @@ cdef bint _pauses(link *l) noexcept nogil:
 cdef bint _read_link(core *c, worker *w, link *l) noexcept nogil:
     """Handle what has come. True: there may be more."""
     cdef ssize_t got
-    cdef int used, turns = 0
+    cdef int used, error, turns = 0
     cdef uint32_t at
     cdef message m
     cdef uint8_t pong[MSG_PONG_SIZE]
@@ -198,17 +198,17 @@ cdef bint _read_link(core *c, worker *w, link *l) noexcept nogil:
         got = _receive(w, l, l.buf + l.buf_len, LINK_IN - l.buf_len)
         if got == TLS_BROKEN:
             say(c, 0, b"a control connection was tampered with: closing it")
-            link_break(c, w, l, False)
+            link_break(c, w, l, 0, False)
             return False
         if got < 0:
             if errno == EINTR:
                 continue
             if errno != EAGAIN:
-                l.error = errno
-                link_break(c, w, l, l.error == ECONNRESET)
+                error = errno
+                link_break(c, w, l, error, error == ECONNRESET)
             return False
         if got == 0:
-            link_break(c, w, l, True)
+            link_break(c, w, l, 0, True)
             return False
         l.buf_len += <uint32_t>got
         set64(&l.last_rx_ns, now_ns())
@@ -217,7 +217,7 @@ cdef bint _read_link(core *c, worker *w, link *l) noexcept nogil:
             used = message_decode(l.buf + at, l.buf_len - at, &m)
             if used < 0:
                 say(c, 0, b"malformed message on a control connection: closing it")
-                link_break(c, w, l, False)
+                link_break(c, w, l, 0, False)
                 return False
             if used == 0:
                 break
@@ -230,7 +230,7 @@ cdef bint _read_link(core *c, worker *w, link *l) noexcept nogil:
                 clock_answered(&l.clock, m.id, m.sent_ns, l.last_rx_ns)
             if c.on_message(c, w, l, &m) < 0:
                 say(c, 0, b"unexpected message on a control connection: closing it")
-                link_break(c, w, l, False)
+                link_break(c, w, l, 0, False)
                 return False
         if at:
             l.buf_len -= at

@@ -239,8 +239,8 @@ cdef class FrontEnd(Core):
             self.later(partial(os.close, old))
 
     def set_limits(self, uint32_t headlimit, double headtimeout):
-        self.f.headlimit = headlimit
-        self.f.headtimeout_ns = <uint64_t>(headtimeout * 1e9)
+        store32(&self.f.headlimit, headlimit)
+        store64(&self.f.headtimeout_ns, <uint64_t>(headtimeout * 1e9))
         _void_verdicts(self.f)
 
     def publish_rules(self, Matcher matcher, list groups):

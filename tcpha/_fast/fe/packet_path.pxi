@@ -112,7 +112,7 @@ cdef bint _choose_fast(frontend *f, worker *w, request *r, const tcp_view *v) no
     """Whether the request is plain and somebody takes it by a cookie of ours; chooses who."""
     # of urgent data, a server reads other bytes than there are in the segment: so does our socket
     return not v.tcp[13] & TCP_URG and \
-        http_parse(&r.head, v.data, min(v.data_len, f.headlimit)) == HTTP_DONE and \
+        http_parse(&r.head, v.data, min(v.data_len, load32(&f.headlimit))) == HTTP_DONE and \
         _choose(f, w, r, v.data) and \
         _has_key(f, r.backend)  # never the Local Node
 

@@ -232,6 +232,7 @@ cdef void _complete(frontend *f, worker *w, conn *k) noexcept nogil:
 # Events
 
 cdef void _read_head(frontend *f, worker *w, conn *k) noexcept nogil:
+    cdef uint32_t limit = load32(&f.headlimit)
     cdef ssize_t n
     cdef int rc
     cdef bint ended = False
@@ -248,7 +249,7 @@ cdef void _read_head(frontend *f, worker *w, conn *k) noexcept nogil:
             return
         k.seen = <uint32_t>n
         say_number(f.c, 6, &k.req.flow, b"%ld bytes are there", k.seen)
-        rc = http_parse(&k.req.head, w.scratch, min(k.seen, f.headlimit))
+        rc = http_parse(&k.req.head, w.scratch, min(k.seen, limit))
         # a FIN may have come with the last bytes; if so, look once more for what came before it
         if rc != HTTP_MORE or ended or not half_closed(k.fd):
             break
@@ -261,7 +262,7 @@ cdef void _read_head(frontend *f, worker *w, conn *k) noexcept nogil:
                          and memcmp(w.scratch + k.req.head.method, b"HEAD", 4) == 0)
         histogram_add(&f.stages[STAGE_HEAD], now_ns() - k.req.began_ns)
         _offer(f, w, k, w.scratch)
-    elif k.seen >= f.headlimit:
+    elif k.seen >= limit:
         say_flow(f.c, 1, &k.req.flow, b"request head over headlimit: 431")
         _answer(f, k, ANSWER_431, &f.n.answered_431)
     elif ended and not http_begun(&k.req.head):
@@ -300,7 +301,7 @@ cdef void _accept(frontend *f, worker *w) noexcept nogil:
         k.seen = 0
         memset(&k.req, 0, sizeof(k.req))
         k.req.began_ns = now_ns()
-        set64(&k.deadline_ns, k.req.began_ns + f.headtimeout_ns)
+        set64(&k.deadline_ns, k.req.began_ns + load64(&f.headtimeout_ns))
         memset(&k.snap, 0, sizeof(k.snap))
         memset(&k.entry, 0, sizeof(k.entry))
         k.crowded_ns = 0

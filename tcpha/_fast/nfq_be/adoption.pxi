@@ -110,7 +110,7 @@ cdef int _settle(be_nfqueue *d, const tcpha_flow *local, const snapshot *s,
             return REFUSE_ERROR
         pthread_rwlock_rdlock(&d.lock)
         f = _being_adopted(d, local, s)
-        sent = f.sent if f != NULL else 0
+        sent = load64(&f.sent) if f != NULL else 0
         pthread_rwlock_unlock(&d.lock)
         if f == NULL:
             return REFUSE_UNSUPPORTED
@@ -152,7 +152,6 @@ cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
     f = _being_adopted(d, &local, s)
     if f != NULL:
         _plan(d, f, s)
-        f.high = f.isn + 1
         f.volume = 1
         f.state = B_LIVE   # before the request: it may be answered at once
     pthread_rwlock_unlock(&d.lock)

@@ -25,17 +25,26 @@ cdef be_flow *_being_adopted(be_nfqueue *d, const tcpha_flow *local,
     return f if f != NULL and f.state != B_DIRECT and f.asked == _start(s) else NULL
 
 
+cdef inline uint32_t _next(const be_flow *f, uint64_t volume) noexcept nogil:
+    """The sequence number behind all that the socket has used."""
+    return f.isn + <uint32_t>volume
+
+
+cdef inline bint _comes_next(be_flow *f, const tcp_view *v) noexcept nogil:
+    cdef uint64_t volume = load64(&f.volume)
+    return volume != 0 and get32(v.tcp + 4) == _next(f, volume)
+
+
 cdef bint _is_of(be_flow *f, const tcp_view *v) noexcept nogil:
     """Whether a packet fits the socket's numbers. If not, it comes from an older socket of the
     same 4-tuple, whose last words (a RST, when it was destroyed) were still in the queue."""
-    cdef uint32_t seq = get32(v.tcp + 4)
-    cdef int64_t ahead = <int>(seq - f.high)
-    if ahead > LEAP or -ahead > <int64_t>min(f.volume, <uint64_t>1 << 30):
+    cdef uint64_t volume = load64(&f.volume)
+    cdef int64_t ahead = <int>(get32(v.tcp + 4) - _next(f, volume))
+    if ahead > LEAP or -ahead > <int64_t>min(volume, <uint64_t>1 << 30):
         return False
-    seq += v.data_len + (1 if v.flags & TCP_FIN else 0)
-    if <int>(seq - f.high) > 0:
-        f.volume += seq - f.high
-        f.high = seq
+    ahead += v.data_len + (1 if v.flags & TCP_FIN else 0)
+    if ahead > 0:
+        raise64(&f.volume, volume + ahead)
     return True
 
 

@@ -219,12 +219,12 @@ cdef int _outward(be_nfqueue *d, queue *q, packet *p) noexcept nogil:
         return V_ACCEPT if d.shared else V_DROP
     _key(d, v.ip + 16, v.tcp + 2, &local)
     f = <be_flow *>table_find(&d.flows, &local)
-    if f == NULL or (f.state == B_DIRECT and (f.volume == 0 or get32(v.tcp + 4) != f.high)):
+    if f == NULL or (f.state == B_DIRECT and not _comes_next(f, &v)):
         if d.shared:
             return V_ACCEPT
         add64(&d.unknown, 1)
         return V_DROP
-    if f.state == B_DIRECT and not f.sent and v.flags & TCP_RST:
+    if f.state == B_DIRECT and not load64(&f.sent) and v.flags & TCP_RST:
         return V_DROP      # it answers the ACK of an adoption that was called off
     if f.state != B_LIVE and f.state != B_DIRECT:
         if v.flags & TCP_RST and f.state == B_SYN:
@@ -238,7 +238,7 @@ cdef int _outward(be_nfqueue *d, queue *q, packet *p) noexcept nogil:
             return V_ACCEPT
         add64(&d.unknown, 1)
         return V_DROP
-    f.sent += 1
+    add64(&f.sent, 1)
     if q.whole:
         return V_NUMBERS if _number(f, &v, p) else V_WHOLE
     translate(&v, &f.outward, SUM_LEAVE if p.skb_info & SKB_GSO else

@@ -36,7 +36,8 @@ cdef class FeNfqueue(FeDatapath):
         self.d.tunnel = tunnel
         self.diag = SockDiag()
         self.d.sockets = &self.diag.d
-        self.fresh = self.d.drop_unknown = True
+        self.fresh = True
+        self.d.drop_unknown = 1
         self.packet_socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC)
         self.packet_socket.setsockopt(263, 15, 1)  # SOL_PACKET, PACKET_VNET_HDR
         self.packet_socket.setsockopt(socket.SOL_SOCKET, 32, 16 << 20)  # SO_SNDBUFFORCE

@@ -124,7 +124,7 @@ cdef int _restore(void *self, uint32_t worker, const tcpha_flow *flow, const tcp
 
 
 cdef void _drop_unknown(void *self, bint drop) noexcept nogil:
-    (<fe_nfqueue *>self).drop_unknown = drop
+    store32(&(<fe_nfqueue *>self).drop_unknown, drop)
 
 
 cdef void _sweep(void *self, uint32_t worker, uint64_t now) noexcept nogil:

@@ -201,7 +201,7 @@ cdef int _on_packet(void *self, queue *q, packet *p) noexcept nogil:
     memcpy(&flow.vport, v.tcp + 2, 2)
     e = <tcpha_entry *>table_find(&d.flows, &flow)
     if e == NULL or not _classify(d, e, &v):
-        if d.drop_unknown and _is_unknown(d, &flow, &v):
+        if load32(&d.drop_unknown) and _is_unknown(d, &flow, &v):
             return V_DROP
         if v.ts != NULL:
             _note(d, &flow, &v)
