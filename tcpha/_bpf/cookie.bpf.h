@@ -173,7 +173,7 @@ static __always_inline __u32 clock_ms(void)
 /*
  * Is a segment, whose sequence number is the first behind the handshake, of a client that has our
  * cookie? Fills c. 1, or 0. The age is by the clock of the front end that made it, which a back end knows
- * within some slack: see TCPHA_CLOCK.
+ * within some slack: see TCPHA_CLOCK. So it may seem to be from -slack to TCPHA_COOKIE_MS + slack.
  */
 static __always_inline int cookie_check(const struct tcpha_flow *flow, const struct tcpha_keys *keys,
 					__u32 seq, __u32 ack, struct cookie *c)

@@ -98,6 +98,10 @@ def frontend(status: Mapping[str, Any], rules: list[dict[str, Any]],
                     [([s["server"]], s["live"]) for s in servers])
     yield _counter("accepted", "Connections taken, by socket or by packet path.",
                    counters["accepted"] + returned)
+    yield _counter("restored", "Connections of an earlier run, or of another front end, that are "
+                   "known again.", counters["restored"])
+    yield _counter("late_bytes", "Bytes that came in the midst of a handoff, and were sent behind "
+                   "it.", counters["late_bytes"])
     yield _labelled(CounterMetricFamily("tcpha_paths", "Connections handed over, by path.",
                                         labels=["path"]),
                     [(["socket"], counters["handed"] - counters["fast"]),

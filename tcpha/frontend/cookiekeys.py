@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The keys of the packet path's cookies: made here, sent to back ends, changed again and again.
 
-Two are known at a time. A new one replaces the older of them a while before it is used, so that
-back ends know it by then; so a cookie is good for PERIOD seconds at least.
+Two are known at a time. A new one replaces the older of them AHEAD seconds before it is used, so
+that back ends know it by then; so a cookie is good for PERIOD - AHEAD seconds at least.
 """
 from __future__ import annotations
 
