@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import filecmp
 import hashlib
 import os
 import socket
+import struct
+import termios
 from pathlib import Path
 
 from tcpha.lab.bed import Cluster, wait_for
@@ -21,6 +24,11 @@ def read_all(s: socket.socket) -> bytes:
     while piece := s.recv(1 << 18):
         pieces.append(piece)
     return b"".join(pieces)
+
+
+def unacknowledged(s: socket.socket) -> int:
+    """Bytes that the peer's kernel has not acknowledged (SIOCOUTQ)."""
+    return int(struct.unpack("i", fcntl.ioctl(s, termios.TIOCOUTQ, bytes(4)))[0])
 
 
 def body(response: bytes) -> bytes:

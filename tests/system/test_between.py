@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 
 from tcpha.lab.bed import Cluster, Host, freeze, inside, wait_for
-from tests.support.client import REQUEST, body, connect_from, read_all, upload_many
+from tests.support.client import (
+    REQUEST,
+    body,
+    connect_from,
+    read_all,
+    unacknowledged,
+    upload_many,
+)
 from tests.support.network import let_grow, mac, nft_on_switch
 from tests.support.state import fast, settle
 
@@ -260,8 +267,8 @@ def test_packets_above_64_kilobytes(cluster: Cluster) -> None:
             s.sendall(b"PUT /up/big HTTP/1.1\r\nHost: lab\r\n"
                       b"Content-Length: %d\r\n\r\n" % (SENT + 1))
             s.sendall(bytes(SENT))
-            wait_for(lambda: [r["state"] for r in fe.ctl("conns") if r["bytes"] > SENT] ==
-                     ["forward"], "all of it")
+            wait_for(lambda: unacknowledged(s) == 0, "all of it")  # the FIN has room behind it
+            assert [r["state"] for r in fe.ctl("conns") if r["bytes"] > SENT] == ["forward"]
             freeze(*workers)
             s.shutdown(socket.SHUT_WR)
             wait_for(lambda: [r["state"] for r in fe.ctl("conns")] == ["closing"], "the FIN")
