@@ -64,7 +64,7 @@ class Registration:
         async with asyncio.timeout(PATIENCE):
             await asyncio.get_running_loop().sock_connect(sock, (config.feaddr, config.feport))
         async with asyncio.timeout(ANSWER):
-            mine = registration(config.vaddr, config.port, [r.pattern for r in config.rule],
+            mine = registration(config.vaddrs, config.port, [r.text for r in config.rule],
                                 self.instance)
             hello, _ = await call(sock, mine, self.secret)
         check(hello, "fe", config.vaddr)

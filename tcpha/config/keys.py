@@ -5,9 +5,10 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from tcpha.config.model import ANY, Key, Rule, Server
+from tcpha.config.model import ANY, PROTOCOLS, Condition, Key, Listen, Place, Rule, Server
 
 BE_PORT = 666
 
@@ -71,37 +72,118 @@ def server(value: Any) -> Server:
     return Server(address(parts[0]), port(parts[1]) if len(parts) > 1 else BE_PORT)
 
 
-def fe_rule(value: Any) -> Rule:
-    """'ADDRESS PATTERN', or a TOML table with the keys server and pattern."""
+def listen(value: Any) -> Listen:
+    """'PORT [PROTOCOL]', or a TOML table with the keys port and protocol."""
     if isinstance(value, dict):
-        if set(value) != {"server", "pattern"}:
-            raise ValueError("a [[rule]] table has the keys server and pattern")
-        return Rule(address(value["server"]), text(value["pattern"]))
-    parts = str(value).split(None, 1)
+        if not {"port"} <= set(value) <= {"port", "protocol"}:
+            raise ValueError(f"a [[listen]] table has the keys port and protocol (default "
+                             f"{PROTOCOLS[0]})")
+        parts = [value["port"], *([value["protocol"]] if "protocol" in value else [])]
+    else:
+        parts = str(value).split()
+        if not 1 <= len(parts) <= 2:
+            raise ValueError(f"'{value}' is not 'PORT [PROTOCOL]', as in 8080 {PROTOCOLS[0]}")
+    return Listen(port(parts[0]), protocol(parts[1]) if len(parts) > 1 else PROTOCOLS[0])
+
+
+def service(value: Any) -> Place:
+    """'PORT [ADDRESS:]PORT', or a TOML table with the keys vport, address and port."""
+    if isinstance(value, dict):
+        if not {"vport", "port"} <= set(value) <= {"vport", "address", "port"}:
+            raise ValueError("a [[service]] table has the keys vport, port, and address (default: "
+                             "the virtual address itself)")
+        return Place(port(value["vport"]), address(value.get("address", ANY)), port(value["port"]))
+    parts = str(value).split()
     if len(parts) != 2:
-        raise ValueError(f"'{value}' is not 'ADDRESS PATTERN', as in 192.168.1.38 jpg$")
-    return Rule(address(parts[0]), parts[1])
-
-
-def be_rule(value: Any) -> Rule:
-    """'PATTERN' or 'OWN-ADDRESS PATTERN'."""
-    if isinstance(value, dict):
-        if not {"pattern"} <= set(value) <= {"server", "pattern"}:
-            raise ValueError("a [[rule]] table has the key pattern")
-        return Rule(address(value.get("server", ANY)), text(value["pattern"]))
-    parts = str(value).split(None, 1)
-    if len(parts) == 2:
-        try:
-            return Rule(address(parts[0]), parts[1])
-        except ValueError:
-            pass
-    return Rule(ANY, text(value))
+        raise ValueError(f"'{value}' is not 'PORT [ADDRESS:]PORT', as in 443 127.0.0.1:8443")
+    where, _, number = parts[1].rpartition(":")
+    return Place(port(parts[0]), address(where or ANY), port(number))
 
 
 port = integer(1, 65535, "port")
+protocol = choice(*PROTOCOLS)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Of conditions. like: what a value looks like; another word belongs to the pattern."""
+
+    like: str
+    read: Callable[[Any], str | int]
+
+
+# A condition is 'NAME=VALUE' before a rule's pattern, and a key of a [[rule]] table.
+CONDITIONS = {
+    "port": Kind(r"[0-9]+", port),
+    "vaddr": Kind(r"[0-9]+(?:\.[0-9]+)+|[0-9A-Fa-f]*:[0-9A-Fa-f:.]*", address),
+}
+
+
+def _read_rule(who: str, words: str) -> Rule:
+    """A rule by what stands behind its server: '[CONDITION ...] PATTERN'. The last word is never a
+    condition."""
+    found: dict[str, Condition] = {}
+    while match := re.match(r"(\w+)=(\S+)\s+(?=\S)", words):
+        name, value = match.groups()
+        kind = CONDITIONS.get(name)
+        if kind is None or not re.fullmatch(kind.like, value):
+            break
+        if name in found:
+            raise ValueError(f"has two conditions '{name}='; write a rule for each")
+        found[name] = Condition(name, kind.read(value))
+        words = words[match.end():]
+    return Rule(who, words, tuple(found.values()))
+
+
+def _table_rule(who: str, table: dict[str, Any]) -> Rule:
+    return Rule(who, text(table["pattern"]), tuple(
+        Condition(name, CONDITIONS[name].read(value)) for name, value in table.items()
+        if name in CONDITIONS))
+
+
+def registered_rule(who: str, words: str) -> Rule:
+    """What a back end says of a rule of its own (Rule.text) as it registers."""
+    return _read_rule(who, text(words))
+
+
+def fe_rule(value: Any) -> Rule:
+    """'ADDRESS [CONDITION ...] PATTERN', or a TOML table with the keys server, pattern and those of
+    CONDITIONS."""
+    if isinstance(value, dict):
+        if not {"server", "pattern"} <= set(value) <= {"server", "pattern", *CONDITIONS}:
+            raise ValueError("a [[rule]] table has the keys server and pattern, and may have "
+                             f"{' and '.join(CONDITIONS)}")
+        return _table_rule(address(value["server"]), value)
+    parts = str(value).split(None, 1)
+    if len(parts) != 2:
+        raise ValueError(f"'{value}' is not 'ADDRESS PATTERN', as in 192.168.1.38 jpg$")
+    return _read_rule(address(parts[0]), parts[1])
+
+
+def be_rule(value: Any) -> Rule:
+    """'[CONDITION ...] PATTERN' or 'OWN-ADDRESS [CONDITION ...] PATTERN'."""
+    if isinstance(value, dict):
+        if not {"pattern"} <= set(value) <= {"server", "pattern", *CONDITIONS}:
+            raise ValueError("a [[rule]] table has the key pattern, and may have "
+                             f"{' and '.join(CONDITIONS)}")
+        rule = _table_rule(address(value.get("server", ANY)), value)
+        if registered_rule(rule.server, rule.text) != rule:
+            raise ValueError(f"the front end would read '{rule.text}' otherwise; write the pattern "
+                             "without a space at its beginning, and [=] for '=' in its first word")
+        return rule
+    parts = str(value).split(None, 1)
+    if len(parts) == 2:
+        try:
+            who = address(parts[0])
+        except ValueError:
+            pass
+        else:
+            return _read_rule(who, parts[1])
+    return registered_rule(ANY, value)
+
 
 SHARED = {
-    "vaddr": Key(address, required=True),
+    "vaddr": Key(address, required=True, repeated=True),
     "startservers": Key(integer(1, 1000), 5),
     "maxspareservers": Key(integer(1, 1000), 5),
     "minspareservers": Key(integer(1, 1000), 2),
@@ -128,6 +210,7 @@ KEYS: dict[str, dict[str, Key]] = {
     "fe": SHARED | {
         "raddr": Key(address, ANY),
         "port": Key(port, 80),
+        "listen": Key(listen, repeated=True),
         "maxclients": Key(integer(1, 65535), 256),
         "connperbe": Key(integer(1, 16), 2),
         "announce": Key(choice("on", "off"), "on"),
@@ -146,6 +229,7 @@ KEYS: dict[str, dict[str, Key]] = {
         "maxclients": Key(integer(1, 2 ** 24), 256),
         "redirectaddr": Key(address, ANY),
         "redirectport": Key(port, 80),
+        "service": Key(service, repeated=True),
         "dtcinterval": Key(integer(0, 3600), 0),
         "dregister": Key(integer(0, 1), 0),
         "feaddr": Key(address),

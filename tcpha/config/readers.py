@@ -37,7 +37,7 @@ def read_legacy(file: str, content: str) -> tuple[list[Item], list[Fault]]:
 
 
 def read_toml(file: str, content: str) -> tuple[list[Item], list[Fault]]:
-    """TOML: the same keys, and [[server]] and [[rule]] tables."""
+    """TOML: the same keys, and tables for what has several parts."""
     try:
         document = toml.loads(content)
     except toml.TomlDecodeError as error:
@@ -67,9 +67,14 @@ def _stumbled(file: str, content: str) -> Fault:
 
 
 def _places(lines: list[str], key: str) -> list[int]:
-    """Lines on which a key or the tables of that name stand; the toml library keeps none."""
-    pattern = re.compile(rf"\s*(?:\[\[?\s*{re.escape(key)}\s*\]|[\"']?{re.escape(key)}[\"']?\s*=)")
-    return [n for n, line in enumerate(lines, 1) if pattern.match(line)]
+    """Lines on which a key or the tables of that name stand; the toml library keeps none. What
+    stands behind the first table's name is a key of a table."""
+    table = re.compile(rf"\s*\[\[?\s*{re.escape(key)}\s*\]")
+    plain = re.compile(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=")
+    tables = next((n for n, line in enumerate(lines)
+                   if re.match(r"\s*\[\[?\s*\w+\s*\]", line)), len(lines))
+    return [n + 1 for n, line in enumerate(lines)
+            if table.match(line) or (n < tables and plain.match(line))]
 
 
 def read(file: str) -> tuple[list[Item], list[Fault]]:

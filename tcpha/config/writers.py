@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import toml
@@ -17,8 +17,10 @@ def to_toml(config: Config) -> str:
     document: dict[str, Any] = {}
     for name in config.lines:
         value = config.values[name]
-        if isinstance(value, list) and value and isinstance(value[0], Server | Rule):
-            value = [_table(item) for item in value]
+        if isinstance(value, list):
+            value = [_table(item) if is_dataclass(item) else item for item in value]
+            if len(value) == 1 and not isinstance(value[0], dict):
+                value = value[0]
         document[name] = value
     return str(toml.dumps(document, _Encoder()))
 
@@ -44,6 +46,13 @@ def _string(text: str) -> str:
     raise ValueError(f"no way to write {plain}")
 
 
-def _table(item: Server | Rule) -> dict[str, Any]:
-    """A BE's rule names no server unless the file does."""
-    return {k: v for k, v in asdict(item).items() if (k, v) != ("server", ANY)}
+def _table(item: Any) -> dict[str, Any]:
+    """What stands for any, as where a BE's rule names no server, is left out."""
+    table = asdict(item)
+    if isinstance(item, Rule):
+        del table["conditions"]
+        table |= {condition.kind: condition.value for condition in item.conditions}
+    for name in ("server", "address"):
+        if not isinstance(item, Server) and table.get(name) == ANY:
+            del table[name]
+    return table

@@ -17,7 +17,7 @@ import logging
 import secrets
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -59,15 +59,16 @@ class Hello:
     mtu: int = 0  # of a back end: where packets for it arrive
     rule: list[str] = field(default_factory=list)
     error: str = ""
+    vaddrs: list[str] = field(default_factory=list)  # all; of an older peer none, and vaddr counts
 
     def body(self) -> bytes:
         self.clock = clock()
         return json.dumps(asdict(self)).encode()
 
 
-def registration(vaddr: str, port: int, patterns: list[str], instance: str) -> Hello:
-    """What a back end says that joins."""
-    return Hello("be", vaddr, port, instance=instance, rule=patterns)
+def registration(vaddrs: Sequence[str], port: int, rules: list[str], instance: str) -> Hello:
+    """What a back end says that joins. rules: each as Rule.text."""
+    return Hello("be", vaddrs[0], port, instance=instance, rule=rules, vaddrs=list(vaddrs))
 
 
 def new_instance() -> str:

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from tcpha.config import Config, Rule, Server
+from tcpha.config import Config, Server, registered_rule
 from tcpha.control.hello import (
     PATIENCE,
     STRANGER,
@@ -81,8 +81,9 @@ class Registrar:
         self.joining.add(address)
         try:
             await self.registry.register(Server(address, hello.port),
-                                         [Rule(address, p) for p in hello.rule], sock)
-        except Refused as error:
+                                         [registered_rule(address, text) for text in hello.rule],
+                                         sock)
+        except (Refused, ValueError) as error:
             raise HelloError(str(error)) from None
         finally:
             self.joining.remove(address)
