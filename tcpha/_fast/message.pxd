@@ -14,6 +14,7 @@ cdef enum:
     MSG_REFUSED_SIZE = MSG_HEADER + 4
     MSG_KEYS_SIZE = MSG_HEADER + 16
     MSG_PONG_SIZE = MSG_HEADER + 8
+    MSG_PLACE_SIZE = MSG_HEADER + 16 + 2 + 6
     MSG_MAX_DATA = 1 << 18
     MSG_MAX = MSG_HANDOFF_FIXED + MSG_MAX_DATA
 
@@ -35,6 +36,7 @@ cdef enum message_type:
     MSG_DOUBT = 16     # FE: as OWNED, if nothing shows that the request arrived
     MSG_MISSED = 15    # BE: a control connection broke, and what it said there may be lost
     MSG_SERVER = 9     # BE: id: 2 * a growing number, + 1 if the application listens
+    MSG_PLACE = 18     # BE, to an FE whose HELLO has ports: as SERVER, of one place; body: it
 
 cdef enum refusal:
     REFUSE_FULL = 1         # maxclients reached
@@ -60,7 +62,8 @@ cdef struct message:
     uint64_t id
     uint64_t sent_ns       # HANDOFF, PONG: the sender's CLOCK_MONOTONIC
     uint32_t reason        # REFUSED, RETURN: a refusal; CLOSED: an ending; FLOW: rcv_nxt
-    snapshot snap          # HANDOFF; CLOSED, OWNED, DOUBT, RETURN, FLOW: flow only
+    # HANDOFF; CLOSED, OWNED, DOUBT, RETURN, FLOW: flow only; PLACE: of that, vaddr and vport only
+    snapshot snap
     const uint8_t *data    # HANDOFF, HELLO, KEYS
     uint32_t data_len
 
@@ -80,5 +83,7 @@ cdef uint64_t fast_id(uint32_t isn, uint32_t ours) noexcept nogil
 cdef uint32_t fast_isn(uint64_t id) noexcept nogil
 cdef uint32_t message_owned(uint8_t *to, uint64_t id, const tcpha_flow *flow) noexcept nogil
 cdef uint32_t message_doubt(uint8_t *to, uint64_t id, const tcpha_flow *flow) noexcept nogil
+cdef uint32_t message_place(uint8_t *to, uint64_t said, const uint8_t *vaddr,
+                            uint16_t vport) noexcept nogil
 cdef const char *refusal_text(uint32_t reason) noexcept nogil
 cdef int message_decode(const uint8_t *buf, uint32_t length, message *m) noexcept nogil

@@ -11,6 +11,7 @@ CLOSED: int
 PING: int
 PONG: int
 OWNED: int
+PLACE: int
 REFUSALS: tuple[bytes, ...]
 
 def clock() -> int: ...

@@ -8,7 +8,8 @@ then the request bytes. CLOSED body: flow, ending (32). OWNED, DOUBT body: flow.
 reason (32). RETURN body: flow, reason (32). FLOW body: flow, rcv_nxt (32). KEYS body: 16 bytes of
 key; its id is the key's number (56 bits; the lowest one says which of two it replaces), then the
 window scale that goes with its cookies (8).
-PONG body: sent_ns (64). ADOPTED, PING, SERVER, KEYED, ASK, TOLD and MISSED have none.
+PONG body: sent_ns (64). PLACE body: vaddr (16 bytes), vport (16; 0: any that has no place of its
+own), 6 zero bytes. ADOPTED, PING, SERVER, KEYED, ASK, TOLD and MISSED have none.
 HELLO body: JSON.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -183,6 +184,16 @@ cdef uint32_t message_doubt(uint8_t *to, uint64_t id, const tcpha_flow *flow) no
     return MSG_OWNED_SIZE
 
 
+cdef uint32_t message_place(uint8_t *to, uint64_t said, const uint8_t *vaddr,
+                            uint16_t vport) noexcept nogil:
+    """What SERVER says, of the place for vport (in network byte order) of that address."""
+    cdef uint8_t *p = _header(to, MSG_PLACE, MSG_PLACE_SIZE, said)
+    memcpy(p, vaddr, 16)
+    memcpy(p + 16, &vport, 2)
+    memset(p + 18, 0, 6)
+    return MSG_PLACE_SIZE
+
+
 REFUSALS = (b"?", b"full", b"accept queue full", b"no listener", b"too late",
             b"options not supported", b"error", b"no answer", b"control connection lost",
             b"it did not arrive")
@@ -252,6 +263,13 @@ cdef int message_decode(const uint8_t *buf, uint32_t length, message *m) noexcep
         m.data_len = 16
         if m.data == NULL or m.id & 0xff > 14:
             return -1
+    elif m.type == MSG_PLACE:
+        p = _take(&c, 16)
+        if p != NULL:
+            memcpy(s.flow.vaddr, p, 16)
+        s.flow.vport = htons(_get16(&c))
+        if _get32(&c) or _get16(&c):
+            return -1
     elif m.type == MSG_CLOSED or m.type == MSG_OWNED or m.type == MSG_RETURN or \
             m.type == MSG_FLOW or m.type == MSG_DOUBT:
         p = _take(&c, sizeof(tcpha_flow))
@@ -279,6 +297,7 @@ CLOSED = MSG_CLOSED
 PING = MSG_PING
 PONG = MSG_PONG
 OWNED = MSG_OWNED
+PLACE = MSG_PLACE
 VERSION = MSG_VERSION
 
 
@@ -295,11 +314,12 @@ def encode_hello(bytes body):
 
 
 def encode(int kind, uint64_t id, dict fields=None, bytes data=b""):
-    """Any message; fields: reason, flow (36 bytes), and the numbers of a snapshot by name."""
+    """Any message; fields: reason, flow (36 bytes), vaddr (16 bytes), vport, and the numbers of a
+    snapshot by name."""
     cdef uint8_t buf[MSG_HANDOFF_FIXED]
     cdef snapshot s
     cdef uint32_t n
-    cdef bytes flow
+    cdef bytes flow, vaddr
     fields = fields or {}
     if kind == MSG_HANDOFF or kind == MSG_CLOSED or kind == MSG_OWNED:
         flow = fields["flow"]
@@ -329,6 +349,11 @@ def encode(int kind, uint64_t id, dict fields=None, bytes data=b""):
         n = message_closed(buf, id, &s.flow, fields["reason"])
     elif kind == MSG_PONG:
         n = message_pong(buf, id)
+    elif kind == MSG_PLACE:
+        vaddr = fields["vaddr"]
+        if len(vaddr) != 16:
+            raise ValueError("vaddr is not 16 bytes")
+        n = message_place(buf, id, vaddr, htons(fields["vport"]))
     else:
         n = message_short(buf, <uint8_t>kind, id)
     return buf[:n]
@@ -353,6 +378,9 @@ def decode(bytes data):
     if m.type == MSG_HANDOFF or m.type == MSG_CLOSED or m.type == MSG_OWNED or \
             m.type == MSG_RETURN:
         out["flow"] = (<uint8_t *>&m.snap.flow)[:sizeof(tcpha_flow)]
+    if m.type == MSG_PLACE:
+        out["vaddr"] = (<uint8_t *>m.snap.flow.vaddr)[:16]
+        out["vport"] = ntohs(m.snap.flow.vport)
     if m.type == MSG_PONG:
         out["sent_ns"] = m.sent_ns
     if m.type == MSG_HANDOFF:

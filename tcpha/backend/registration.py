@@ -67,7 +67,7 @@ class Registration:
             mine = registration(config.vaddrs, config.port, [r.text for r in config.rule],
                                 self.instance)
             hello, _ = await call(sock, mine, self.secret)
-        check(hello, "fe", config.vaddr)
+        check(hello, "fe", config.vaddrs)
 
 
 def _reason(error: Exception) -> str:

@@ -178,7 +178,7 @@ class BackEndService(Service):
         if len(self.core.links()) >= MOST_LINKS:
             raise HelloError(f"this back end has {MOST_LINKS} control connections already; lower "
                              "connperbe")
-        check(hello, "fe", self.config.vaddr)
+        check(hello, "fe", self.config.vaddrs)
 
     async def _greet(self, sock: socket.socket, address: str) -> None:
         mine = Hello("be", self.config.vaddr, self.config.port,

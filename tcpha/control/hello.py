@@ -2,8 +2,9 @@
 """The first messages on a control connection, both ways: who is there, and does it fit.
 
 HELLO's body is JSON, so that versions that differ can still tell each other why they part:
-role, version (of the messages), instance (a random number for each start), vaddr, clock
-(CLOCK_MONOTONIC, nanoseconds), server, and on refusal error. A back end that registers says rule.
+role, version (of the messages), instance (a random number for each start), vaddrs, clock
+(CLOCK_MONOTONIC, nanoseconds), and on refusal error. A front end says its ports, a back end places
+and server, and one that registers says rule. What a peer does not know it passes over.
 
 With a shared secret, the connection is TLS 1.3 with that as its pre-shared key, see _fast/tls.pyx:
 each side knows that the other has the secret, and nobody else reads or changes what is said.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import logging
 import secrets
@@ -55,11 +57,15 @@ class Hello:
     instance: str = ""
     clock: int = 0
     fastpath: bool = False  # of a back end: it adopts by cookie
-    server: int = 0  # of a back end: as in message SERVER
+    server: int = 0  # of a back end: as in message SERVER, of its first place
     mtu: int = 0  # of a back end: where packets for it arrive
     rule: list[str] = field(default_factory=list)
     error: str = ""
     vaddrs: list[str] = field(default_factory=list)  # all; of an older peer none, and vaddr counts
+    # of a front end: those of its services; an older one says none, and knows no message PLACE
+    ports: list[int] = field(default_factory=list)
+    # of a back end, for each application: [vaddr, vport, as in message PLACE]
+    places: list[list[Any]] = field(default_factory=list)
 
     def body(self) -> bytes:
         self.clock = clock()
@@ -156,17 +162,40 @@ def _check_text(text: object, name: str, most: int) -> None:
         raise ValueError(f"{name} is no line of text, or too long")
 
 
+def _check_number(number: object, name: str, least: int, below: int) -> None:
+    if type(number) is not int or not least <= number < below:
+        raise ValueError(f"{name} is out of range")
+
+
+def _check_address(address: object) -> None:
+    """Addresses are compared as text. Which families we serve is not the question here."""
+    if not isinstance(address, str) or "%" in address or \
+            str(ipaddress.ip_address(address)) != address:
+        raise ValueError("a virtual address is none")
+
+
 def _check_fields(hello: Hello) -> None:
     for name, default in asdict(Hello("", "")).items():
         value = getattr(hello, name)
         if type(value) is not type(default):
             raise TypeError(f"{name} is no {type(default).__name__}")
-        if type(value) is int and not 0 <= value < BELOW.get(name, 1 << 64):
-            raise ValueError(f"{name} is out of range")
+        if type(value) is int:
+            _check_number(value, name, 0, BELOW.get(name, 1 << 64))
         if type(value) is str:
             _check_text(value, name, TEXT)
     for rule in hello.rule:
         _check_text(rule, "a rule", LIMIT)
+    for vaddr in hello.vaddrs:
+        _check_address(vaddr)
+    for port in hello.ports:
+        _check_number(port, "a port", 1, 1 << 16)
+    for place in hello.places:
+        if type(place) is not list or len(place) != 3:
+            raise ValueError("a place is no list of three")
+        vaddr, vport, said = place
+        _check_address(vaddr)
+        _check_number(vport, "the port of a place", 0, 1 << 16)
+        _check_number(said, "what a place says", 0, 1 << 64)
 
 
 def _read(body: bytes, version: int) -> Hello:
@@ -263,10 +292,17 @@ async def until_closed(sock: socket.socket) -> None:
         pass
 
 
-def check(hello: Hello, role: str, vaddr: str) -> None:
-    """Raise HelloError if the peer is not the role that we expect, for our VIP."""
+def check(hello: Hello, role: str, vaddrs: Sequence[str]) -> None:
+    """Raise HelloError if the peer is not the role that we expect, or the back end lacks one of the
+    front end's virtual addresses."""
     if hello.role != role:
         raise HelloError(f"the peer is a '{hello.role}', not a '{role}'; check address and port")
-    if hello.vaddr != vaddr:
-        raise HelloError(f"the peer serves vaddr {hello.vaddr}, we serve {vaddr}; "
-                         "make both configurations agree")
+    theirs = hello.vaddrs or [hello.vaddr]
+    front, back = (theirs, vaddrs) if role == "fe" else (vaddrs, theirs)
+    for vaddr in front:
+        if vaddr not in back:
+            remedy = f"add 'vaddr = {vaddr}' to the back end's file, or mend the front end's"
+            if role == "be" and not hello.vaddrs and len(front) > 1:
+                remedy = "its release has no more than one; install ours there"
+            raise HelloError(f"the front end serves vaddr {vaddr} and the back end does not; "
+                             f"{remedy}")

@@ -113,7 +113,7 @@ class Connector:
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             hello, channel = await self._greet(peer, sock)
-            check(hello, "be", self.config.vaddr)
+            check(hello, "be", self.config.vaddrs)
             self._set_path(peer, sock.getsockname()[0], hello.mtu)
             if peer.instance != hello.instance:
                 # before there is a link: requests of the packet path would go to who has no key

@@ -67,7 +67,7 @@ class Registrar:
 
     def _see(self, hello: Hello, address: str) -> None:
         """Raise HelloError if a registration is refused whatever its patterns are."""
-        check(hello, "be", self.config.vaddr)
+        check(hello, "be", self.config.vaddrs)
         if address == self.listener.getsockname()[0]:
             raise HelloError("a back end cannot be on the front end's host; its server can be "
                              "the Local Node")

@@ -64,7 +64,7 @@ class Teller:
                 pass  # the front end has ended
 
     async def _judge(self, hello: Hello) -> None:
-        check(hello, "fe", self.vaddr)
+        check(hello, "fe", [self.vaddr])
 
     async def _listen(self, sock: socket.socket, heard: bytes) -> bytes:
         """Returns what is left of it: a message that is not whole."""

@@ -9,9 +9,9 @@ from libc.string cimport memcmp, memcpy, memset
 from tcpha._fast.http cimport HTTP_BAD, HTTP_DONE, HTTP_MORE, http_head, http_parse
 from tcpha._fast.message cimport (
     MSG_CLOSED, MSG_DOUBT, MSG_FLOW, MSG_HANDOFF, MSG_HANDOFF_FIXED, MSG_HEADER, MSG_HELLO,
-    MSG_KEYS, MSG_OWNED, MSG_PONG, MSG_REFUSED, MSG_RETURN, message, message_closed, message_decode,
-    message_doubt, message_flow, message_handoff, message_owned, message_refused, message_return,
-    message_short)
+    MSG_KEYS, MSG_OWNED, MSG_PLACE, MSG_PONG, MSG_REFUSED, MSG_RETURN, message, message_closed,
+    message_decode, message_doubt, message_flow, message_handoff, message_owned, message_place,
+    message_refused, message_return, message_short)
 from tcpha._fast.rewrite cimport (
     SUM_FULL, SUM_LEAVE, SUM_UPDATE, icmp_parse, icmp_translate, icmp_view, tcp_parse_head,
     tcp_view, translate, translation)
@@ -79,6 +79,8 @@ cdef uint32_t _encode(uint8_t *to, const message *m) noexcept nogil:
         return message_owned(to, m.id, &m.snap.flow)
     if m.type == MSG_DOUBT:
         return message_doubt(to, m.id, &m.snap.flow)
+    if m.type == MSG_PLACE:
+        return message_place(to, m.id, m.snap.flow.vaddr, m.snap.flow.vport)
     if m.type == MSG_HELLO or m.type == MSG_KEYS or m.type == MSG_PONG:
         return 0
     return message_short(to, m.type, m.id)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcpha._fast import message
+from tests.support.tree import TOP
 
 U8, U16, U32, U64 = (st.integers(0, 2 ** n - 1) for n in (8, 16, 32, 64))
 FLOWS = st.binary(min_size=36, max_size=36)
@@ -31,9 +32,11 @@ def test_handoff_round_trip(id: int, fields: dict[str, object], data: bytes) -> 
 
 @given(U64, FLOWS, U32)
 def test_short_messages_round_trip(id: int, flow: bytes, reason: int) -> None:
+    place = {"vaddr": flow[:16], "vport": reason & 0xffff}
     for kind, fields in ((message.ADOPTED, {}), (message.REFUSED, {"reason": reason}),
                          (message.CLOSED, {"flow": flow, "reason": reason}),
-                         (message.OWNED, {"flow": flow}), (message.PING, {})):
+                         (message.OWNED, {"flow": flow}), (message.PLACE, place),
+                         (message.PING, {})):
         raw = message.encode(kind, id, fields)
         got = message.decode(raw)
         assert (got.pop("type"), got.pop("length"), got.pop("id")) == (kind, len(raw), id)
@@ -46,8 +49,16 @@ def test_an_answer_bears_the_time() -> None:
     assert got["id"] == 7 and before <= got["sent_ns"] <= message.clock()
 
 
+@pytest.mark.parametrize("body", [b"x" * 18, b"x" * 18 + bytes(5) + b"x", b"x" * 18 + bytes(7)])
+def test_a_place_ends_with_zeros(body: bytes) -> None:
+    raw = message.encode(message.PLACE, 3, {"vaddr": b"x" * 16, "vport": 0x7878})
+    assert raw[16:] == b"x" * 18 + bytes(6)
+    with pytest.raises(ValueError):
+        message.decode(raw[:4] + struct.pack("!I", 16 + len(body)) + raw[8:16] + body)
+
+
 @settings(max_examples=1000, deadline=None)
-@given(st.binary(max_size=200), st.integers(0, 12), st.integers(0, 400))
+@given(st.binary(max_size=200), st.integers(0, 20), st.integers(0, 400))
 def test_malformed_messages_are_refused(body: bytes, kind: int, length: int) -> None:
     """Any bytes behind a plausible header: decoded within their bounds, or refused."""
     raw = struct.pack("!HBBIQ", 0x5443, message.VERSION, kind, length, 1) + body
@@ -67,3 +78,12 @@ def test_malformed_messages_are_refused(body: bytes, kind: int, length: int) -> 
 def test_bad_headers_are_refused(raw: bytes) -> None:
     with pytest.raises(ValueError):
         message.decode(raw)
+
+
+def test_what_the_fuzzer_begins_with_is_of_this_version() -> None:
+    for file in (TOP / "tests/fuzz/corpus/messages").iterdir():
+        rest = file.read_bytes()
+        while rest:
+            got = message.decode(rest)
+            assert got is not None, file
+            rest = rest[got["length"]:]
