@@ -1,25 +1,37 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The application: what listens where handed-over connections are to go, a back end's server or the
-Local Node's."""
+"""The applications: what listens where handed-over connections are to go, a back end's servers or
+the Local Node's."""
 from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from pyroute2.netlink.exceptions import NetlinkError
 
 from tcpha._fast.diag import SockDiag
-from tcpha.config import ANY, Config
+from tcpha.config import ANY, Config, Place
 from tcpha.net.host import Host
 from tcpha.net.journal import HostError
 
-REMEDY = ("start the application, or mend redirectaddr and redirectport; rules that send the port "
-          "to a container do not count, docker's userland proxy does")
+REMEDY = ("start the application, or mend the key that says where it listens (redirectaddr, "
+          "redirectport, service); rules that send the port to a container do not count, docker's "
+          "userland proxy does")
 RENEW = 1.0  # seconds between two looks at the devices
 PLAIN_TCP = ("have it listen with TCP (programs in Go with GODEBUG=multipathtcp=0, others without "
              "mptcpize), or write 'datapath = nfqueue' on this host")
+
+
+class Way(NamedTuple):
+    """Of clients' connections to a port of a virtual address to the application that listens for
+    them. vport 0: any port that has no way of its own."""
+
+    vaddr: str
+    vport: int
+    address: str
+    port: int
 
 
 class Follower(Protocol):
@@ -27,8 +39,8 @@ class Follower(Protocol):
 
     name: str
 
-    def follow(self, device: int) -> None:
-        """The listener takes only what comes by this device. Raises OSError or NetlinkError."""
+    def follow(self, address: str, port: int, device: int) -> None:
+        """A listener takes only what comes by this device. Raises OSError or NetlinkError."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +57,15 @@ class Found:
         return self.remedy == REMEDY
 
 
-def address_of(config: Config) -> str:
-    """Where the application listens."""
-    return str(config.vaddr if config.redirectaddr == ANY else config.redirectaddr)
+def ways_to(config: Config, places: Iterable[Place]) -> list[Way]:
+    """From all virtual addresses, one after the other."""
+    return [Way(vaddr, place.vport, vaddr if place.address == ANY else place.address, place.port)
+            for vaddr in config.vaddrs for place in places]
+
+
+def local_ways(config: Config) -> list[Way]:
+    """To the Local Node's server."""
+    return ways_to(config, [Place(0, config.redirectaddr, config.redirectport)])
 
 
 def devices_of(config: Config, host: Host) -> list[int]:
@@ -79,47 +97,88 @@ def find(sockets: SockDiag, devices: list[int], address: str, port: int, datapat
     return Found(f"nothing listens on {where} that can take a handed-over connection", REMEDY)
 
 
+@dataclass
 class Application:
-    """Looks at the listener, and has the datapath follow it."""
+    """One that listens, or should, and the ways that lead there. optional: nobody has asked for
+    it. found: as last seen. said: what front ends were told, see message SERVER; 0: nothing."""
 
-    def __init__(self, config: Config, host: Host):
-        self.config, self.host = config, host
-        self.address, self.port = address_of(config), config.redirectport
-        self.sockets = SockDiag()
-        self.devices: list[int] = []
-        self.renewed = float("-inf")
-        self.followed = 0
-        self.found: Found | None = None  # as last seen
+    address: str
+    port: int
+    ways: list[Way]
+    optional: bool
+    found: Found | None = None
+    followed: int = 0
+    said: int = 0
 
     @property
     def usable(self) -> bool:
         return self.found is not None and not self.found.trouble
 
-    def look(self, datapath: Follower) -> bool:
-        """Whether anything has changed."""
-        found = self._find(datapath)
-        if found.trouble and self._renew():  # devices may have come or gone
-            found = self._find(datapath)
-        changed = found != self.found
-        self.found = found
+    @property
+    def trouble(self) -> str:
+        return self.found.trouble if self.found else ""
+
+
+def applications_of(config: Config, ways: Iterable[Way]) -> list[Application]:
+    """Each once, though several ways may lead there."""
+    found: dict[tuple[str, int], list[Way]] = {}
+    for way in ways:
+        found.setdefault((way.address, way.port), []).append(way)
+    default = config.role == "fe" or (
+        bool(config.service) and not {"redirectaddr", "redirectport"} & config.lines.keys())
+    return [Application(address, port, led, default and not any(way.vport for way in led))
+            for (address, port), led in found.items()]
+
+
+class Watch:
+    """Looks at the listeners, and has the datapath follow them."""
+
+    def __init__(self, config: Config, host: Host, ways: Iterable[Way]):
+        self.config, self.host = config, host
+        self.applications = applications_of(config, ways)
+        self.sockets = SockDiag()
+        self.devices: list[int] = []
+        self.renewed = float("-inf")
+
+    @property
+    def first(self) -> Application:
+        """That of the first virtual address, for ports without a way of their own."""
+        return self.applications[0]
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missed."""
+        return all(one.usable or one.optional for one in self.applications)
+
+    def look(self, datapath: Follower) -> list[Application]:
+        """Those of which anything has changed."""
+        changed = []
+        for application in self.applications:
+            found = self._find(datapath, application)
+            if found.trouble and self._renew():  # devices may have come or gone
+                found = self._find(datapath, application)
+            if found != application.found:
+                application.found = found
+                changed.append(application)
         return changed
 
-    def _find(self, datapath: Follower) -> Found:
-        found = find(self.sockets, self.devices, self.address, self.port, datapath.name)
-        if found.device and found.device != self.followed:
-            found = self._follow(datapath, found)
+    def _find(self, datapath: Follower, application: Application) -> Found:
+        found = find(self.sockets, self.devices, application.address, application.port,
+                     datapath.name)
+        if found.device and found.device != application.followed:
+            found = self._follow(datapath, application, found)
         return found
 
-    def _follow(self, datapath: Follower, found: Found) -> Found:
+    def _follow(self, datapath: Follower, application: Application, found: Found) -> Found:
         name = f"number {found.device}"
         try:
             name = socket.if_indextoname(found.device)
-            datapath.follow(found.device)
+            datapath.follow(application.address, application.port, found.device)
         except (OSError, NetlinkError) as error:
-            return Found(f"the application on {self.address}:{self.port} is bound to the device "
-                         f"{name}, and what is handed over cannot come by that: {error}",
+            return Found(f"the application on {application.address}:{application.port} is bound to "
+                         f"the device {name}, and what is handed over cannot come by that: {error}",
                          "bind it to an address instead", found.device)
-        self.followed = found.device
+        application.followed = found.device
         return found
 
     def _renew(self) -> bool:

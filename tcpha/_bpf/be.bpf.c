@@ -5,7 +5,7 @@
  * be_ingress	tc ingress of the network interfaces: unwraps tunnelled packets; lets only packets of
  *		existing sockets reach the VIP
  * be_tap	tc ingress of the daemon's TAP device: operations and forged packets
- * be_forged	tc ingress of the device that the listener is bound to, if it is: forged packets again
+ * be_forged	tc ingress of each device that a listener is bound to: forged packets for that one again
  *
  * A look-up finds sockets that are bound to a device only if it is made there, and such a socket takes only
  * packets that arrive there. be_forged also runs, by BPF_PROG_TEST_RUN, for operations.
@@ -36,7 +36,7 @@ int be_ingress(struct __sk_buff *skb)
 	}
 	if (parse(skb, &p) < 0)
 		return keeps_out(skb) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
-	if (unmap_v4(p.flow.vaddr) != unmap_v4(conf.vaddr))
+	if (!is_vip(unmap_v4(p.flow.vaddr)))
 		return TC_ACT_UNSPEC;
 	return guard(skb, &p, false);
 }
@@ -59,6 +59,7 @@ static __always_inline void agreed(const struct tcpha_op *op, struct bpf_tcp_req
 /* Make the forged packet the last ACK of a handshake, and its socket a child of the listener. */
 static __always_inline void adopt(struct __sk_buff *skb, struct tcpha_op *op)
 {
+	const struct tcpha_listener *to = listener_of(&op->flow);
 	struct bpf_tcp_req_attrs attrs = {};
 	struct bpf_sock_tuple t = {};
 	struct tcp_sock *listener;
@@ -71,9 +72,11 @@ static __always_inline void adopt(struct __sk_buff *skb, struct tcpha_op *op)
 	if (skb->ifindex != conf.tap && is_shared(skb))
 		return;
 	op->result = TCPHA_R_NO_LISTENER;
+	if (!to)
+		return;
 	tuple_of(&op->flow, &t);
-	t.ipv4.daddr = unmap_v4(op->listen_addr);
-	t.ipv4.dport = op->listen_port;
+	t.ipv4.daddr = unmap_v4(to->addr);
+	t.ipv4.dport = to->port;
 	skc = find_listener(skb, &t);
 	if (!skc)
 		return;
@@ -91,26 +94,25 @@ out:
 }
 
 /* A packet that user space has written. */
-static __always_inline int forged(struct __sk_buff *skb)
+static __always_inline int forged(struct __sk_buff *skb, const struct packet *p)
 {
 	struct tcpha_frame frame;
 	struct tcpha_op *op;
-	struct packet p;
 	__u32 slot;
 	int verdict;
 
-	if (skb->protocol != bpf_htons(ETH_P_IP) || parse(skb, &p) < 0 || !read_frame(skb, &frame))
+	if (!read_frame(skb, &frame))
 		return TC_ACT_SHOT;
 	bpf_skb_change_type(skb, PACKET_HOST);
 	if (frame.mark == bpf_htons(TCPHA_MAC_ROOM))
-		return guard(skb, &p, frame.full);
+		return guard(skb, p, frame.full);
 	if (frame.mark == bpf_htons(TCPHA_MAC_PLAIN))
 		return TC_ACT_OK;
 	if (frame.mark != bpf_htons(TCPHA_MAC_ADOPT))
 		return TC_ACT_SHOT;
 	slot = frame.slot;
 	op = bpf_map_lookup_elem(&ops, &slot);
-	if (!op || op->flow.cport != p.flow.cport || unmap_v4(op->flow.caddr) != unmap_v4(p.flow.caddr) ||
+	if (!op || op->flow.cport != p->flow.cport || unmap_v4(op->flow.caddr) != unmap_v4(p->flow.caddr) ||
 	    __sync_val_compare_and_swap(&op->kind, TCPHA_OP_ADOPT, 0) != TCPHA_OP_ADOPT)
 		return TC_ACT_SHOT; /* too late: user space has given it up */
 	adopt(skb, op);
@@ -130,23 +132,26 @@ static __always_inline void operate(struct __sk_buff *skb)
 SEC("tc")
 int be_tap(struct __sk_buff *skb)
 {
-	struct tcpha_gate *g;
-	__u32 zero = 0;
+	const struct tcpha_listener *to;
+	struct packet p;
 
 	if (skb->protocol == bpf_htons(TCPHA_ETH_OP)) {
 		operate(skb);
 		return TC_ACT_SHOT;
 	}
-	g = bpf_map_lookup_elem(&gate, &zero);
-	if (!g || !g->device)
-		return forged(skb);
+	if (skb->protocol != bpf_htons(ETH_P_IP) || parse(skb, &p) < 0)
+		return TC_ACT_SHOT;
+	to = listener_of(&p.flow);
+	if (!to || !to->device)
+		return forged(skb, &p);
 	skb->mark = TCPHA_MARK_FORGED;
-	return bpf_redirect(g->device, BPF_F_INGRESS);
+	return bpf_redirect(to->device, BPF_F_INGRESS);
 }
 
 SEC("tc")
 int be_forged(struct __sk_buff *skb)
 {
+	struct packet p;
 	int verdict;
 
 	if (is_again(skb)) /* be_ingress is next; the MAC may be one of ours */
@@ -158,7 +163,9 @@ int be_forged(struct __sk_buff *skb)
 		return TC_ACT_SHOT;
 	}
 	skb->mark = 0;
-	verdict = forged(skb);
+	if (parse(skb, &p) < 0)
+		return TC_ACT_SHOT;
+	verdict = forged(skb, &p);
 	return verdict == TC_ACT_UNSPEC ? TC_ACT_OK : verdict; /* be_ingress has nothing to judge here */
 }
 

@@ -135,6 +135,7 @@ struct arrival {
 	struct tagged tag;
 	struct cookie c;
 	struct tcpha_gate *gate;
+	const struct tcpha_listener *to;
 	struct tcpha_adoption *before; /* of the last connection on its 4-tuple, or 0 */
 	bool last;		       /* user space has looked for room, and there is none */
 };
@@ -210,14 +211,13 @@ static __always_inline int accept(struct __sk_buff *skb, const struct packet *p,
 				  const struct tcpha_keys *k, struct tcpha_event *event)
 {
 	struct bpf_sock_tuple t = {};
-	struct tcpha_gate *g = a->gate;
 	__u32 reused;
 	int result;
 
 	t.ipv4.saddr = unmap_v4(p->flow.caddr);
 	t.ipv4.sport = p->flow.cport;
-	t.ipv4.daddr = unmap_v4(g->listen_addr);
-	t.ipv4.dport = g->listen_port;
+	t.ipv4.daddr = unmap_v4(a->to->addr);
+	t.ipv4.dport = a->to->port;
 	if (let_pass(skb, p, &a->tag) == TC_ACT_SHOT) {
 		bpf_ringbuf_discard(event, 0);
 		return TC_ACT_SHOT;
@@ -229,7 +229,7 @@ static __always_inline int accept(struct __sk_buff *skb, const struct packet *p,
 		skb->mark = 0;
 	reused = a->before && now_ns() - a->before->at_ns < REUSED_NS;
 	note(p, a, TCPHA_ADOPTED);
-	__sync_fetch_and_add(&g->coming, 1);
+	__sync_fetch_and_add(&a->gate->coming, 1);
 	COUNT(adopted, 1);
 	report(event, &p->flow, &a->c, a->tag.by, TCPHA_R_OK, reused);
 	return TC_ACT_UNSPEC;
@@ -253,7 +253,7 @@ static __always_inline int adopt_if_room(struct __sk_buff *skb, const struct pac
 		return wait_there(skb, 0);
 	}
 	if (skb->ifindex != conf.tap && is_shared(skb)) {
-		if (g->device) /* that is where our TAP device would send it back to */
+		if (a->to->device) /* that is where our TAP device would send it back to */
 			return refuse(event, p, a, TCPHA_R_ASSIGN);
 		bpf_ringbuf_discard(event, 0);
 		note(p, a, TCPHA_YIELDING); /* what comes right behind this one has to wait for it */
@@ -275,8 +275,9 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct p
 	if (a->tag.by < 0 || p->doff < sizeof(struct tcphdr))
 		return TC_ACT_SHOT;
 	a->gate = bpf_map_lookup_elem(&gate, &zero);
+	a->to = listener_of(&p->flow);
 	k = bpf_map_lookup_elem(&keys, &n);
-	if (!a->gate || !k || !cookie_check(&p->flow, k, p->seq, a->tag.ack, &a->c))
+	if (!a->gate || !a->to || !k || !cookie_check(&p->flow, k, p->seq, a->tag.ack, &a->c))
 		return TC_ACT_SHOT;
 	a->before = bpf_map_lookup_elem(&adoptions, &p->flow);
 	if (is_old(a))

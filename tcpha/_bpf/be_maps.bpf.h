@@ -33,6 +33,13 @@ struct {
 } gate SEC(".maps");
 
 struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1); /* user space says how many */
+	__type(key, struct tcpha_place);
+	__type(value, struct tcpha_listener);
+} listeners SEC(".maps");
+
+struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 22);
 } events SEC(".maps");
@@ -43,5 +50,31 @@ struct {
 	__type(key, struct tcpha_flow);
 	__type(value, struct tcpha_adoption);
 } adoptions SEC(".maps");
+
+static __always_inline bool is_vip(__be32 addr)
+{
+	__u32 i;
+
+#pragma unroll
+	for (i = 0; i < TCPHA_MAX_VIPS; i++) {
+		if (i < conf.nvips && addr == unmap_v4(conf.vips[i]))
+			return true;
+	}
+	return false;
+}
+
+/* Where a connection goes that is adopted. A function of its own: it is needed in three places. */
+static __noinline const struct tcpha_listener *listener_of(const struct tcpha_flow *flow)
+{
+	struct tcpha_place place = {.vport = flow->vport};
+	const struct tcpha_listener *found;
+
+	__builtin_memcpy(place.vaddr, flow->vaddr, sizeof(place.vaddr));
+	found = bpf_map_lookup_elem(&listeners, &place);
+	if (found)
+		return found;
+	place.vport = 0;
+	return bpf_map_lookup_elem(&listeners, &place);
+}
 
 #endif

@@ -58,10 +58,10 @@ static __always_inline int decapsulate(struct __sk_buff *skb)
 	return 0;
 }
 
-/* Whether a header begins a TCP segment for the VIP, or a fragment of one. */
+/* Whether a header begins a TCP segment for a VIP, or a fragment of one. */
 static __always_inline bool is_for_vip(const struct iphdr *ip)
 {
-	return ip->version == 4 && ip->protocol == IPPROTO_TCP && ip->daddr == unmap_v4(conf.vaddr);
+	return ip->version == 4 && ip->protocol == IPPROTO_TCP && is_vip(ip->daddr);
 }
 
 /*
@@ -104,8 +104,8 @@ static __always_inline int tunnelled(struct __sk_buff *skb, const struct iphdr *
 		return fragment ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 	if (!is_for_vip(&inner)) {
 		/* an ICMP error is for our own stack to judge: it has the connection */
-		if (fragment || offset != sizeof(inner) ||
-		    parse_icmp_error(skb, sizeof(inner), unmap_v4(conf.vaddr), &flow) < 0)
+		if (fragment || offset != sizeof(inner) || !is_vip(inner.daddr) ||
+		    parse_icmp_error(skb, sizeof(inner), inner.daddr, &flow) < 0)
 			return TC_ACT_UNSPEC;
 		return is_ours(from) && decapsulate(skb) == 0 ? TC_ACT_UNSPEC : TC_ACT_SHOT;
 	}

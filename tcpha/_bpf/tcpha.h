@@ -32,6 +32,7 @@
 #define TCPHA_LINE_MAX 512     /* of which method and request-target */
 #define TCPHA_CHOICES 8	       /* back ends that a cached verdict may choose from */
 #define TCPHA_MAX_FAST 8       /* front ends of a back end that may use the packet path */
+#define TCPHA_MAX_VIPS 8       /* virtual addresses of a back end */
 #define TCPHA_MAX_ROUTES 16384 /* by which clients are told another MSS than their interface has room for */
 
 /* A flow, as a hash key. */
@@ -150,10 +151,8 @@ struct tcpha_op {
 	__u32 rule;    /* HAND_OVER: this and the next two as in the entry */
 	__u32 flags;
 	__u32 end_seq;
-	__u32 done;	      /* ADOPT out: the rest is what became of it */
-	__u32 held;	      /* LET_FLOW, GIVE_BACK; TCPHA_FLOWING: however many there were */
-	__u8 listen_addr[16]; /* ADOPT: the listener */
-	__be16 listen_port;
+	__u32 done; /* ADOPT out: the rest is what became of it */
+	__u32 held; /* LET_FLOW, GIVE_BACK; TCPHA_FLOWING: however many there were */
 	/* ADOPT in, QUERY out */
 	__u16 mss;
 	__u8 snd_wscale;
@@ -326,14 +325,25 @@ struct tcpha_adoption {
 	__u32 state;
 };
 
-/* Room for adoptions at the back end, and the listener; in memory shared with user space. */
+/* Room for adoptions at the back end, in memory shared with user space. */
 struct tcpha_gate {
 	__u32 max;
 	__u32 live;   /* connections that user space knows of, and the application may have open */
 	__u32 coming; /* of those it does not know of yet */
-	__be16 listen_port;
+};
+
+/* What a listener is for, as a hash key. */
+struct tcpha_place {
+	__u8 vaddr[16];
+	__be16 vport; /* 0: any port of the VIP that is in no other place */
 	__u16 pad;
-	__u8 listen_addr[16];
+};
+
+/* Where the application listens for a place. */
+struct tcpha_listener {
+	__u8 addr[16];
+	__be16 port;
+	__u16 pad;
 	__u32 device; /* that it is bound to (SO_BINDTODEVICE); 0: to none */
 };
 
@@ -361,8 +371,9 @@ struct tcpha_fe_conf {
 };
 
 struct tcpha_be_conf {
-	__u8 vaddr[16];
+	__u8 vips[TCPHA_MAX_VIPS][16];
 	__u8 raddr[16];
+	__u32 nvips;
 	__u32 tap;
 	__u32 fast; /* the packet path is there */
 };

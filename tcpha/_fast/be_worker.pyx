@@ -32,6 +32,7 @@ from tcpha._fast.message cimport (
     fast_id, fast_isn, message, message_closed, message_flow, message_refused, message_return,
     message_short, refusal_text)
 from tcpha._fast.peerclock cimport clock_oldest, clock_word, clock_youngest
+from tcpha._fast.places cimport is_listened_on
 from tcpha._fast.sys cimport (
     EINTR, ENOBUFS, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLL_CTL_ADD, EPOLL_CTL_MOD, MSG_DONTWAIT,
     add32, add64, errno, load32, now_ns, or32, pthread_mutex_destroy,

@@ -67,6 +67,8 @@ cdef extern from "<bpf/libbpf.h>" nogil:
     int bpf_map__fd(const bpf_map *m)
     int bpf_map__set_max_entries(bpf_map *m, uint32_t n)
     int bpf_map__reuse_fd(bpf_map *m, int fd)
+    int bpf_map__update_elem(const bpf_map *m, const void *key, size_t key_size, const void *value,
+                             size_t value_size, uint64_t flags)
     int bpf_map__set_initial_value(bpf_map *m, const void *data, size_t n)
     int bpf_program__fd(const bpf_program *p)
     int bpf_tc_hook_create(bpf_tc_hook *hook)
@@ -270,6 +272,15 @@ cdef class Object:
         if p == MAP_FAILED:
             raise BpfError(12, f"cannot map {name} into memory")
         return p
+
+    def put(self, str name, bytes key, bytes value):
+        """Set an element of a map."""
+        cdef const char *k = key
+        cdef const char *v = value
+        cdef bpf_map *m = bpf_object__find_map_by_name(<bpf_object *>self.obj, name.encode())
+        if m == NULL:
+            raise BpfError(2, f"no map {name}")
+        _check(bpf_map__update_elem(m, k, len(key), v, len(value), BPF_ANY), name)
 
     def program_fd(self, str name):
         cdef bytes raw = name.encode()

@@ -8,6 +8,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from tcpha._fast.defs cimport (
     tcpha_cache, tcpha_entry, tcpha_event, tcpha_flow, tcpha_gate, tcpha_keys, tcpha_load,
     tcpha_offer, tcpha_state, tcpha_verdict)
+from tcpha._fast.places cimport places
 from tcpha._fast.rewrite cimport tcp_view
 from tcpha._fast.snapshot cimport snapshot
 
@@ -123,7 +124,7 @@ cdef struct cookie_adoption:
 
 cdef struct be_datapath:
     void *self
-    uint16_t listen_port   # of the application, network byte order
+    const places *places   # where connections go
     # Make the connection a socket in the application's accept queue. 0; DP_MORE: done, but the
     # socket's receive buffer is full, call feed() later; or a refusal (message.pxd).
     int (*adopt)(void *self, uint32_t worker, const snapshot *s,

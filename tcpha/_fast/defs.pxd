@@ -38,6 +38,7 @@ cdef extern from "tcpha.h" nogil:
         TCPHA_MARK_FORGED
         TCPHA_MARK_FRAGMENT
         TCPHA_MAX_FAST
+        TCPHA_MAX_VIPS
         TCPHA_HEAD_MAX
         TCPHA_LINE_MAX
         TCPHA_CHOICES
@@ -122,8 +123,6 @@ cdef extern from "tcpha.h" nogil:
         uint32_t end_seq
         uint32_t held
         uint32_t done
-        uint8_t listen_addr[16]
-        uint16_t listen_port
         uint16_t mss
         uint8_t snd_wscale
         uint8_t rcv_wscale
@@ -240,8 +239,14 @@ cdef extern from "tcpha.h" nogil:
         uint32_t max
         uint32_t live
         uint32_t coming
-        uint16_t listen_port
-        uint8_t listen_addr[16]
+
+    struct tcpha_place:
+        uint8_t vaddr[16]
+        uint16_t vport
+
+    struct tcpha_listener:
+        uint8_t addr[16]
+        uint16_t port
         uint32_t device
 
     struct tcpha_event:
@@ -264,8 +269,9 @@ cdef extern from "tcpha.h" nogil:
         uint8_t options
 
     struct tcpha_be_conf:
-        uint8_t vaddr[16]
+        uint8_t vips[TCPHA_MAX_VIPS][16]
         uint8_t raddr[16]
+        uint32_t nvips
         uint32_t tap
         uint32_t fast
 

@@ -36,7 +36,6 @@ cdef struct diag:
     int fd
     pthread_mutex_t lock
     uint32_t seq
-    uint32_t device        # by which packets of the flows come; 0: by none in particular
 
 
 # The socket that owns a flow. state 0: none, or a listener only.
@@ -51,8 +50,8 @@ cdef struct diag_answer:
     bint mptcp             # it is a subflow of MPTCP's, or such a listener
 
 
-cdef int diag_query(diag *d, const tcpha_flow *flow, diag_answer *a) noexcept nogil
-cdef int diag_refusal(diag *d, const uint8_t *addr, uint16_t port) noexcept nogil
+cdef int diag_query(diag *d, const tcpha_flow *flow, uint32_t device, diag_answer *a) noexcept nogil
+cdef int diag_refusal(diag *d, const uint8_t *addr, uint16_t port, uint32_t device) noexcept nogil
 cdef bint diag_destroy(diag *d, const tcpha_flow *flow, const diag_answer *a) noexcept nogil
 
 

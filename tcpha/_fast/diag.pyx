@@ -11,8 +11,8 @@ from tcpha._fast.defs cimport tcpha_flow
 from tcpha._fast.message cimport REFUSE_BACKLOG, REFUSE_LISTENER
 from tcpha._fast.packet cimport address_bytes
 from tcpha._fast.sys cimport (
-    EINTR, ENOENT, errno, htons, load32, pthread_mutex_destroy, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_unlock, recv, send, store32)
+    EINTR, ENOENT, errno, htons, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_unlock, recv, send)
 
 cdef extern from "<linux/tcp.h>" nogil:
     struct tcp_info:
@@ -98,12 +98,10 @@ cdef int _ask(diag *d, uint16_t kind, const tcpha_flow *flow, uint32_t device,
     return <int>n
 
 
-cdef int diag_query(diag *d, const tcpha_flow *flow, diag_answer *a) noexcept nogil:
-    """Which socket owns the flow, seen from this host: vaddr and vport are local. 0 or -1."""
-    return _query(d, flow, load32(&d.device), a)
-
-
-cdef int _query(diag *d, const tcpha_flow *flow, uint32_t device, diag_answer *a) noexcept nogil:
+cdef int diag_query(diag *d, const tcpha_flow *flow, uint32_t device,
+                    diag_answer *a) noexcept nogil:
+    """Which socket owns the flow, seen from this host: vaddr and vport are local. Packets that come
+    by a device (0: by none in particular) find one that is bound to it, or to none. 0 or -1."""
     cdef uint8_t buf[1024]
     cdef int n
     cdef uint32_t at = sizeof(nlmsghdr) + sizeof(inet_diag_msg)
@@ -144,15 +142,16 @@ cdef int _query(diag *d, const tcpha_flow *flow, uint32_t device, diag_answer *a
     return 0
 
 
-cdef int diag_refusal(diag *d, const uint8_t *addr, uint16_t port) noexcept nogil:
+cdef int diag_refusal(diag *d, const uint8_t *addr, uint16_t port, uint32_t device) noexcept nogil:
     """Why a SYN to an address of this host (v4-mapped) and a port (network byte order) would not be
-    answered: a refusal; or 0 if it would. If the kernel does not say: the accept queue is full."""
+    answered if it came by a device: a refusal; or 0 if it would. If the kernel does not say: the
+    accept queue is full."""
     cdef tcpha_flow anybody
     cdef diag_answer a
     memset(&anybody, 0, sizeof(anybody))
     memcpy(anybody.vaddr, addr, 16)
     anybody.vport = port
-    if diag_query(d, &anybody, &a) < 0 or (a.listener and a.queue_full):
+    if diag_query(d, &anybody, device, &a) < 0 or (a.listener and a.queue_full):
         return REFUSE_BACKLOG
     return 0 if a.listener else REFUSE_LISTENER
 
@@ -166,7 +165,7 @@ cdef bint diag_destroy(diag *d, const tcpha_flow *flow, const diag_answer *a) no
     if a.state == 0:
         return False
     pthread_mutex_lock(&d.lock)
-    rc = _ask(d, SOCK_DESTROY, flow, load32(&d.device), a.cookie, buf, sizeof(buf))
+    rc = _ask(d, SOCK_DESTROY, flow, a.device, a.cookie, buf, sizeof(buf))
     pthread_mutex_unlock(&d.lock)
     return rc == 0
 
@@ -196,16 +195,11 @@ cdef class SockDiag:
         flow.vport = htons(port)
         found = None
         for device in devices:
-            if _query(&self.d, &flow, device, &a) < 0:
+            if diag_query(&self.d, &flow, device, &a) < 0:
                 return 0, False
             if a.listener and (a.device or found is None):
                 found = a.device, bool(a.mptcp)
         return found
-
-    def look_from(self, uint32_t device):
-        """Look sockets up as packets that come by a device find them: one that is bound to it, or
-        to none."""
-        store32(&self.d.device, device)
 
     def close(self):
         self.netlink.close()

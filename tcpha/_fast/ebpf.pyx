@@ -31,7 +31,7 @@ from tcpha._fast.defs cimport (
     TCPHA_R_NONE, TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_OK, TCPHA_R_TIME_WAIT,
     TCPHA_STATE_VERSION, TCPHA_TUNNEL, tcpha_adoption, tcpha_backend, tcpha_be_conf, tcpha_cache,
     tcpha_counters, tcpha_entry, tcpha_event, tcpha_fe_conf, tcpha_flow, tcpha_gate, tcpha_guesses,
-    tcpha_is_forwarded, tcpha_keys, tcpha_live, tcpha_load, tcpha_offer, tcpha_op, tcpha_route,
+    tcpha_is_forwarded, tcpha_keys, tcpha_listener, tcpha_live, tcpha_load, tcpha_offer, tcpha_op, tcpha_route,
     tcpha_shaken, tcpha_state, tcpha_state_of, tcpha_tag, tcpha_verdict)
 from tcpha._fast.diag cimport SockDiag, diag, diag_refusal
 from tcpha._fast.ledger cimport (
@@ -42,6 +42,7 @@ from tcpha._fast.message cimport (
 from tcpha._fast.packet cimport (
     ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_FIN, TCP_PSH, TCP_RST, VNET_SIZE, address_bytes,
     address_text, forge, frame_of, segment, segment_from, tap_send)
+from tcpha._fast.places cimport Places, is_vip, listener_of, places
 from tcpha._fast.repair cimport saved_syn_mss
 from tcpha._fast.rewrite cimport acks_beyond, get16, is_sound, tcp_parse_head, tcp_view
 from tcpha._fast.snapshot cimport (

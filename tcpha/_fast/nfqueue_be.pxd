@@ -5,6 +5,7 @@ from tcpha._fast.datapath cimport BeDatapath
 from tcpha._fast.defs cimport tcpha_counters, tcpha_flow
 from tcpha._fast.diag cimport SockDiag, diag
 from tcpha._fast.nfqueue cimport packet
+from tcpha._fast.places cimport Places, places
 from tcpha._fast.rewrite cimport icmp_view, tcp_view
 from tcpha._fast.sys cimport pthread_cond_t, pthread_mutex_t, pthread_rwlock_t
 from tcpha._fast.table cimport flow_table
@@ -21,11 +22,10 @@ cdef struct be_nfqueue:
     flow_table flows
     diag *sockets
     int raw_fd
-    uint8_t vaddr[16]
-    uint8_t listen_addr[16]
-    uint16_t listen_port   # network byte order
+    const places *places
     uint32_t chunk         # payload of a forged segment
-    bint shared            # others may talk to the local server directly
+    bint local             # on the front end, for its Local Node
+    bint shared            # others may talk to one of the local servers directly
     uint32_t frontends[MAX_FRONTENDS]
     uint32_t nfrontends
     uint32_t cursor        # of sweep()
@@ -45,4 +45,5 @@ cdef class BeNfqueue(BeDatapath):
     cdef list queues
     cdef object raw
     cdef SockDiag sockets
+    cdef Places places
     cdef bint _has_socket(self, const tcpha_flow *local, list devices)

@@ -14,7 +14,7 @@ from libc.string cimport memcmp, memcpy, memmove, memset
 
 from tcpha._fast.datapath cimport (
     DP_ALIVE, DP_CLOSING, DP_MORE, DP_TIME_WAIT, BeDatapath)
-from tcpha._fast.defs cimport TCPHA_MARK_FRAGMENT, tcpha_counters, tcpha_flow
+from tcpha._fast.defs cimport TCPHA_MARK_FRAGMENT, tcpha_counters, tcpha_flow, tcpha_listener
 from tcpha._fast.diag cimport (
     TCP_CLOSE_WAIT, TCP_ESTABLISHED, TCP_NEW_SYN_RECV, TCP_SYN_RECV, TCP_TIME_WAIT, SockDiag,
     diag_answer, diag_destroy, diag_query, diag_refusal)
@@ -27,6 +27,7 @@ from tcpha._fast.packet cimport (
     ETH_SIZE, FRAME_HEAD, IP_SIZE, TCP_ACK, TCP_CWR, TCP_ECE, TCP_FIN, TCP_PSH, TCP_RST,
     TCP_SYN, VNET_SIZE, address_bytes, forge, ip_checksum, segment, segment_from,
     syn_from)
+from tcpha._fast.places cimport Places, is_vip, listener_at, listener_of
 from tcpha._fast.rewrite cimport (
     SUM_FULL, SUM_LEAVE, SUM_UPDATE, checksum_full, combine_ecn, get16, get32, icmp_parse,
     icmp_translate, icmp_view, tcp_parse, tcp_parse_head, tcp_view, translate, translation)
@@ -81,20 +82,43 @@ cdef struct be_flow:
 
 
 cdef void _local(const be_nfqueue *d, const tcpha_flow *outside, tcpha_flow *local) noexcept nogil:
+    """The flow of the local socket, of one that the client sees."""
+    cdef const tcpha_listener *to = listener_of(d.places, outside)
     local[0] = outside[0]
-    memcpy(local.vaddr, d.listen_addr, 16)
-    local.vport = d.listen_port
+    memcpy(local.vaddr, to.addr, 16)
+    local.vport = to.port
 
 
-cdef void _key(const be_nfqueue *d, const uint8_t *client, const uint8_t *port,
-               tcpha_flow *local) noexcept nogil:
-    """The key of a client's flow, by its address and port as they stand in a packet."""
-    memset(local, 0, sizeof(tcpha_flow))
-    local.caddr[10] = local.caddr[11] = 0xff
-    memcpy(local.caddr + 12, client, 4)
-    memcpy(&local.cport, port, 2)
-    memcpy(local.vaddr, d.listen_addr, 16)
-    local.vport = d.listen_port
+cdef void _flow_between(const uint8_t *client, const uint8_t *cport, const uint8_t *ours,
+                        const uint8_t *port, tcpha_flow *flow) noexcept nogil:
+    """By addresses and ports as they stand in a packet."""
+    memset(flow, 0, sizeof(tcpha_flow))
+    flow.caddr[10] = flow.caddr[11] = flow.vaddr[10] = flow.vaddr[11] = 0xff
+    memcpy(flow.caddr + 12, client, 4)
+    memcpy(flow.vaddr + 12, ours, 4)
+    memcpy(&flow.cport, cport, 2)
+    memcpy(&flow.vport, port, 2)
+
+
+cdef inline bint _same(const tcpha_flow *a, const tcpha_flow *b) noexcept nogil:
+    return memcmp(a, b, sizeof(tcpha_flow)) == 0
+
+
+cdef inline bint _is_shared(const be_nfqueue *d, const tcpha_flow *local) noexcept nogil:
+    """Whether others may talk to this local server directly."""
+    return d.local or not is_vip(d.places, local.vaddr)
+
+
+cdef int _query(be_nfqueue *d, const tcpha_flow *local, diag_answer *a) noexcept nogil:
+    """As diag_query(), by the device that the listener is bound to."""
+    cdef tcpha_listener *to = listener_at(d.places, local.vaddr, local.vport)
+    return diag_query(d.sockets, local, load32(&to.device) if to != NULL else 0, a)
+
+
+cdef int _refusal(be_nfqueue *d, const tcpha_flow *local) noexcept nogil:
+    """As diag_refusal(), of the listener of a flow."""
+    cdef tcpha_listener *to = listener_at(d.places, local.vaddr, local.vport)
+    return diag_refusal(d.sockets, local.vaddr, local.vport, load32(&to.device))
 
 
 cdef inline uint32_t _start(const snapshot *s) noexcept nogil:

@@ -16,7 +16,15 @@ from typing import Any
 
 from tcpha._fast.bpf import kernel_has_function
 from tcpha._fast.diag import SockDiag
-from tcpha.application import address_of, devices_of, find
+from tcpha.application import (
+    Application,
+    Found,
+    applications_of,
+    devices_of,
+    find,
+    local_ways,
+    ways_to,
+)
 from tcpha.config import ANY, Config, ConfigError, load
 from tcpha.daemon.control_socket import Refused, ask
 from tcpha.datapath import ADOPT_KFUNC, DatapathError
@@ -79,10 +87,10 @@ def _findings(role: str, file: str, run_dir: Path) -> Iterator[Row]:
     if role == "fe":
         yield from _firewall(config)
         yield from _peers(config, host)
-        yield from _application(role, config, host)
+        yield from _applications(role, config, host)
     else:
         yield from _arp(config, host)
-        yield from _application(role, config, host)
+        yield from _applications(role, config, host)
         if config.dregister:
             yield from _reach("front end", config.feaddr, config.feport,
                               "start tcphafe there, or mend feaddr and feport")
@@ -110,8 +118,9 @@ def _daemon(role: str, run_dir: Path) -> Iterator[Row]:
                    f"{server['server']} is {server['state']}: {server['reason']}",
                    f"tcphactl fe undrain {server['server']}" if server["state"] == "draining" else
                    "run 'tcphactl doctor' on that host")
-    if status.get("application") == "dead":
-        yield "application", FAULT, f"tcphabe finds: {status['trouble']}", "see below"
+    for trouble in dict.fromkeys(place["trouble"] for place in status.get("places", [])
+                                 if not place["listening"] and not place["optional"]):
+        yield "application", FAULT, f"tcphabe finds: {trouble}", "see below"
 
 
 def _kept(host: dict[str, list[dict[str, Any]]]) -> Iterator[Row]:
@@ -179,28 +188,12 @@ def _addresses(role: str, config: Config, host: Host) -> Iterator[Row]:
         except HostError as error:
             yield "vaddr", FAULT, str(error), f"add a route, or write raddr in {config.file}"
             return
-    holder = host.holder(config.vaddr)
-    loopback = holder is not None and host.interface(holder) == "lo"
-    ours = role == "be" or config.announce == "on"  # to put there, and to take away
-    if holder is not None and ours and loopback != (role == "be"):
-        yield ("vaddr", FAULT, f"{config.vaddr} is on {host.interface(holder)}",
-               "on a back end it belongs on lo alone: remove it, tcphabe adds it" if role == "be"
-               else "on the front end it belongs on the interface of raddr: remove it, tcphafe "
-               "adds it")
-    elif holder is not None:
-        yield "vaddr", GOOD, f"{config.vaddr} on {host.interface(holder)}", ""
-        if role == "be":
-            yield ("own requests", GOOD, f"programs on this host that ask {config.vaddr} reach its "
-                   "own server, whatever the rules say, and containers behind its bridges nobody",
-                   "if that is not what they need, have them run on a host that is no back end")
-    elif role == "fe" and host.is_ethernet(index) and (
-            mac := _who_has(host, index, config.vaddr)):
-        yield ("vaddr", FAULT, f"{config.vaddr} is in use: {mac} answers for it",
-               "another front end runs, or a back end answers ARP: stop it, or run doctor there")
-    elif role == "fe" and config.announce == "off":
-        yield "vaddr", GOOD, f"{config.vaddr} is not here, and announce is off", ""
-    else:
-        yield "vaddr", GOOD, f"{config.vaddr} is free; the daemon adds it", ""
+    for vaddr in config.vaddrs:
+        yield _virtual(role, config, host, vaddr, index)
+    if role == "be" and (here := [v for v in config.vaddrs if host.holder(v) is not None]):
+        yield ("own requests", GOOD, f"programs on this host that ask {' or '.join(here)} reach "
+               "its own servers, whatever the rules say, and containers behind its bridges nobody",
+               "if that is not what they need, have them run on a host that is no back end")
     try:
         mtu = min(host.mtu(i) for i in host.ethernet(config.interface))
     except HostError as error:
@@ -212,6 +205,26 @@ def _addresses(role: str, config: Config, host: Host) -> Iterator[Row]:
                "between front end and back ends would save that")
     else:
         yield "MTU", GOOD, str(mtu), ""
+
+
+def _virtual(role: str, config: Config, host: Host, vaddr: str, index: int) -> Row:
+    """Where one of the virtual addresses is. index: of the interface that holds raddr."""
+    holder = host.holder(vaddr)
+    loopback = holder is not None and host.interface(holder) == "lo"
+    ours = role == "be" or config.announce == "on"  # to put there, and to take away
+    if holder is not None and ours and loopback != (role == "be"):
+        return ("vaddr", FAULT, f"{vaddr} is on {host.interface(holder)}",
+                "on a back end it belongs on lo alone: remove it, tcphabe adds it" if role == "be"
+                else "on the front end it belongs on the interface of raddr: remove it, tcphafe "
+                "adds it")
+    if holder is not None:
+        return "vaddr", GOOD, f"{vaddr} on {host.interface(holder)}", ""
+    if role == "fe" and host.is_ethernet(index) and (mac := _who_has(host, index, vaddr)):
+        return ("vaddr", FAULT, f"{vaddr} is in use: {mac} answers for it",
+                "another front end runs, or a back end answers ARP: stop it, or run doctor there")
+    if role == "fe" and config.announce == "off":
+        return "vaddr", GOOD, f"{vaddr} is not here, and announce is off", ""
+    return "vaddr", GOOD, f"{vaddr} is free; the daemon adds it", ""
 
 
 def _who_has(host: Host, index: int, address: str) -> str | None:
@@ -259,14 +272,14 @@ def _arp(config: Config, host: Host) -> Iterator[Row]:
             yield "uaddr", FAULT, f"{config.uaddr} is in use: {mac}", "name an unused address"
         else:
             yield "uaddr", GOOD, f"{config.uaddr} is unused", ""
-    if host.holder(config.vaddr) is None:
+    if all(host.holder(vaddr) is None for vaddr in config.vaddrs):
         return
     ignore, announce = (host.read_sysctl(f"net/ipv4/conf/all/{n}")
                         for n in ("arp_ignore", "arp_announce"))
     if ignore == "0" or announce == "0":
-        yield ("ARP", FAULT, f"this host has the VIP and arp_ignore = {ignore}, arp_announce = "
+        yield ("ARP", FAULT, f"this host has a VIP and arp_ignore = {ignore}, arp_announce = "
                f"{announce}: it may take clients from the front end",
-               "start tcphabe, which sets both, or remove the VIP")
+               "start tcphabe, which sets both, or remove the address")
     else:
         yield "ARP", GOOD, f"arp_ignore = {ignore}, arp_announce = {announce}", ""
 
@@ -295,20 +308,27 @@ def _way(role: str, config: Config) -> Way:
     return "", False
 
 
-def _application(role: str, config: Config, host: Host) -> Iterator[Row]:
-    what, required = ("application", True) if role == "be" else ("Local Node", False)
-    where = f"{address_of(config)}:{config.redirectport}"
-    sockets = SockDiag()
+def _applications(role: str, config: Config, host: Host) -> Iterator[Row]:
+    ways = ways_to(config, config.places) if role == "be" else local_ways(config)
+    sockets, devices = SockDiag(), devices_of(config, host)
     try:
-        found = find(sockets, devices_of(config, host), address_of(config), config.redirectport,
-                     _way(role, config)[0])
+        for one in applications_of(config, ways):
+            found = find(sockets, devices, one.address, one.port, _way(role, config)[0])
+            yield _application(role, host, one, found)
     finally:
         sockets.close()
+
+
+def _application(role: str, host: Host, one: Application, found: Found) -> Row:
+    what = "application" if role == "be" else "Local Node"
+    where = f"{one.address}:{one.port}"
     if not found.trouble:
         bound = f", bound to {host.interface(found.device)}" if found.device else ""
-        yield what, GOOD, f"somebody listens on {where}{bound}", ""
-    elif required or not found.absent:
-        yield what, FAULT if required else WARNING, found.trouble, found.remedy
-    else:
-        yield (what, GOOD, f"nobody listens on {where}: what no back end takes is answered 503",
-               "start a web server there, if it should be served")
+        return what, GOOD, f"somebody listens on {where}{bound}", ""
+    if not one.optional or not found.absent:
+        return what, FAULT if role == "be" else WARNING, found.trouble, found.remedy
+    if role == "be":
+        return (what, GOOD, f"nobody listens on {where}: ports without a 'service' line are "
+                "refused", "write redirectaddr or redirectport if they should not be")
+    return (what, GOOD, f"nobody listens on {where}: what no back end takes is answered 503",
+            "start a web server there, if it should be served")

@@ -13,7 +13,7 @@ from tcpha._fast.be_worker import FAST, BackEnd
 from tcpha._fast.core import MOST_LINKS
 from tcpha._fast.message import clock
 from tcpha._fast.rows import ADOPTED, AdoptedRows
-from tcpha.application import Application
+from tcpha.application import Application, Watch, ways_to
 from tcpha.backend import arp
 from tcpha.backend.registration import Registration
 from tcpha.backend.tunnels import Tunnels
@@ -59,7 +59,6 @@ class BackEndService(Service):
         self.strangers = Strangers("hello", self.spawn)
         self.members = Sparing("front ends", logging.INFO, MEMBERS)
         self.losses = Sparing("front ends lost", most=MEMBERS)
-        self.said = 0
         self.silent: set[int] = set()  # links, when we looked last
         self.searched = False  # for what an earlier run adopted
         self.searching = asyncio.Lock()
@@ -77,15 +76,15 @@ class BackEndService(Service):
         config, host = self.config, self.host
         if lacking := self.lacking():
             raise HostError(lacking)
-        self.application = Application(config, host)
+        self.watch = Watch(config, host, ways_to(config, config.places))
         arp.set_up(config, host)
         allow_adoption(host)
         self.listener = self._listen()
         try:
             self.datapath = open_backend(config, host)
             self.tunnels = Tunnels(self.datapath, time.monotonic())
-            # only now, behind the guard
-            host.add_address(config.vaddr, lambda: socket.if_nametoindex("lo"))
+            for vaddr in config.vaddrs:  # only now, behind the guard
+                host.add_address(vaddr, lambda: socket.if_nametoindex("lo"))
             self.core.start(self.datapath.table)
         except BaseException:
             self.listener.close()
@@ -106,22 +105,22 @@ class BackEndService(Service):
         return listener
 
     async def begin(self) -> None:
-        self._look_at_application()
+        self._look_at_applications()
         self.spawn("accept", lambda: accept_each(self.listener, self._meet))
         if self.config.dregister:
             self.registering = self.spawn("registration", self.registration.run)
 
     async def shut(self) -> None:
         undoing = Undoing()
-        undoing.push("sock_diag", self.application.close)
+        undoing.push("sock_diag", self.watch.close)
         undoing.push("listener", self.listener.close)
         if not self.leaving or self.leaving.cancelled():  # by who could not wait for its end
             undoing.push("packet path", self._leave)
         await undoing.undo()
 
     def periodic(self) -> list[Every]:
-        return [*super().periodic(), Every(EACH_TICK, self._look_if_unusable),
-                Every(SECOND, self._look_at_application), Every(SECOND, self._look_at_frontends)]
+        return [*super().periodic(), Every(EACH_TICK, self._look_if_incomplete),
+                Every(SECOND, self._look_at_applications), Every(SECOND, self._look_at_frontends)]
 
     def _look_at_frontends(self) -> None:
         """One that is gone, or hangs, must not pass for alive. It answers our PING each second. Two
@@ -142,27 +141,35 @@ class BackEndService(Service):
         met = [n for n, (_, a) in enumerate(self.frontends) if a == address]
         return not met or any(self.core.has_any_of(n) for n in met)
 
-    def _look_if_unusable(self) -> None:
-        if not self.application.usable:  # its clients are being turned away
-            self._look_at_application()
+    def _look_if_incomplete(self) -> None:
+        if not self.watch.complete:  # clients are being turned away
+            self._look_at_applications()
 
-    def _look_at_application(self) -> None:
-        """Tell front ends when the application begins to listen or no longer does."""
-        application = self.application
-        was = application.usable if application.found else None
-        if not application.look(self.datapath) or application.found is None:
+    def _look_at_applications(self) -> None:
+        """Tell front ends when one begins to listen or no longer does."""
+        for application in self.watch.look(self.datapath):
+            self._report(application)
+            if application.usable != bool(application.said & 1) or not application.said:
+                application.said = clock() << 1 | application.usable
+                self._say(application)
+
+    def _report(self, application: Application) -> None:
+        found = application.found
+        assert found is not None
+        where = f"{application.address}:{application.port}"
+        if found.trouble:
+            level = logging.INFO if application.optional and found.absent else logging.WARNING
+            log.log(level, "%s; %s", found.trouble, found.remedy)
             return
-        usable, found = application.usable, application.found
-        if usable and not was:
-            log.info("the application listens on %s:%d", application.address, application.port)
-        if usable and found.device:
-            log.info("the application is bound to the device %s",
+        if not application.said & 1:
+            log.info("the application listens on %s", where)
+        if found.device:
+            log.info("the application on %s is bound to the device %s", where,
                      socket.if_indextoname(found.device))
-        if not usable:
-            log.warning("%s; %s", found.trouble, found.remedy)
-        if usable != was:
-            self.said = clock() << 1 | usable
-            self.core.tell_server(self.said)
+
+    def _say(self, application: Application) -> None:
+        if application is self.watch.first:
+            self.core.tell_server(application.said)
 
     def _mtu(self, address: str) -> int:
         """Of the interface at which a front end reaches us."""
@@ -183,7 +190,7 @@ class BackEndService(Service):
     async def _greet(self, sock: socket.socket, address: str) -> None:
         mine = Hello("be", self.config.vaddr, self.config.port,
                      datapath=self.datapath.name, instance=self.instance,
-                     fastpath=self.datapath.fastpath, server=self.said,
+                     fastpath=self.datapath.fastpath, server=self.watch.first.said,
                      mtu=self._mtu(sock.getsockname()[0]))
         try:
             sock.setblocking(False)
@@ -305,8 +312,11 @@ class BackEndService(Service):
             "chosen": self.datapath.chosen,
             "fastpath": "on" if self.datapath.fastpath else "off",
             "dregister": config.dregister, "registered": self.registration.registered,
-            "application": "listening" if self.application.usable else "dead",
-            "trouble": self.application.found.trouble if self.application.found else "",
+            "application": "listening" if self.watch.first.usable else "dead",
+            "trouble": self.watch.first.trouble, "vaddrs": list(config.vaddrs),
+            "places": [way._asdict() | {"listening": one.usable, "trouble": one.trouble,
+                                        "optional": one.optional}
+                       for one in self.watch.applications for way in one.ways],
             "live": self.live(), "counters": self.core.counters(),
             "packets": self.datapath.counters(),
             "frontends": [{"address": a, "tunnel": a in self.tunnels.seen, "connections": sum(

@@ -65,8 +65,8 @@ class Frontend(Protocol):
     def take_silent(self, seconds: float) -> None:
         """Packet path: connections whose client has said nothing for so long become sockets. May
         take long."""
-    def open_local(self, address: str, port: int) -> Backend:
-        """Open the way to the Local Node's server, at an address of this host."""
+    def open_local(self) -> Backend:
+        """Open the way to the Local Node's server."""
     def counters(self) -> dict[str, Any]: ...
     def refresh(self) -> None:
         """Look whether back ends are still where they were. Called every second."""
@@ -87,8 +87,8 @@ class Backend(Protocol):
         """Accept tunnelled packets from a front end, or no longer."""
     def allowed(self) -> list[str]:
         """Whose are accepted; also by what an earlier run has left."""
-    def follow(self, device: int) -> None:
-        """The application's listener is bound to a device, and takes only what comes by that.
+    def follow(self, address: str, port: int, device: int) -> None:
+        """An application's listener is bound to a device, and takes only what comes by that.
         Raises OSError or NetlinkError. It may become another one later, or none."""
     def counters(self) -> dict[str, Any]: ...
     def close(self) -> None: ...

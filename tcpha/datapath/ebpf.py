@@ -9,7 +9,8 @@ from functools import partial
 from tcpha._fast.bpf import kernel_has_function
 from tcpha._fast.diag import SockDiag
 from tcpha._fast.ebpf import MAX_ROUTES, BeEbpf, FeEbpf
-from tcpha.config import ANY, Config
+from tcpha.application import local_ways, ways_to
+from tcpha.config import Config
 from tcpha.datapath import (
     ADOPT_KFUNC,
     DEVICE_PRIORITY,
@@ -167,12 +168,12 @@ class EbpfFrontend(_Ebpf):
         self.table.set_backend(index, (path.ifindex, path.tunnel, path.nexthop, path.address,
                                        path.source, path.mtu) if path else None)
 
-    def open_local(self, address: str, port: int) -> EbpfLocal:
+    def open_local(self) -> EbpfLocal:
         if not kernel_has_function(ADOPT_KFUNC):
             raise DatapathError(f"datapath ebpf: the kernel has no {ADOPT_KFUNC} (Linux 6.9 or "
                                 "later has it); write 'datapath = nfqueue' for one")
         try:
-            local = EbpfLocal(self.config, self.host, address, port)
+            local = EbpfLocal(self.config, self.host)
         except OSError as error:
             raise DatapathError(f"datapath ebpf: {error}; write 'datapath = nfqueue' for "
                                 "one") from None
@@ -192,9 +193,9 @@ class _Adopter(_Ebpf):
         super().__init__(host, prefix)
         self.host = host
 
-    def follow(self, device: int) -> None:
+    def follow(self, address: str, port: int, device: int) -> None:
         self.host.attach(device, self.table.obj.program_fd("be_forged"), DEVICE_PRIORITY)
-        self.table.follow(device)
+        self.table.follow(address, port, device)
 
 
 class EbpfBackend(_Adopter):
@@ -202,11 +203,10 @@ class EbpfBackend(_Adopter):
         super().__init__(host, "tcphabe")
         self.fastpath = fastpath
         self.rules = f"tcphant_{host.handle:04x}_{os.getpid()}"
-        listen = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
         try:
-            leave_untracked(host, self.rules, config.vaddr)
-            self.table = BeEbpf(program_file("be"), (self.tap_fd, self.tap_index), config.vaddr,
-                                config.raddr, listen, config.redirectport, host.handle,
+            leave_untracked(host, self.rules, config.vaddrs)
+            self.table = BeEbpf(program_file("be"), (self.tap_fd, self.tap_index),
+                                ways_to(config, config.places), config.raddr, host.handle,
                                 fast=fastpath, left=host.maps.get(BE_PRIORITY, {}))
             self._open_fragments(config, host, "be", "be_ingress", BE_PRIORITY)
             host.forget_rules()
@@ -229,12 +229,12 @@ class EbpfLocal(_Adopter):
     """A back end's way of adoption for the front end's own server. No program of it sees what comes
     from the network."""
 
-    def __init__(self, config: Config, host: Host, address: str, port: int):
+    def __init__(self, config: Config, host: Host):
         super().__init__(host, "tcphaln")
         self.sockets = SockDiag()
         try:
-            self.table = BeEbpf(program_file("be"), (self.tap_fd, self.tap_index), config.vaddr,
-                                config.vaddr, address, port, host.handle, self.sockets)
+            self.table = BeEbpf(program_file("be"), (self.tap_fd, self.tap_index),
+                                local_ways(config), config.vaddr, host.handle, self.sockets)
             self._attach_tap(host, BE_PRIORITY, "be_tap")
         except BaseException:
             self.close()

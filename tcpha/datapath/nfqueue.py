@@ -21,8 +21,8 @@ from tcpha._fast.bpf import Object
 from tcpha._fast.nfqueue import PROBE_MARK, PROBE_PRIORITY, Queue, open_queues
 from tcpha._fast.nfqueue_be import BeNfqueue
 from tcpha._fast.nfqueue_fe import FeNfqueue
-from tcpha.application import devices_of
-from tcpha.config import ANY, Config
+from tcpha.application import Way, devices_of, local_ways, ways_to
+from tcpha.config import Config
 from tcpha.datapath import DEVICE_PRIORITY, LOCAL_CONNECTIONS, DatapathError, Path, program_file
 from tcpha.datapath.fragments import Fragments, open_fragments
 from tcpha.datapath.pinned import Pinned
@@ -37,6 +37,7 @@ from tcpha.undoing import each
 log = logging.getLogger("tcpha")
 FIRST_QUEUE = 26000       # the first number that is tried
 MAX_QUEUES = 4
+V4_MAPPED = bytes(10) + b"\xff\xff"  # what an IPv4 address begins with (RFC 4291)
 MARK = 0x7C9A0001         # of packets that a back end injects into its own stack
 TIME_WAIT_FLOWS = 1 << 17  # room for connections that are over
 
@@ -181,8 +182,8 @@ class NfqueueFrontend(_Nfqueue):
         if self.fragments:
             self.fragments.fit(mtu)
 
-    def open_local(self, address: str, port: int) -> NfqueueLocal:
-        local = NfqueueLocal(self.config, self.host, address, port)
+    def open_local(self) -> NfqueueLocal:
+        local = NfqueueLocal(self.config, self.host)
         self.table.set_local(local.table)
         return local
 
@@ -226,7 +227,7 @@ class NfqueueFrontend(_Nfqueue):
 
 
 class _Handshakes:
-    """SYN-ACKs of the local server and SYNs for its own port, few and small, through the
+    """SYN-ACKs of the local servers and SYNs for their own ports, few and small, through the
     netfilterqueue package."""
 
     def __init__(self, table: BeNfqueue, first: int):
@@ -266,44 +267,50 @@ class _Handshakes:
 
 
 class _Adopter(_Nfqueue):
-    """The local server's side, of a back end and of the Local Node. file: what an earlier run knew
+    """The local servers' side, of a back end and of the Local Node. file: what an earlier run knew
     of its connections, if it was killed."""
 
     table: BeNfqueue
 
-    def __init__(self, config: Config, host: Host, role: str, address: str, port: int,
-                 connections: int, file: FilePath | None):
+    def __init__(self, config: Config, host: Host, role: str, ways: list[Way], connections: int,
+                 file: FilePath | None):
         super().__init__(config, host, role, heads=True)
         self.file = file
-        self.port = port
         self.pinned: Pinned | None = None
-        self.programs: list[Object] = []
+        self.detour: Object | None = None
+        self.listeners = list(dict.fromkeys((way.address, way.port) for way in ways))
+        # to which nobody but we sends anything
+        self.own = [] if file is None else [x for x in self.listeners if x[0] in config.vaddrs]
         devices = devices_of(config, host)
         with by_owner():
-            self.table = BeNfqueue(config.vaddr, address, port, connections * 2 + TIME_WAIT_FLOWS,
-                                   MARK, self.queues, str(file) if file else None, devices,
-                                   file is None)
-        first, total = self._span
-        self.handshakes = _Handshakes(self.table, first + len(self.queues))
-        local: dict[str, Any] = {"hook": "postrouting", "source": address, "sport": port}
-        self.outward = [
-            Rule(**local, flags=rules.SYN_ACK, queue=(self.handshakes.num, 1)),
-            Rule(**local, queue=(first + total, total) if self.heads else self._span)]
-        if self.heads:
-            self.outward.append(Rule("numbers", source=address, sport=port, store=True))
-        self.direct = []
-        if file is None or address != config.vaddr:
-            self.direct.append(Rule("prerouting", destination=address, dport=port,
-                                    flags=rules.SYN, queue=(self.handshakes.num, 1), bypass=True))
+            self.table = BeNfqueue(ways, connections * 2 + TIME_WAIT_FLOWS, MARK, self.queues,
+                                   str(file) if file else None, devices, file is None)
+        self.handshakes = _Handshakes(self.table, self._span[0] + len(self.queues))
 
-    def _serve(self, address: str, inward: list[Rule]) -> None:
+    def _direct(self) -> list[Rule]:
+        """For who talks to a local server directly."""
+        return [Rule("prerouting", destination=address, dport=port, flags=rules.SYN,
+                     queue=(self.handshakes.num, 1), bypass=True)
+                for address, port in self.listeners if (address, port) not in self.own]
+
+    def _outward(self, address: str, port: int) -> list[Rule]:
+        """For what a local server sends."""
+        first, total = self._span
+        local: dict[str, Any] = {"hook": "postrouting", "source": address, "sport": port}
+        found = [Rule(**local, flags=rules.SYN_ACK, queue=(self.handshakes.num, 1)),
+                 Rule(**local, queue=(first + total, total) if self.heads else self._span)]
+        if self.heads:
+            found.append(Rule("numbers", source=address, sport=port, store=True))
+        return found
+
+    def _serve(self, inward: list[Rule]) -> None:
         guard = []
-        if address.startswith("127."):
+        if any(address.startswith("127.") for address, _ in self.listeners):
             # packets for it come from the network and leave for it; only those that we rewrite may
             guard = [Rule("prerouting", drop=True, protocol=None, destination=rules.LOOPBACK)]
-        self.pinned = Pinned(self.host, f"{self.rules}_n", address, self.port, MARK,
-                             outside=not self.direct)
-        self._begin([*guard, Rule("prerouting", mark=MARK), *inward, *self.direct, *self.outward])
+        self.pinned = Pinned(self.host, f"{self.rules}_n", self.listeners, self.own, MARK)
+        outward = [rule for listener in self.listeners for rule in self._outward(*listener)]
+        self._begin([*guard, Rule("prerouting", mark=MARK), *inward, *self._direct(), *outward])
         if guard:
             self.host.sysctl("net/ipv4/conf/all/route_localnet", "1")
 
@@ -313,14 +320,18 @@ class _Adopter(_Nfqueue):
     def allowed(self) -> list[str]:
         return self.table.allowed()
 
-    def follow(self, device: int) -> None:
+    def follow(self, address: str, port: int, device: int) -> None:
         host = self.host
-        programs = Object(program_file("detour"), struct.pack("=2I", MARK, device),
-                          instance=host.handle)
-        self.programs.append(programs)  # their descriptors are needed as long as they are kept
-        host.attach(device, programs.program_fd("be_arrival"), DEVICE_PRIORITY)
-        host.attach(socket.if_nametoindex("lo"), programs.program_fd("be_detour"), DEVICE_PRIORITY)
-        self.table.follow(device, host.mtu(device))
+        if self.detour is None:
+            self.detour = Object(program_file("detour"), struct.pack("=I", MARK),
+                                 {"devices": len(self.listeners)}, instance=host.handle)
+        host.attach(device, self.detour.program_fd("be_arrival"), DEVICE_PRIORITY)
+        host.attach(socket.if_nametoindex("lo"), self.detour.program_fd("be_detour"),
+                    DEVICE_PRIORITY)
+        self.detour.put("devices", V4_MAPPED + socket.inet_aton(address) +
+                        struct.pack("!HH", port, 0),
+                        struct.pack("=I", device))
+        self.table.follow(address, port, device, host.mtu(device))
 
     def close(self) -> None:
         # without us their packets would leave as they are, and mean nothing to the clients
@@ -336,19 +347,19 @@ class _Adopter(_Nfqueue):
 
 class NfqueueBackend(_Adopter):
     def __init__(self, config: Config, host: Host):
-        listen = config.vaddr if config.redirectaddr == ANY else config.redirectaddr
-        super().__init__(config, host, "be", listen, config.redirectport, config.maxclients,
+        super().__init__(config, host, "be", ways_to(config, config.places), config.maxclients,
                          host.journal.with_suffix(".flows"))
         self.fragments = open_fragments(config, host, "be")
-        self._serve(listen, [
+        self._serve([
             Rule("prerouting", queue=self._span, protocol=rules.IPIP, destination=config.raddr),
-            Rule("prerouting", queue=self._span, destination=config.vaddr),
-            self._errors(config.vaddr), *([self.fragments.rule] if self.fragments else [])])
+            *(Rule("prerouting", queue=self._span, destination=vaddr) for vaddr in config.vaddrs),
+            *(self._errors(vaddr) for vaddr in config.vaddrs),
+            *([self.fragments.rule] if self.fragments else [])])
 
 
 class NfqueueLocal(_Adopter):
     """What comes from the network has passed the front end's queues."""
 
-    def __init__(self, config: Config, host: Host, address: str, port: int):
-        super().__init__(config, host, "ln", address, port, LOCAL_CONNECTIONS, None)
-        self._serve(address, [])
+    def __init__(self, config: Config, host: Host):
+        super().__init__(config, host, "ln", local_ways(config), LOCAL_CONNECTIONS, None)
+        self._serve([])

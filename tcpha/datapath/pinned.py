@@ -20,15 +20,18 @@ log = logging.getLogger("tcpha")
 
 
 class Pinned:
-    """Of what is injected, by its mark, for an address; and if outside, of what arrives for it, as
-    conntrack may have lost a connection. In force as soon as others have NAT rules, since the
-    kernel tracks all connections of a host that has any. name: of the table."""
+    """Of what is injected, by its mark, for the addresses of listeners; and of what arrives for
+    those that are 'outside', as conntrack may have lost a connection. In force as soon as others
+    have NAT rules, since the kernel tracks all connections of a host that has any. name: of the
+    table."""
 
-    def __init__(self, host: Host, name: str, address: str, port: int, mark: int, outside: bool):
-        self.host, self.name, self.address, self.port = host, name, address, port
-        self.rules = [Rule("pin_out", mark=mark, destination=address, pin=True)]
-        if outside:
-            self.rules.append(Rule("pin_in", destination=address, dport=port, pin=True))
+    def __init__(self, host: Host, name: str, listeners: list[tuple[str, int]],
+                 outside: list[tuple[str, int]], mark: int):
+        self.host, self.name, self.listeners = host, name, listeners
+        self.rules = [Rule("pin_out", mark=mark, destination=address, pin=True)
+                      for address in dict.fromkeys(address for address, _ in listeners)]
+        self.rules += [Rule("pin_in", destination=address, dport=port, pin=True)
+                       for address, port in outside]
         if self._wanted():
             try:
                 self._put()
@@ -45,7 +48,7 @@ class Pinned:
 
     def _forget(self) -> None:
         with contextlib.suppress(OSError):  # a kernel whose conntrack cannot be asked
-            conntrack.forget_translated(self.address, self.port)
+            conntrack.forget_translated(self.listeners)
 
     def close(self) -> None:
         self.host.kept.pop(("pinned", self.name), None)

@@ -14,7 +14,7 @@ from typing import Any
 from tcpha._fast.be_worker import BackEnd
 from tcpha._fast.fe_worker import FrontEnd
 from tcpha._fast.message import clock
-from tcpha.application import Application
+from tcpha.application import Watch, local_ways
 from tcpha.config import Config
 from tcpha.daemon.workers import Supervisor
 from tcpha.datapath import LOCAL_CONNECTIONS, Backend, DatapathError, Frontend, allow_adoption
@@ -32,7 +32,8 @@ class LocalNode:
 
     def __init__(self, config: Config, core: FrontEnd, datapath: Frontend, host: Host):
         self.core = core
-        self.application = Application(config, host)
+        self.watch = Watch(config, host, local_ways(config))
+        self.application = self.watch.first
         self.address, self.port = self.application.address, self.application.port
         self.node = BackEnd(LOCAL_CONNECTIONS)
         self.workers = Supervisor(self.node, *WORKERS)
@@ -43,7 +44,7 @@ class LocalNode:
             return  # nobody but we can listen there
         try:
             allow_adoption(host)
-            self.datapath = datapath.open_local(self.address, self.port)
+            self.datapath = datapath.open_local()
         except DatapathError as error:
             log.warning("no Local Node: %s", error)
 
@@ -72,7 +73,7 @@ class LocalNode:
             return
         application = self.application
         first = application.found is None
-        changed = application.look(self.datapath)
+        changed = application in self.watch.look(self.datapath)
         self.core.backend_flags(INDEX, app_down=not application.usable, dead=False)
         if changed and application.usable:
             log.info("Local Node: a server listens on %s:%d", self.address, self.port)
@@ -99,4 +100,4 @@ class LocalNode:
             steps = [("workers", self.workers.finish),
                      ("log of the workers", lambda: end_log(self.node.log_lines())),
                      ("datapath", self.datapath.close)]
-        each(*steps, ("sock_diag", self.application.close), ("descriptors", self.node.close))
+        each(*steps, ("sock_diag", self.watch.close), ("descriptors", self.node.close))

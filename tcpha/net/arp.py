@@ -6,7 +6,9 @@ import contextlib
 import socket
 import struct
 import time
+from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.nftables.expressions import genex, verdict
@@ -31,7 +33,6 @@ ETH_P_ARP = 0x0806
 PROBES, PROBE_WAIT = 2, 0.15  # seconds; neighbours answer within one
 NF_ARP_OUT = 1
 ARP_OPERATION, ARP_SENDER, ARP_TARGET = 6, 14, 24  # offsets, for Ethernet and IPv4
-ARP_RULES = 3
 
 
 def announce(interface: str, mac: bytes, address: str) -> None:
@@ -66,19 +67,23 @@ def holder_on_link(interface: str, mac: bytes, address: str) -> str | None:
     return None
 
 
-def hide(host: Changes, name: str, address: str, instead: str) -> None:
-    """In ARP that this host sends: replies for an address, and announcements of it, are dropped;
-    requests by it (RFC 826: ar$spa) show another. Raises HostError if the kernel has no nft for
-    ARP."""
+def _hiding(address: str, instead: str) -> list[Any]:
+    """The rules for one address."""
     hidden, shown = socket.inet_aton(address), socket.inet_aton(instead)
     sender = compare(payload(NETWORK, ARP_SENDER, 4), hidden)
-
-    rules = [
+    return [
         [sender, compare(payload(NETWORK, ARP_OPERATION, 2), b"\0\2"), verdict(NF_DROP)],
         [sender, compare(payload(NETWORK, ARP_TARGET, 4), hidden), verdict(NF_DROP)],
         [sender, [genex("immediate", {"dreg": 1, "data": as_data(shown)}),
                   genex("payload", {"sreg": 1, "base": NETWORK, "offset": ARP_SENDER,
                                     "len": 4, "csum_type": 0, "csum_offset": 0})]]]
+
+
+def hide(host: Changes, name: str, addresses: Iterable[str], instead: str) -> None:
+    """In ARP that this host sends: replies for any of these, and announcements of it, are dropped;
+    requests by it (RFC 826: ar$spa) show another. Raises HostError if the kernel has no nft for
+    ARP."""
+    rules = [rule for address in addresses for rule in _hiding(address, instead)]
 
     def work() -> None:
         chain = new_chain(NFPROTO_ARP, name, "output", "filter", NF_ARP_OUT, 0)
@@ -92,7 +97,7 @@ def hide(host: Changes, name: str, address: str, instead: str) -> None:
     except NetlinkError as error:
         raise HostError(f"the kernel cannot filter ARP by nft: {error}") from None
     host.keep(("arp", name), Kept(f"nft table {name} (ARP)", NFT,
-                                  lambda: chain_use(NFPROTO_ARP, name, "output") != ARP_RULES,
+                                  lambda: chain_use(NFPROTO_ARP, name, "output") != len(rules),
                                   work))
 
 

@@ -17,10 +17,11 @@ IPS_ASSURED, IPS_DST_NAT = 1 << 2, 1 << 5
 NFGENMSG = struct.pack("BBH", socket.AF_INET, 0, 0)
 
 
-def forget_translated(address: str, port: int) -> None:
-    """Of TCP connections to an address and port: those that NAT has sent elsewhere, and that are
-    not established. Raises OSError."""
-    wanted = [socket.inet_aton(address), bytes([socket.IPPROTO_TCP]), struct.pack("!H", port)]
+def forget_translated(ends: list[tuple[str, int]]) -> None:
+    """Of TCP connections to these addresses and ports: those that NAT has sent elsewhere, and that
+    are not established. Raises OSError."""
+    wanted = [[socket.inet_aton(address), bytes([socket.IPPROTO_TCP]), struct.pack("!H", port)]
+              for address, port in ends]
     # kernels before 5.15 do not choose, and tell all
     request = NFGENMSG + struct.pack("=HH", 8, CTA_STATUS) + struct.pack("!I", IPS_DST_NAT) \
         + struct.pack("=HH", 8, CTA_STATUS_MASK) + struct.pack("!I", IPS_DST_NAT | IPS_ASSURED)
@@ -29,7 +30,7 @@ def forget_translated(address: str, port: int) -> None:
         parts = {kind: data[begin:stop] for kind, begin, stop in attributes(data, at + 4, end)}
         status = int.from_bytes(parts[CTA_STATUS], "big")
         if status & (IPS_DST_NAT | IPS_ASSURED) == IPS_DST_NAT and \
-                _destination(parts[CTA_TUPLE_ORIG]) == wanted:
+                _destination(parts[CTA_TUPLE_ORIG]) in wanted:
             found.append(b"".join(_attribute(kind, parts[kind]) for kind in
                                   (CTA_TUPLE_ORIG, CTA_ID, CTA_ZONE) if kind in parts))
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC,

@@ -27,14 +27,15 @@ struct {
     __uint(max_entries, 1);
     __type(key, int);
     __type(value, int);
-} flows SEC(".maps"), verdicts SEC(".maps"), rule_hits SEC(".maps"), frontends SEC(".maps");
+} flows SEC(".maps"), verdicts SEC(".maps"), rule_hits SEC(".maps"), frontends SEC(".maps"),
+  listeners SEC(".maps");
 SEC("tc") int beyond(struct __sk_buff *skb)
 {
     return conf[0] + lab_clock[0] + *(char *)(long)skb->data;
 }
 char LICENSE[] SEC("license") = "GPL";
 """
-SIZES = {"fe": 32, "fe_socket": 32, "be": 40}  # of struct tcpha_fe_conf and _be_conf
+SIZES = {"fe": 32, "fe_socket": 32, "be": 156}  # of struct tcpha_fe_conf and _be_conf
 
 
 @pytest.fixture(scope="module")

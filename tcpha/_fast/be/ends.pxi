@@ -170,7 +170,7 @@ cdef void _on_netlink(backend_state *b, worker *w) noexcept nogil:
             d = <inet_diag_msg *>(p + NLMSG_HDRLEN)
             # A listener is gone, and with it the sockets in its accept queue: these were
             # disconnected before, so that their reports name no client. See inet_csk_listen_stop().
-            if d.id.idiag_dport == 0 and d.id.idiag_sport == b.dp.listen_port:
+            if d.id.idiag_dport == 0 and is_listened_on(b.dp.places, d.id.idiag_sport):
                 unheard = True
             if _flow_of(d, &flow) and b.dp.outside(b.dp.self, &flow):
                 _check(b, w, &flow)

@@ -4,11 +4,9 @@
 cdef struct be_ebpf:
     int tap
     tcpha_gate *gate
-    int forged             # the program that runs where the listener is bound to a device
+    int forged             # the program that runs where a listener is bound to a device
     tcpha_op *ops
-    uint8_t vaddr[16]
-    uint8_t listen_addr[16]
-    uint16_t listen_port   # network byte order
+    const places *places
     uint64_t killed        # older sockets on the same 4-tuple
     int adoptions          # map
     diag *sockets          # of the Local Node, where the front end's socket has the same 4-tuple
@@ -17,12 +15,17 @@ cdef struct be_ebpf:
     uint8_t *ring
 
 
+cdef inline uint32_t _device_of(be_ebpf *d, const tcpha_flow *flow) noexcept nogil:
+    """That the listener of a flow is bound to; 0: to none."""
+    return load32(&listener_of(d.places, flow).device)
+
+
 cdef int _look(be_ebpf *d, uint32_t worker, const tcpha_flow *flow) noexcept nogil:
-    """Look a flow's socket up; at the listener's device, if it is bound to one: what is made on the
-    TAP device does not find it. The answer is in ops[worker]."""
+    """Look a flow's socket up; at its listener's device, if that is bound to one: what is made on
+    the TAP device does not find it. The answer is in ops[worker]."""
     cdef uint8_t frame[ETH_SIZE + 46]
     cdef uint16_t kind = htons(TCPHA_ETH_OP)
-    cdef uint32_t device = load32(&d.gate.device)
+    cdef uint32_t device = _device_of(d, flow)
     cdef tcpha_op *op = &d.ops[worker]
     cdef bpf_test_run_opts run
     cdef __sk_buff skb
@@ -51,7 +54,7 @@ cdef bint _await(be_ebpf *d, tcpha_op *op) noexcept nogil:
     listener's device may do so when write() has returned."""
     cdef uint64_t begin = now_ns()
     while not load32(&op.done):
-        if (load32(&d.gate.device) == 0 or now_ns() - begin > DETOUR_NS) and \
+        if (_device_of(d, &op.flow) == 0 or now_ns() - begin > DETOUR_NS) and \
                 xchg32(&op.kind, 0) == TCPHA_OP_ADOPT:
             return False   # nobody has it, and nobody will: it would be adopted behind our back
         usleep(100)
@@ -67,7 +70,7 @@ cdef int _verify(be_ebpf *d, uint32_t worker, const tcpha_flow *flow) noexcept n
             return REFUSE_ERROR
         if d.ops[worker].result != TCPHA_R_NO_SOCKET:
             return 0
-        if load32(&d.gate.device) == 0 or now_ns() - begin > DETOUR_NS:
+        if _device_of(d, flow) == 0 or now_ns() - begin > DETOUR_NS:
             return REFUSE_BACKLOG
         usleep(100)
 
@@ -90,8 +93,6 @@ cdef int _attach(be_ebpf *d, uint32_t worker, const snapshot *s, const uint8_t *
     for _tries in range(4):
         op.kind = TCPHA_OP_ADOPT
         op.flow = s.flow
-        memcpy(op.listen_addr, d.listen_addr, 16)
-        op.listen_port = d.listen_port
         op.mss = s.mss
         op.snd_wscale = s.snd_wscale
         op.rcv_wscale = s.rcv_wscale
@@ -143,6 +144,7 @@ cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
     """Forge the client's ACK and request. The first segment becomes the socket, the rest is
     received by it like any other."""
     cdef be_ebpf *d = <be_ebpf *>self
+    cdef const tcpha_listener *to = listener_of(d.places, &s.flow)
     cdef uint32_t tick, rtt
     cdef segment g
     cdef int rc
@@ -150,7 +152,7 @@ cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
     if s.mss < MSS_MIN:
         return REFUSE_UNSUPPORTED
     if d.sockets != NULL:  # while the front end could still go on with its socket
-        rc = diag_refusal(d.sockets, d.listen_addr, d.listen_port)
+        rc = diag_refusal(d.sockets, to.addr, to.port, load32(&to.device))
         if rc != 0:
             return rc
     segment_from(&g, s)
@@ -261,7 +263,7 @@ cdef bint _next_event(void *self, tcpha_event *event) noexcept nogil:
 
 
 cdef bint _outside(void *self, tcpha_flow *flow) noexcept nogil:
-    return memcmp(flow.vaddr, (<be_ebpf *>self).vaddr, 16) == 0
+    return is_vip((<be_ebpf *>self).places, flow.vaddr)
 
 
 cdef void _ended(void *self, const tcpha_flow *flow) noexcept nogil:

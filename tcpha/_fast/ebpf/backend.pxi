@@ -2,26 +2,33 @@
 # The back end's half, for Python.
 
 cdef class BeEbpf(BeDatapath):
-    """The back end's half. instance, and left, for those who tunnel to us: as for FeEbpf; sockets:
-    given on the front end, for its Local Node; fast: with the packet path."""
+    """The back end's half. ways: as for Places; instance, and left, for those who tunnel to us: as
+    for FeEbpf; sockets: given on the front end, for its Local Node; fast: with the packet path."""
 
     cdef be_ebpf *d
     cdef readonly Object obj
+    cdef Places places
     cdef SockDiag sockets
 
-    def __cinit__(self, str path, tap, str vaddr, str raddr, str listen_addr, int listen_port,
-                  uint32_t instance, SockDiag sockets=None, bint fast=False, dict left=None):
+    def __cinit__(self, str path, tap, list ways, str raddr, uint32_t instance,
+                  SockDiag sockets=None, bint fast=False, dict left=None):
         cdef tcpha_be_conf conf
+        cdef uint32_t i
         self.d = <be_ebpf *>calloc(1, sizeof(be_ebpf))
         if self.d == NULL:
             raise MemoryError
+        self.places = Places(ways)
+        self.d.places = self.table.places = &self.places.p
         memset(&conf, 0, sizeof(conf))
-        address_bytes(vaddr, conf.vaddr)
+        memcpy(conf.vips, self.d.places.vips, sizeof(conf.vips))
+        conf.nvips = self.d.places.nvips
         address_bytes(raddr, conf.raddr)
         conf.tap = tap[1]
         conf.fast = fast
-        self.obj = Object(path, (<char *>&conf)[:sizeof(conf)], None,
+        self.obj = Object(path, (<char *>&conf)[:sizeof(conf)], {"listeners": len(ways)},
                           _fitting(left, {"frontends": (16, 4)}), instance)
+        for i in range(self.d.places.nlisteners):
+            self._tell(&self.d.places.listeners[i])
         self.d.tap = tap[0]
         self.d.forged = self.obj.program_fd("be_forged")
         self.d.gate = <tcpha_gate *>self.obj.map_memory("gate", sizeof(tcpha_gate))
@@ -29,9 +36,6 @@ cdef class BeEbpf(BeDatapath):
         self.sockets = sockets
         if sockets is not None:
             self.d.sockets = &sockets.d
-        address_bytes(vaddr, self.d.vaddr)
-        address_bytes(listen_addr, self.d.listen_addr)
-        self.d.listen_port = self.table.listen_port = htons(listen_port)
         self.table.self = self.d
         self.table.adopt = _adopt
         self.table.alive = _alive
@@ -49,8 +53,6 @@ cdef class BeEbpf(BeDatapath):
         a.tap_fd = self.d.tap
         a.keys = <tcpha_keys *>self.obj.map_memory("keys", TCPHA_MAX_FAST * sizeof(tcpha_keys))
         a.gate = self.d.gate
-        memcpy(a.gate.listen_addr, self.d.listen_addr, 16)
-        a.gate.listen_port = self.d.listen_port
         a.next_event = _next_event
         a.admit = _admit
         a.give_up = _give_up
@@ -64,12 +66,21 @@ cdef class BeEbpf(BeDatapath):
     def __dealloc__(self):
         free(self.d)
 
-    def follow(self, uint32_t device):
-        """The listener is bound to a device. The way over it, where be_forged must run, is kept
-        when one comes that is bound to none: its sockets are found there, too."""
-        store32(&self.d.gate.device, device)
-        if self.sockets is not None:
-            self.sockets.look_from(device)
+    cdef int _tell(self, const tcpha_listener *to) except -1:
+        """The programs, where connections go that are for a listener."""
+        cdef int rc, fd = self.obj.map_fd("listeners")
+        cdef uint32_t i
+        for i in range(self.d.places.count):
+            if self.d.places.each[i].to == to:
+                rc = bpf_map_update_elem(fd, &self.d.places.each[i].of, to, BPF_ANY)
+                if rc < 0:
+                    raise OSError(-rc, "cannot write to the table of listeners")
+        return 0
+
+    def follow(self, str address, int port, uint32_t device):
+        """A listener is bound to a device. The way over it, where be_forged must run, is kept when
+        one comes that is bound to none: its sockets are found there, too."""
+        self._tell(self.places.bind(address, port, device))  # in this order: see _await()
 
     def allow(self, str address, bint allowed):
         """Accept tunnelled packets from a front end, or no longer."""

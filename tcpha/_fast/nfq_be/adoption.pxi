@@ -64,9 +64,9 @@ cdef int _await_answer(be_nfqueue *d, const tcpha_flow *local, const snapshot *s
         now = now_ns()
         if now - begin > HANDSHAKE_NS:
             return REFUSE_BACKLOG
-        if now - asked > SILENT_NS and diag_query(d.sockets, local, &a) == 0 and a.state == 0:
+        if now - asked > SILENT_NS and _query(d, local, &a) == 0 and a.state == 0:
             # dropped, for want of room in the accept queue; or our stack is late: ask again
-            rc = diag_refusal(d.sockets, d.listen_addr, d.listen_port)
+            rc = _refusal(d, local)
             if rc != 0:
                 return rc
             if _send_syn(d, local, s) != 0:
@@ -74,7 +74,7 @@ cdef int _await_answer(be_nfqueue *d, const tcpha_flow *local, const snapshot *s
             asked = now
 
 
-cdef void _plan(be_nfqueue *d, be_flow *f, const snapshot *s) noexcept nogil:
+cdef void _plan(be_flow *f, const tcpha_flow *local, const snapshot *s) noexcept nogil:
     """How packets are rewritten from now on."""
     # The clock goes on one tick after the snapshot: the front end may have sent at that very tick.
     cdef uint32_t tick = s.tsval + (1000 if s.flags & SNAP_USEC_TS else 1)
@@ -90,12 +90,12 @@ cdef void _plan(be_nfqueue *d, be_flow *f, const snapshot *s) noexcept nogil:
     f.outward.window_right = s.rcv_wscale if s.flags & SNAP_WSCALE else 0
     if s.flags & SNAP_WSCALE and not scaled:
         f.inward.window_left = s.snd_wscale
-    if memcmp(s.flow.vaddr, d.listen_addr, 16) != 0 or s.flow.vport != d.listen_port:
+    if not _same(local, &s.flow):
         f.outward.source = True
         memcpy(&f.outward.addr, s.flow.vaddr + 12, 4)
         f.outward.port = s.flow.vport
-        memcpy(&f.inward.addr, d.listen_addr + 12, 4)
-        f.inward.port = d.listen_port
+        memcpy(&f.inward.addr, local.vaddr + 12, 4)
+        f.inward.port = local.vport
 
 
 cdef int _settle(be_nfqueue *d, const tcpha_flow *local, const snapshot *s,
@@ -106,7 +106,7 @@ cdef int _settle(be_nfqueue *d, const tcpha_flow *local, const snapshot *s,
     cdef be_flow *f
     cdef uint64_t sent
     while True:
-        if diag_query(d.sockets, local, a) < 0:
+        if _query(d, local, a) < 0:
             return REFUSE_ERROR
         pthread_rwlock_rdlock(&d.lock)
         f = _being_adopted(d, local, s)
@@ -151,7 +151,7 @@ cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
     pthread_rwlock_wrlock(&d.lock)
     f = _being_adopted(d, &local, s)
     if f != NULL:
-        _plan(d, f, s)
+        _plan(f, &local, s)
         f.volume = 1
         f.state = B_LIVE   # before the request: it may be answered at once
     pthread_rwlock_unlock(&d.lock)
@@ -168,7 +168,7 @@ cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
         rc = REFUSE_ERROR if _send_segment(d, &g, data) != 0 else _settle(d, &local, s, &a)
         if rc != REFUSE_BACKLOG or now_ns() - begin > HANDSHAKE_NS:
             break
-        rc = diag_refusal(d.sockets, d.listen_addr, d.listen_port)
+        rc = _refusal(d, &local)
         if rc != 0:
             break
     if rc != 0:
@@ -203,7 +203,7 @@ cdef int _feed_from(be_nfqueue *d, const snapshot *s, const uint8_t *data, segme
         g.flags = TCP_ACK | TCP_PSH
         if have + g.len == s.len and fin:
             g.flags |= TCP_FIN
-        if _send_segment(d, g, data + have) != 0 or diag_query(d.sockets, g.flow, a) < 0 or \
+        if _send_segment(d, g, data + have) != 0 or _query(d, g.flow, a) < 0 or \
                 (a.full and <uint32_t>a.received == have):
             return DP_MORE
     return 0
@@ -224,7 +224,7 @@ cdef int _feed(void *self, uint32_t worker, const snapshot *s, const uint8_t *da
     pthread_rwlock_unlock(&d.lock)
     if f == NULL:
         return 0
-    if diag_query(d.sockets, &local, &a) < 0:
+    if _query(d, &local, &a) < 0:
         return DP_MORE
     _segment(&g, s, &local, &copy)
     return _feed_from(d, s, data, &g, &a)

@@ -2,14 +2,16 @@
 # For Python.
 
 cdef class BeNfqueue(BeDatapath):
-    """capacity: connections in the table, those in TIME_WAIT included; mark: of packets that we
-    inject; queues: Queue objects, started later; file: where the table lies, or None; devices: by
-    which clients' packets may come; local: on the front end, for its Local Node."""
+    """ways: as for Places; capacity: connections in the table, those in TIME_WAIT included; mark:
+    of packets that we inject; queues: Queue objects, started later; file: where the table lies, or
+    None; devices: by which clients' packets may come; local: on the front end, for its Local
+    Node."""
 
-    def __cinit__(self, str vaddr, str listen_addr, int listen_port, uint32_t capacity,
-                  uint32_t mark, list queues, file, list devices, bint local=False):
+    def __cinit__(self, list ways, uint32_t capacity, uint32_t mark, list queues, file,
+                  list devices, bint local=False):
         cdef Queue q
         cdef bint kept
+        cdef uint32_t i
         self.d = <be_nfqueue *>calloc(1, sizeof(be_nfqueue))
         if self.d == NULL:
             raise MemoryError
@@ -20,10 +22,11 @@ cdef class BeNfqueue(BeDatapath):
         pthread_mutex_init(&self.d.wait_lock, NULL)
         pthread_cond_init(&self.d.answered, NULL)
         kept = table_open(&self.d.flows, capacity, sizeof(be_flow), LAYOUT, file)
-        address_bytes(vaddr, self.d.vaddr)
-        address_bytes(listen_addr, self.d.listen_addr)
-        self.d.listen_port = self.table.listen_port = htons(listen_port)
-        self.d.shared = local or vaddr != listen_addr
+        self.places = Places(ways)
+        self.d.places = self.table.places = &self.places.p
+        self.d.local = self.d.shared = local
+        for i in range(self.d.places.nlisteners):
+            self.d.shared |= not is_vip(self.d.places, self.d.places.listeners[i].addr)
         self.raw = socket.socket(socket.AF_INET, socket.SOCK_RAW | socket.SOCK_CLOEXEC,
                                  socket.IPPROTO_RAW)
         self.raw.setsockopt(socket.SOL_SOCKET, 36, mark)  # SO_MARK
@@ -66,8 +69,7 @@ cdef class BeNfqueue(BeDatapath):
     cdef bint _has_socket(self, const tcpha_flow *local, list devices):
         cdef diag_answer a
         for device in devices:
-            self.sockets.look_from(device)
-            if diag_query(self.d.sockets, local, &a) == 0 and a.state != 0:
+            if diag_query(self.d.sockets, local, device, &a) == 0 and a.state != 0:
                 return True
         return False
 
@@ -80,14 +82,14 @@ cdef class BeNfqueue(BeDatapath):
             for i in range(self.d.flows.head.fresh):
                 c = table_cell(&self.d.flows, i)
                 if c.used and not (<be_flow *>(c + 1)).ended_ns and \
-                        diag_query(self.d.sockets, &c.key, &a) == 0:
+                        _query(self.d, &c.key, &a) == 0:
                     diag_destroy(self.d.sockets, &c.key, &a)
 
-    def follow(self, uint32_t device, int mtu):
-        """The listener is bound to a device, by which what we inject comes in: Linux before 5.12
+    def follow(self, str address, int port, uint32_t device, int mtu):
+        """A listener is bound to a device, by which what we inject comes in: Linux before 5.12
         drops there what is longer than its MTU. See BeEbpf.follow()."""
-        store32(&self.d.chunk, min(CHUNK, mtu - HEADERS))
-        self.sockets.look_from(device)
+        store32(&self.d.chunk, min(self.d.chunk, <uint32_t>(mtu - HEADERS)))
+        self.places.bind(address, port, device)
 
     def close(self):
         """No queue may be served any more."""
@@ -95,7 +97,7 @@ cdef class BeNfqueue(BeDatapath):
         self.sockets.close()
 
     def handshake(self, bytes payload):
-        """A SYN for the local server's own address and port, or a SYN-ACK that wants to leave this
+        """A SYN for a local server's own address and port, or a SYN-ACK that wants to leave this
         host. True: it may pass, it is none of ours."""
         cdef bytearray copy = bytearray(payload)
         cdef tcp_view v

@@ -9,7 +9,7 @@ cdef bint _position(void *self, uint32_t worker, const tcpha_flow *flow,
     cdef be_flow *f
     cdef bint known
     _local(d, flow, &local)
-    if diag_query(d.sockets, &local, &a) < 0 or a.state == 0 or not a.full:
+    if _query(d, &local, &a) < 0 or a.state == 0 or not a.full:
         return False
     pthread_rwlock_rdlock(&d.lock)
     f = <be_flow *>table_find(&d.flows, &local)
@@ -27,7 +27,7 @@ cdef int _alive(void *self, uint32_t worker, const tcpha_flow *flow) noexcept no
     cdef be_flow *f
     cdef bint known, direct
     _local(d, flow, &local)
-    if diag_query(d.sockets, &local, &a) < 0:
+    if _query(d, &local, &a) < 0:
         return DP_ALIVE
     pthread_rwlock_rdlock(&d.lock)
     f = <be_flow *>table_find(&d.flows, &local)
@@ -37,7 +37,7 @@ cdef int _alive(void *self, uint32_t worker, const tcpha_flow *flow) noexcept no
     if direct:
         return 0
     if a.state != 0 and not known:
-        if not d.shared:   # or it may be one of those who talk to the local server directly
+        if not _is_shared(d, &local):  # or it may be one of those who talk to the local server directly
             diag_destroy(d.sockets, &local, &a)  # an earlier run's; nobody can rewrite its packets
         return 0
     # a request socket is a newer connection's: an adopted one is beyond that
@@ -67,7 +67,7 @@ cdef void _ended(void *self, const tcpha_flow *flow) noexcept nogil:
     _local(d, flow, &local)
     pthread_rwlock_wrlock(&d.lock)
     f = <be_flow *>table_find(&d.flows, &local)
-    if f != NULL and f.outside.vport == flow.vport:
+    if f != NULL and _same(&f.outside, flow):
         f.ended_ns = now_ns()
     pthread_rwlock_unlock(&d.lock)
 

@@ -73,8 +73,8 @@ cdef int _claim_tuple(be_nfqueue *d, const tcpha_flow *local, const snapshot *s,
     pthread_rwlock_wrlock(&d.lock)
     f = <be_flow *>table_find(&d.flows, local)
     unknown[0] = f == NULL or f.state == B_DIRECT
-    # a client with one port and two of the VIP's: the local server cannot tell them apart
-    if f != NULL and f.outside.vport != s.flow.vport and f.ended_ns == 0:
+    # a client with one port and two places that lead here: the local server cannot tell them apart
+    if f != NULL and not _same(&f.outside, &s.flow) and f.ended_ns == 0:
         f = NULL
         refusal = REFUSE_UNSUPPORTED
     else:
@@ -86,7 +86,7 @@ cdef int _claim_tuple(be_nfqueue *d, const tcpha_flow *local, const snapshot *s,
     if f != NULL:
         f.state = B_SYN
         f.outside = s.flow
-        f.after_direct = d.shared and unknown[0]
+        f.after_direct = _is_shared(d, local) and unknown[0]
         f.asked = _start(s)
     pthread_rwlock_unlock(&d.lock)
     return 0 if f != NULL else refusal
@@ -105,19 +105,19 @@ cdef int _room(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) noexce
     """Make an adopted connection the owner: its entry is there, and no older socket any more. 0 or
     a refusal."""
     cdef diag_answer before, a
-    cdef bint unknown, whole
+    cdef bint unknown, whole, shared = _is_shared(d, local)
     cdef int _tries, refusal
     # Whose this socket is, the entry says afterwards: a direct connection takes the 4-tuple first.
-    if not d.shared or diag_query(d.sockets, local, &before) < 0:
+    if not shared or _query(d, local, &before) < 0:
         before.state = 0
     refusal = _claim_tuple(d, local, s, &unknown)
     if refusal != 0:
         return refusal
     for _tries in range(4):
-        if diag_query(d.sockets, local, &a) < 0 or a.state == 0:
+        if _query(d, local, &a) < 0 or a.state == 0:
             return 0
         whole = a.full or a.state == TCP_NEW_SYN_RECV or a.state == TCP_SYN_RECV
-        if d.shared and whole and (unknown or before.state == 0 or
+        if shared and whole and (unknown or before.state == 0 or
                                    memcmp(a.cookie, before.cookie, sizeof(a.cookie)) != 0):
             _release_tuple(d, local, s)  # the client talks to the local server directly
             return REFUSE_UNSUPPORTED
@@ -134,13 +134,13 @@ cdef void _drop_flow(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) 
     4-tuple is another connection's by now, that one goes on."""
     cdef diag_answer a
     cdef be_flow *f
-    if diag_query(d.sockets, local, &a) < 0:
+    if _query(d, local, &a) < 0:
         a.state = 0
     pthread_rwlock_wrlock(&d.lock)
     f = _being_adopted(d, local, s)
     if f != NULL:
         # As long as no SYN-ACK was seen, the socket may come from the client's SYN instead of ours.
-        if d.shared and f.state == B_SYN:
+        if _is_shared(d, local) and f.state == B_SYN:
             a.state = 0
         table_remove(&d.flows, local)
     pthread_rwlock_unlock(&d.lock)
@@ -158,12 +158,12 @@ cdef void _on_syn(be_nfqueue *d, tcp_view *v) noexcept nogil:
     cdef diag_answer a
     cdef uint32_t state
     cdef bint over
-    _key(d, v.ip + 12, v.tcp, &local)
+    _flow_between(v.ip + 12, v.tcp, v.ip + 16, v.tcp + 2, &local)
     pthread_rwlock_rdlock(&d.lock)
     f = <be_flow *>table_find(&d.flows, &local)
     state = f.state if f != NULL else <uint32_t>B_DIRECT
     pthread_rwlock_unlock(&d.lock)
-    if state == B_DIRECT or diag_query(d.sockets, &local, &a) < 0 or a.full:
+    if state == B_DIRECT or _query(d, &local, &a) < 0 or a.full:
         return
     pthread_rwlock_wrlock(&d.lock)
     f = <be_flow *>table_find(&d.flows, &local)
@@ -181,11 +181,12 @@ cdef bint _on_syn_ack(be_nfqueue *d, tcp_view *v) noexcept nogil:
     """The local server's answer to a forged SYN; it must not leave the host. False: another's."""
     cdef tcpha_flow local
     cdef be_flow *f
-    cdef bint ours
-    _key(d, v.ip + 16, v.tcp + 2, &local)
+    cdef bint ours, shared
+    _flow_between(v.ip + 16, v.tcp + 2, v.ip + 12, v.tcp, &local)
+    shared = _is_shared(d, &local)
     pthread_rwlock_wrlock(&d.lock)
     f = <be_flow *>table_find(&d.flows, &local)
-    if f != NULL and d.shared and (
+    if f != NULL and shared and (
             (f.state == B_SYN and get32(v.tcp + 8) != f.asked) or
             ((f.state == B_SYNACK or f.state == B_LIVE) and get32(v.tcp + 4) != f.isn)):
         # the SYN came while we sent ours, or just before the adopted connection ended
@@ -201,4 +202,4 @@ cdef bint _on_syn_ack(be_nfqueue *d, tcp_view *v) noexcept nogil:
     ours = f != NULL and (f.state != B_DIRECT or get32(v.tcp + 8) == f.asked)
     pthread_rwlock_unlock(&d.lock)
     _tell(d)
-    return ours or not d.shared
+    return ours or not shared

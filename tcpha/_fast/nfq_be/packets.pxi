@@ -3,17 +3,18 @@
 
 cdef be_flow *_flow_to(be_nfqueue *d, const tcp_view *v) noexcept nogil:
     """The flow of a packet from the client, or NULL: it may not pass."""
-    cdef tcpha_flow local
+    cdef tcpha_flow outside, local
     cdef be_flow *f
     cdef diag_answer a
-    _key(d, v.ip + 12, v.tcp, &local)
+    cdef bint same
+    _flow_between(v.ip + 12, v.tcp, v.ip + 16, v.tcp + 2, &outside)
+    _local(d, &outside, &local)
     f = <be_flow *>table_find(&d.flows, &local)
-    if f != NULL and f.state == B_DIRECT and v.flags & TCP_FIN and \
-            memcmp(&f.outside.vport, v.tcp + 2, 2) == 0:
+    same = f != NULL and _same(&f.outside, &outside)
+    if same and f.state == B_DIRECT and v.flags & TCP_FIN:
         _acknowledge(d, v)
-    if f == NULL or f.state != B_LIVE or memcmp(&f.outside.vport, v.tcp + 2, 2) != 0 or \
-            (v.flags & TCP_SYN and (f.ended_ns or diag_query(d.sockets, &local, &a) < 0
-                                    or not a.full)):
+    if not same or f.state != B_LIVE or \
+            (v.flags & TCP_SYN and (f.ended_ns or _query(d, &local, &a) < 0 or not a.full)):
         # a SYN is for the socket that it challenges; without one it would meet the listener
         add64(<uint64_t *>&d.n.guarded, 1)
         return NULL
@@ -41,12 +42,12 @@ cdef void _acknowledge(be_nfqueue *d, const tcp_view *v) noexcept nogil:
 cdef bint _icmp_inward(be_nfqueue *d, icmp_view *v) noexcept nogil:
     """Rewrite an ICMP error about a segment of an adopted connection for the socket that sent it.
     False: it is about something else."""
-    cdef tcpha_flow local
+    cdef tcpha_flow outside, local
     cdef be_flow *f
-    _key(d, v.inner + 16, v.tcp + 2, &local)
+    _flow_between(v.inner + 16, v.tcp + 2, v.inner + 12, v.tcp, &outside)
+    _local(d, &outside, &local)
     f = <be_flow *>table_find(&d.flows, &local)
-    if f == NULL or f.state != B_LIVE or memcmp(&f.outside.vport, v.tcp, 2) != 0 or \
-            memcmp(d.vaddr + 12, v.inner + 12, 4) != 0:
+    if f == NULL or f.state != B_LIVE or not _same(&f.outside, &outside):
         return False
     icmp_translate(v, &f.outward, &f.inward)
     return True
@@ -72,9 +73,18 @@ cdef bint _unwrap(be_nfqueue *d, uint8_t *outer, uint32_t outer_src) noexcept no
     return True
 
 
+cdef bint _is_to_vip(const be_nfqueue *d, const uint8_t *ip) noexcept nogil:
+    """Whether the destination in an IPv4 header is one of the VIPs."""
+    cdef uint32_t i
+    for i in range(d.places.nvips):
+        if memcmp(d.places.vips[i] + 12, ip + 16, 4) == 0:
+            return True
+    return False
+
+
 cdef inline bint _is_for_vip(const be_nfqueue *d, const uint8_t *ip) noexcept nogil:
-    """Whether a header begins a TCP segment for the VIP, or a fragment of one."""
-    return ip[0] >> 4 == 4 and ip[9] == 6 and memcmp(ip + 16, d.vaddr + 12, 4) == 0
+    """Whether a header begins a TCP segment for a VIP, or a fragment of one."""
+    return ip[0] >> 4 == 4 and ip[9] == 6 and _is_to_vip(d, ip)
 
 
 cdef int _tunnelled(be_nfqueue *d, packet *p) noexcept nogil:
@@ -93,7 +103,7 @@ cdef int _tunnelled(be_nfqueue *d, packet *p) noexcept nogil:
     memcpy(&outer_src, p.data + 12, 4)
     if not _is_for_vip(d, inner):
         if fragment or size != IP_SIZE or icmp_parse(inner, p.len - size, &error) < 0 or \
-                memcmp(inner + 16, d.vaddr + 12, 4) != 0:
+                not _is_to_vip(d, inner):
             return V_ACCEPT
         return V_CHANGED if _unwrap(d, p.data, outer_src) else V_DROP
     whole = size == IP_SIZE and tcp_parse(inner, p.len - size, &v) == 0
@@ -106,7 +116,7 @@ cdef int _tunnelled(be_nfqueue *d, packet *p) noexcept nogil:
 
 
 cdef int _inward(be_nfqueue *d, packet *p) noexcept nogil:
-    """From the network: tunnelled by a front end, or to the VIP."""
+    """From the network: tunnelled by a front end, or to a VIP."""
     cdef uint8_t *inner = p.data
     cdef uint32_t length = p.len
     cdef uint16_t word
@@ -121,7 +131,7 @@ cdef int _inward(be_nfqueue *d, packet *p) noexcept nogil:
             return verdict
         inner += IP_SIZE
         length -= IP_SIZE
-    if icmp_parse(inner, length, &error) == 0 and memcmp(inner + 16, d.vaddr + 12, 4) == 0:
+    if icmp_parse(inner, length, &error) == 0 and _is_to_vip(d, inner):
         if not _icmp_inward(d, &error):
             return V_DROP if tunnelled else V_ACCEPT
         if tunnelled and error.icmp - error.ip > IP_SIZE:
@@ -211,16 +221,16 @@ cdef bint _number(const be_flow *f, const tcp_view *v, packet *p) noexcept nogil
 
 
 cdef int _outward(be_nfqueue *d, queue *q, packet *p) noexcept nogil:
-    """From the local server."""
+    """From a local server."""
     cdef tcpha_flow local
     cdef be_flow *f
     cdef tcp_view v
     if tcp_parse_head(p.data, p.have, p.len, &v) < 0:
         return V_ACCEPT if d.shared else V_DROP
-    _key(d, v.ip + 16, v.tcp + 2, &local)
+    _flow_between(v.ip + 16, v.tcp + 2, v.ip + 12, v.tcp, &local)
     f = <be_flow *>table_find(&d.flows, &local)
     if f == NULL or (f.state == B_DIRECT and not _comes_next(f, &v)):
-        if d.shared:
+        if _is_shared(d, &local):
             return V_ACCEPT
         add64(&d.unknown, 1)
         return V_DROP

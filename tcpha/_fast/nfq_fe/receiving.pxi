@@ -140,7 +140,7 @@ cdef void _on_batch(void *self, queue *q) noexcept nogil:
 cdef bint _is_unknown(fe_nfqueue *d, const tcpha_flow *flow, const tcp_view *v) noexcept nogil:
     """Whether our stack has no connection for a packet, and would answer with a RST."""
     cdef diag_answer a
-    return not v.flags & TCP_SYN and diag_query(d.sockets, flow, &a) == 0 and a.state == 0
+    return not v.flags & TCP_SYN and diag_query(d.sockets, flow, 0, &a) == 0 and a.state == 0
 
 
 cdef int _on_error(fe_nfqueue *d, packet *p, icmp_view *error) noexcept nogil:
