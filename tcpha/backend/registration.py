@@ -68,6 +68,9 @@ class Registration:
                                 self.instance)
             hello, _ = await call(sock, mine, self.secret)
         check(hello, "fe", config.vaddrs)
+        if not hello.ports and any(rule.conditions for rule in config.rule):
+            log.warning("the front end %s is of an older release, and takes conditions of rules "
+                        "for their patterns; install ours there", config.feaddr)
 
 
 def _reason(error: Exception) -> str:

@@ -102,7 +102,8 @@ class Registrar:
 
         sock.setblocking(False)
         keep_alive(sock)
-        mine = Hello("fe", self.config.vaddr, self.config.port, instance=self.registry.instance)
+        mine = Hello("fe", self.config.vaddr, self.config.port, instance=self.registry.instance,
+                     vaddrs=list(self.config.vaddrs), ports=list(self.config.ports))
         try:
             async with asyncio.timeout(PATIENCE) as patience:
                 await answer(sock, mine, self.secret, judge)
