@@ -82,7 +82,7 @@ def listen(value: Any) -> Listen:
     else:
         parts = str(value).split()
         if not 1 <= len(parts) <= 2:
-            raise ValueError(f"'{value}' is not 'PORT [PROTOCOL]', as in 8080 {PROTOCOLS[0]}")
+            raise ValueError(f"'{value}' is not 'PORT [PROTOCOL]', as in 8000 {PROTOCOLS[0]}")
     return Listen(port(parts[0]), protocol(parts[1]) if len(parts) > 1 else PROTOCOLS[0])
 
 

@@ -120,7 +120,7 @@ def test_faults_in_toml_name_the_line(tmp_path: Path) -> None:
     ("listen = 8000\nlisten = 8000", "5: listen: 8000 is listed twice; remove one"),
     ("listen = 8000 tls", "4: listen: 'tls' is not known; write one of: http"),
     ("listen = 0", "4: listen: port 0 is out of range"),
-    ("listen = 80 http 3", "4: listen: '80 http 3' is not 'PORT [PROTOCOL]', as in 8080 http"),
+    ("listen = 80 http 3", "4: listen: '80 http 3' is not 'PORT [PROTOCOL]', as in 8000 http"),
     ("listen = http", "4: listen: 'http' is no port"),
     (MORE + "".join(f"listen = {n}\n" for n in range(100, 133)),
      "37: listen: 2 virtual addresses with 33 ports each make 66 services, more than 64"),
