@@ -92,4 +92,4 @@ cdef struct backend_state:
 cdef class BackEnd(Core):
     cdef backend_state *b
     cdef object datapath
-    cdef void _tell_all(self, uint8_t kind, uint64_t id)
+    cdef void _tell(self, const uint8_t *message, uint32_t length, links=*)

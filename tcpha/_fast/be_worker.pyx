@@ -26,16 +26,17 @@ from tcpha._fast.diag cimport (
     SockList, inet_diag_msg)
 from tcpha._fast.message cimport (
     END_GONE, END_TIME_WAIT, MSG_ADOPTED, MSG_ASK, MSG_CLOSED_SIZE, MSG_DOUBT, MSG_HANDOFF,
-    MSG_HEADER, MSG_KEYED, MSG_KEYS, MSG_MISSED, MSG_OWNED, MSG_PONG, MSG_REFUSED_SIZE, MSG_SERVER,
-    MSG_TOLD,
+    MSG_HEADER, MSG_KEYED, MSG_KEYS, MSG_MISSED, MSG_OWNED, MSG_PLACE_SIZE, MSG_PONG,
+    MSG_REFUSED_SIZE, MSG_SERVER, MSG_TOLD,
     REFUSE_BACKLOG, REFUSE_FULL, REFUSE_LISTENER, REFUSE_LOST, REFUSE_STALE, REFUSE_UNSUPPORTED,
-    fast_id, fast_isn, message, message_closed, message_flow, message_refused, message_return,
-    message_short, refusal_text)
+    fast_id, fast_isn, message, message_closed, message_flow, message_place, message_refused,
+    message_return, message_short, refusal_text)
+from tcpha._fast.packet cimport address_bytes
 from tcpha._fast.peerclock cimport clock_oldest, clock_word, clock_youngest
 from tcpha._fast.places cimport is_listened_on
 from tcpha._fast.sys cimport (
     EINTR, ENOBUFS, EPOLLET, EPOLLIN, EPOLLONESHOT, EPOLL_CTL_ADD, EPOLL_CTL_MOD, MSG_DONTWAIT,
-    add32, add64, errno, load32, now_ns, or32, pthread_mutex_destroy,
+    add32, add64, errno, htons, load32, now_ns, or32, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock,
     read_counters, recv, set32, store32, store64, xchg32)
 

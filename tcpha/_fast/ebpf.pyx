@@ -31,8 +31,8 @@ from tcpha._fast.defs cimport (
     TCPHA_R_NONE, TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_OK, TCPHA_R_TIME_WAIT,
     TCPHA_STATE_VERSION, TCPHA_TUNNEL, tcpha_adoption, tcpha_backend, tcpha_be_conf, tcpha_cache,
     tcpha_counters, tcpha_entry, tcpha_event, tcpha_fe_conf, tcpha_flow, tcpha_gate, tcpha_guesses,
-    tcpha_is_forwarded, tcpha_keys, tcpha_listener, tcpha_live, tcpha_load, tcpha_offer, tcpha_op, tcpha_route,
-    tcpha_shaken, tcpha_state, tcpha_state_of, tcpha_tag, tcpha_verdict)
+    tcpha_is_forwarded, tcpha_keys, tcpha_listener, tcpha_live, tcpha_load, tcpha_offer, tcpha_op,
+    tcpha_route, tcpha_shaken, tcpha_state, tcpha_state_of, tcpha_tag, tcpha_verdict)
 from tcpha._fast.diag cimport SockDiag, diag, diag_refusal
 from tcpha._fast.ledger cimport (
     PUT_NEW, ledger, ledger_close, ledger_divert, ledger_drop_pending, ledger_forget,
@@ -51,7 +51,7 @@ from tcpha._fast.sys cimport (
     EINTR, ENOENT, IPPROTO_TCP, add64, errno, htons, load32, load64, now_ns, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_rwlock_destroy,
     pthread_rwlock_rdlock, pthread_rwlock_t, pthread_rwlock_unlock, pthread_rwlock_wrlock, read,
-    rwlock_init, setsockopt, store32, store64, xchg32)
+    rwlock_init, setsockopt, store64, xchg32)
 
 cdef extern from "<unistd.h>" nogil:
     int usleep(unsigned int usec)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where the applications of a back end listen, for each of its virtual addresses and their ports."""
+"""Where the applications of a back end listen, by the virtual address and its port."""
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy

@@ -56,6 +56,7 @@ class BackEndService(Service):
         self.core = BackEnd(config.maxclients)
         self.instance = new_instance()
         self.frontends: list[tuple[str, str]] = []  # (instance, address) by peer index
+        self.know_places: set[int] = set()  # links of those that know the message PLACE
         self.strangers = Strangers("hello", self.spawn)
         self.members = Sparing("front ends", logging.INFO, MEMBERS)
         self.losses = Sparing("front ends lost", most=MEMBERS)
@@ -170,6 +171,12 @@ class BackEndService(Service):
     def _say(self, application: Application) -> None:
         if application is self.watch.first:
             self.core.tell_server(application.said)
+        for way in application.ways:
+            self.core.tell_place(application.said, way.vaddr, way.vport, self.know_places)
+
+    def _places(self) -> list[list[Any]]:
+        return [[way.vaddr, way.vport, application.said]
+                for application in self.watch.applications for way in application.ways]
 
     def _mtu(self, address: str) -> int:
         """Of the interface at which a front end reaches us."""
@@ -191,7 +198,8 @@ class BackEndService(Service):
         mine = Hello("be", self.config.vaddr, self.config.port,
                      datapath=self.datapath.name, instance=self.instance,
                      fastpath=self.datapath.fastpath, server=self.watch.first.said,
-                     mtu=self._mtu(sock.getsockname()[0]))
+                     mtu=self._mtu(sock.getsockname()[0]), vaddrs=list(self.config.vaddrs),
+                     places=self._places())
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -201,12 +209,16 @@ class BackEndService(Service):
         except (TimeoutError, OSError, HelloError) as error:
             self.strangers.refuse(address, str(error) or "no HELLO")
             return
-        index = self._place(hello.instance, address)
+        index = self._index(hello.instance, address)
         try:
-            self.core.add_link(sock, index, hello.clock, channel)
+            link = self.core.add_link(sock, index, hello.clock, channel)
         except RuntimeError as error:
             self.strangers.refuse(address, error)
             return
+        (self.know_places.add if hello.ports else self.know_places.discard)(link)
+        if self._places() != mine.places:  # one has changed since our HELLO
+            for application in self.watch.applications:
+                self._say(application)
         self.tunnels.meet(address, hello.forward == "tunnel", time.monotonic())
         if self.checking:
             self.checking.cancel()  # who comes now is told of all, too
@@ -218,7 +230,7 @@ class BackEndService(Service):
             at = self.core.check(at)
             await asyncio.sleep(0)
 
-    def _place(self, instance: str, address: str) -> int:
+    def _index(self, instance: str, address: str) -> int:
         """The index of a front end. The packet path has FAST of them: there, one that is gone, and
         has left no connection here, gives way to a new one, or to one that had to go without."""
         known = [a for _, a in self.frontends]

@@ -67,7 +67,7 @@ def ask(s: socket.socket, data: bytes = KEEP) -> None:
     assert len(body(got)) == 1024, got
 
 
-def dial(c: Cluster, port: int, to: int = 80) -> socket.socket | None:
+def dial(c: Cluster, port: int, to: int = 80, vaddr: str = "") -> socket.socket | None:
     """A connection from a port of the client's, in whose namespace we are. None: the client's
     kernel waits for the last ACK of the one before."""
     s = socket.socket()
@@ -75,7 +75,7 @@ def dial(c: Cluster, port: int, to: int = 80) -> socket.socket | None:
     s.settimeout(30)
     s.bind((c.client.address, port))
     try:
-        s.connect((c.VIP, to))
+        s.connect((vaddr or c.VIP, to))
     except OSError as error:
         s.close()
         if error.errno != errno.EADDRNOTAVAIL:
@@ -84,8 +84,8 @@ def dial(c: Cluster, port: int, to: int = 80) -> socket.socket | None:
     return s
 
 
-def connect_from(c: Cluster, port: int, to: int = 80) -> socket.socket:
+def connect_from(c: Cluster, port: int, to: int = 80, vaddr: str = "") -> socket.socket:
     """A connection from a port of the client's, as soon as the one before has left it."""
     connection: socket.socket = wait_for(
-        lambda: c.client.inside(lambda: dial(c, port, to)), "the port to be free", 30)
+        lambda: c.client.inside(lambda: dial(c, port, to, vaddr)), "the port to be free", 30)
     return connection

@@ -68,7 +68,7 @@ SAME = {
     "TCPHA_LOCAL_NODE": (localnode.INDEX, model.MAX_BACKENDS),
     "TCPHA_MAX_BACKENDS": (model.MAX_BACKENDS + 1, OURS["TRIED_WORDS"] * 64),
     "MSG_MAGIC": (hello.MAGIC,),
-    "FAST_QUEUES": (ebpf.MAX_QUEUES,),
+    "FAST_QUEUES": (ebpf.MAX_QUEUES,), "TCPHA_MAX_VIPS": (model.MAX_VADDRS,),
     "OPT_TS": (ebpf.TIMESTAMPS,), "OPT_SACK": (ebpf.SACK,), "OPT_WSCALE": (ebpf.WSCALE,),
     "OPT_ECN": (ebpf.ECN,),
     "MSS_MIN": (536, OURS["TCP_MSS_LOW"]),

@@ -77,20 +77,28 @@ cdef class BackEnd(Core):
             watch(self.c, EPOLL_CTL_ADD, self.b.dp.fast.tap_fd, EPOLLIN | EPOLLET, EV_TAP, 0, 0)
             _tell_live(self.b)
 
-    cdef void _tell_all(self, uint8_t kind, uint64_t id):
+    cdef void _tell(self, const uint8_t *message, uint32_t length, links=None):
+        """On links by their indexes, or on all."""
         cdef worker *w = self.outsider()
-        cdef uint8_t buf[16]
         cdef int i
+        for i in range(MAX_LINKS) if links is None else links:
+            if load32(&self.c.links[i].state) == LINK_UP:
+                with nogil:
+                    link_put(self.c, w, &self.c.links[i], message, length, NULL, 0)
         with nogil:
-            for i in range(MAX_LINKS):
-                if load32(&self.c.links[i].state) == LINK_UP:
-                    link_put(self.c, w, &self.c.links[i], buf, message_short(buf, kind, id), NULL,
-                             0)
             self.flush_outsider()
 
     def tell_server(self, uint64_t said):
         """SERVER to all front ends: see message.pxd."""
-        self._tell_all(MSG_SERVER, said)
+        cdef uint8_t buf[MSG_HEADER]
+        self._tell(buf, message_short(buf, MSG_SERVER, said))
+
+    def tell_place(self, uint64_t said, str vaddr, int vport, links):
+        """PLACE on the links of front ends that know it: see message.pxd."""
+        cdef uint8_t buf[MSG_PLACE_SIZE]
+        cdef uint8_t addr[16]
+        address_bytes(vaddr, addr)
+        self._tell(buf, message_place(buf, said, addr, htons(vport)), links)
 
     def claim(self, uint32_t peer):
         """Note connections that an earlier run adopted, for a front end that knows as little of
@@ -148,7 +156,8 @@ cdef class BackEnd(Core):
 
     def leave_fast_path(self):
         """Tell front ends to send no more requests that nobody has offered."""
-        self._tell_all(MSG_KEYED, 0)
+        cdef uint8_t buf[MSG_HEADER]
+        self._tell(buf, message_short(buf, MSG_KEYED, 0))
 
     def refuse_all(self):
         """Adopt nothing more (FULL is the answer); what lives goes on."""

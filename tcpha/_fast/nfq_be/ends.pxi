@@ -37,7 +37,7 @@ cdef int _alive(void *self, uint32_t worker, const tcpha_flow *flow) noexcept no
     if direct:
         return 0
     if a.state != 0 and not known:
-        if not _is_shared(d, &local):  # or it may be one of those who talk to the local server directly
+        if not _is_shared(d, &local):  # or it may be one of those who talk to the server directly
             diag_destroy(d.sockets, &local, &a)  # an earlier run's; nobody can rewrite its packets
         return 0
     # a request socket is a newer connection's: an adopted one is beyond that

@@ -118,7 +118,7 @@ cdef int _room(be_nfqueue *d, const tcpha_flow *local, const snapshot *s) noexce
             return 0
         whole = a.full or a.state == TCP_NEW_SYN_RECV or a.state == TCP_SYN_RECV
         if shared and whole and (unknown or before.state == 0 or
-                                   memcmp(a.cookie, before.cookie, sizeof(a.cookie)) != 0):
+                                 memcmp(a.cookie, before.cookie, sizeof(a.cookie)) != 0):
             _release_tuple(d, local, s)  # the client talks to the local server directly
             return REFUSE_UNSUPPORTED
         # A socket of an earlier connection owns the 4-tuple. The client has given that one up, or
