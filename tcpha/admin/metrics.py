@@ -155,6 +155,11 @@ def backend(status: Mapping[str, Any]) -> Iterable[Metric]:
                     [([k], v) for k, v in counters["refusals"].items()])
     yield _gauge("application_up", "1: somebody listens on redirectaddr:redirectport.",
                  status["application"] == "listening")
+    yield _labelled(GaugeMetricFamily("tcpha_place_up", "1: somebody listens for a port of a "
+                                      "virtual address ('any': each that has no place of its own).",
+                                      labels=["vaddr", "port"]),
+                    [([p["vaddr"], str(p["vport"] or "any")], p["listening"])
+                     for p in status["places"]])
     yield _labelled(GaugeMetricFamily("tcpha_control_connections", "Control connections that are "
                                       "up.", labels=["frontend"]),
                     [([f["address"]], f["connections"]) for f in status["frontends"]])

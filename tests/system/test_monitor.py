@@ -91,6 +91,7 @@ def test_metrics_count_exactly(watched: Cluster) -> None:
     assert after[0][("tcpha_live_connections", ())] == 0
     assert after[0][("tcpha_workers", ("idle",))] >= 1
     assert after[1][0][("tcpha_application_up", ())] == 1
+    assert after[1][0][("tcpha_place_up", ("any", c.VIP))] == 1
 
 
 def test_counts_of_rules_outlive_a_reload(watched: Cluster) -> None:

@@ -135,6 +135,8 @@ cdef int _adopt(void *self, uint32_t worker, const snapshot *s,
     cdef segment g
     cdef uint64_t begin
     cdef int rc
+    if not is_vip(d.places, s.flow.vaddr):
+        return REFUSE_LISTENER
     _local(d, &s.flow, &local)
     rc = _room(d, &local, s)
     if rc != 0:

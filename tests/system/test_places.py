@@ -17,7 +17,7 @@ import pytest
 from tcpha._fast.message import HEADER_SIZE, PLACE, decode
 from tcpha.control.hello import Hello, call, new_instance
 from tcpha.lab.bed import Cluster, Daemon, Nginx, program, wait_for
-from tests.support.client import REQUEST, body, connect_from, digest, read_all
+from tests.support.client import REQUEST, ask, body, connect_from, digest, read_all
 from tests.support.servers import fill, listener
 from tests.support.wire import arp_sent_by
 
@@ -33,9 +33,9 @@ class Served(Cluster):
     is."""
 
     def __init__(self, service: str, inherits: Callable[[], socket.socket] | None = None,
-                 at: int | str = 9080, **kw: Any):
-        super().__init__(1, rules=[(0, ".*")], start=False,
-                         be_conf=f"vaddr = {OTHER}\nservice = {service}\nmaxclients = 512", **kw)
+                 at: int | str = 9080, more: str = "", **kw: Any):
+        super().__init__(1, rules=[(0, ".*")], start=False, **kw, be_conf=f"vaddr = {OTHER}\n"
+                         f"service = {service}\nmaxclients = 512\n{more}")
         beside = copy.copy(self.be_hosts[0])
         beside.name, beside.dir = "second", self.bed.dir / "second"
         beside.dir.mkdir()
@@ -194,6 +194,37 @@ def test_every_port_of_every_address(served: Served) -> None:
             assert daemon.stop() == 0
         served.first = served.serve(served.fe_host, served.VIP, 80)
         served.other = served.serve(served.other_host, OTHER, 8080)
+
+
+@pytest.fixture
+def alike(mode: dict[str, Any]) -> Iterator[Served]:
+    """One application for both."""
+    c = Served(**mode, **at_home(), more="redirectaddr = 127.0.0.1\nredirectport = 9080")
+    try:
+        yield c
+    finally:
+        c.close()
+
+
+def test_one_application_for_two_services(alike: Served) -> None:
+    """Where handshakes are forged, one port of a client can be used for one of them at a time: the
+    other one is refused, and the first one goes on."""
+    assert len(alike.be[0].ctl("status")["places"]) == 4
+    for where in (FIRST, SECOND):
+        exchange(alike, where, alike.nginx[1])
+    rewritten = alike.datapath[1] == "nfqueue"
+    first = connect_from(alike, 40324)
+    ask(first)
+    with connect_from(alike, 40324, 8080, OTHER) as s:
+        s.sendall(REQUEST)
+        answer = read_all(s)
+        assert answer.startswith(b"HTTP/1.1 503") if rewritten else len(body(answer)) == 1024
+    ask(first)
+    first.close()
+    alike.settled()
+    with connect_from(alike, 40324, 8080, OTHER) as s:
+        ask(s)
+    alike.settled()
 
 
 def shown(served: Served, vaddr: str) -> bool:
