@@ -3,7 +3,7 @@
  * Back end: adoption of connections, and the guard before them.
  *
  * be_ingress	tc ingress of the network interfaces: unwraps tunnelled packets; lets only packets of
- *		existing sockets reach the VIP
+ *		existing sockets reach a VIP
  * be_tap	tc ingress of the daemon's TAP device: operations and forged packets
  * be_forged	tc ingress of each device that a listener is bound to: forged packets for that one again
  *
@@ -59,7 +59,7 @@ static __always_inline void agreed(const struct tcpha_op *op, struct bpf_tcp_req
 /* Make the forged packet the last ACK of a handshake, and its socket a child of the listener. */
 static __always_inline void adopt(struct __sk_buff *skb, struct tcpha_op *op)
 {
-	const struct tcpha_listener *to = listener_of(&op->flow);
+	const struct tcpha_listener *to;
 	struct bpf_tcp_req_attrs attrs = {};
 	struct bpf_sock_tuple t = {};
 	struct tcp_sock *listener;
@@ -72,6 +72,7 @@ static __always_inline void adopt(struct __sk_buff *skb, struct tcpha_op *op)
 	if (skb->ifindex != conf.tap && is_shared(skb))
 		return;
 	op->result = TCPHA_R_NO_LISTENER;
+	to = listener_of(&op->flow);
 	if (!to)
 		return;
 	tuple_of(&op->flow, &t);

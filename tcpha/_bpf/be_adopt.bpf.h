@@ -275,9 +275,11 @@ static __always_inline int adopt_by_cookie(struct __sk_buff *skb, const struct p
 	if (a->tag.by < 0 || p->doff < sizeof(struct tcphdr))
 		return TC_ACT_SHOT;
 	a->gate = bpf_map_lookup_elem(&gate, &zero);
-	a->to = listener_of(&p->flow);
 	k = bpf_map_lookup_elem(&keys, &n);
-	if (!a->gate || !a->to || !k || !cookie_check(&p->flow, k, p->seq, a->tag.ack, &a->c))
+	if (!a->gate || !k || !cookie_check(&p->flow, k, p->seq, a->tag.ack, &a->c))
+		return TC_ACT_SHOT;
+	a->to = listener_of(&p->flow);
+	if (!a->to)
 		return TC_ACT_SHOT;
 	a->before = bpf_map_lookup_elem(&adoptions, &p->flow);
 	if (is_old(a))

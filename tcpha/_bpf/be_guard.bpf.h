@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The back end: only what belongs to a socket gets to the VIP. */
+/* The back end: only what belongs to a socket gets to a VIP. */
 #ifndef BE_GUARD_BPF_H
 #define BE_GUARD_BPF_H
 

@@ -63,7 +63,7 @@ static __always_inline bool is_vip(__be32 addr)
 	return false;
 }
 
-/* Where a connection goes that is adopted. A function of its own: it is needed in three places. */
+/* Where a connection goes that is adopted. A function of its own, since several call it. */
 static __noinline const struct tcpha_listener *listener_of(const struct tcpha_flow *flow)
 {
 	struct tcpha_place place = {.vport = flow->vport};

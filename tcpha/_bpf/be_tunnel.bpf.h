@@ -65,7 +65,7 @@ static __always_inline bool is_for_vip(const struct iphdr *ip)
 }
 
 /*
- * Whether a packet whose TCP header cannot be seen must not get to our stack, which would answer for the VIP
+ * Whether a packet whose TCP header cannot be seen must not get to our stack, which would answer for a VIP
  * when it has put the fragments together. Front ends send none.
  */
 static __always_inline bool keeps_out(struct __sk_buff *skb)
@@ -81,7 +81,7 @@ static __always_inline bool keeps_out(struct __sk_buff *skb)
 #define UNWRAPPED 1000 /* no TC_ACT_* */
 
 /*
- * What is wrapped up, for us by a front end, or so it says. Whatever holds a segment for the VIP and is not
+ * What is wrapped up, for us by a front end, or so it says. Whatever holds a segment for a VIP and is not
  * as a front end of ours would send it ends here: a tunnel device of this host would unwrap that, too, for
  * anybody. A front end sends no fragments; but if a router has cut what is around a segment, our stack puts
  * that together, and the mark, which the whole keeps, sends it to user space, from where what was in it comes
