@@ -40,7 +40,7 @@ _tcphactl() {
 	fe/set) [[ $prev == set ]] && words="dbglevel dtcinterval" ;;
 	be/set) [[ $prev == set ]] && words="dbglevel" ;;
 	fe/drain | fe/undrain) words=$(_tcpha_servers "${COMP_WORDS[0]}" "$run_dir") ;;
-	fe/test-request) words="GET HEAD POST PUT DELETE -H" ;;
+	fe/test-request) words="GET HEAD POST PUT DELETE -H --port" ;;
 	fe/doctor | be/doctor | doctor/) words="-c" ;;
 	*) words="" ;;
 	esac

@@ -105,7 +105,7 @@ static __always_inline int tunnelled(struct __sk_buff *skb, const struct iphdr *
 	if (!is_for_vip(&inner)) {
 		/* an ICMP error is for our own stack to judge: it has the connection */
 		if (fragment || offset != sizeof(inner) || !is_vip(inner.daddr) ||
-		    parse_icmp_error(skb, sizeof(inner), inner.daddr, &flow) < 0)
+		    parse_icmp_error(skb, sizeof(inner), &flow) < 0)
 			return TC_ACT_UNSPEC;
 		return is_ours(from) && decapsulate(skb) == 0 ? TC_ACT_UNSPEC : TC_ACT_SHOT;
 	}

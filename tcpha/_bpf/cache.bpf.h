@@ -4,15 +4,17 @@
  *
  * A head that is whole in its packet is taken as two strings: method and request-target, up to the space
  * behind them, and all the rest. Of the first, as it was sent and in whatever form, user space has said which
- * back ends may take it; of the second, that the parser accepts it behind any target. Both are looked up by
- * SipHash-2-4 with a secret key, so nobody can make one string pass for another. Where a head ends is part of
- * what was accepted: behind one that ends earlier, or later, comes another string.
+ * back ends may take it from clients of a service; of the second, that the parser accepts it behind any
+ * target. Both are looked up by SipHash-2-4 with a secret key, so nobody can make one string pass for
+ * another. Where a head ends is part of what was accepted: behind one that ends earlier, or later, comes
+ * another string.
  */
 #ifndef CACHE_BPF_H
 #define CACHE_BPF_H
 
 #include "choose.h"
 #include "cookie.bpf.h"
+#include "fe_maps.bpf.h"
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -45,6 +47,15 @@ struct {
 	__type(key, __u32);
 	__type(value, __u64);
 } rule_hits SEC(".maps");
+
+/* Connections of each service that needed no worker, by its number. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, TCPHA_MAX_SERVICES);
+	__type(key, __u32);
+	__type(value, __u64);
+} service_hits SEC(".maps");
 
 /* A request head, and what is made of it: the stack has no room. */
 struct head {
@@ -150,23 +161,22 @@ static __always_inline int choose(struct tcpha_verdict *v, struct tcpha_entry *f
 }
 
 /*
- * Decide a request, 'length' bytes at 'offset' of the packet, by what is known of others: 1, and backend,
- * rule and target are set; or 0: it must go to user space.
+ * Decide the request that a packet brings, by what is known of others: 1, and backend, rule and target are
+ * set; or 0: it must go to user space.
  */
-static __always_inline int decide(struct __sk_buff *skb, __u32 offset, __u32 length,
-				  struct tcpha_entry *fresh)
+static __always_inline int decide(struct __sk_buff *skb, const struct packet *p, struct tcpha_entry *fresh)
 {
 	struct tcpha_verdict *v;
 	struct tcpha_cache *c;
 	struct head *h = the_head();
-	__u32 zero = 0, at, target, i, n;
+	__u32 zero = 0, length = p->length, at, target, i, n;
 	__u64 generation, key;
 
 	c = bpf_map_lookup_elem(&cache, &zero);
 	if (!c || !c->on || !h || length < 16)
 		return 0;
 	generation = tcpha_now(&c->generation);
-	if (load_bytes(skb, offset, h->b, length, TCPHA_HEAD_MAX) < 0)
+	if (load_bytes(skb, p->data, h->b, length, TCPHA_HEAD_MAX) < 0)
 		return 0;
 	n = length < TCPHA_LINE_MAX ? length : TCPHA_LINE_MAX;
 	h->seen = 0;
@@ -179,7 +189,7 @@ static __always_inline int decide(struct __sk_buff *skb, __u32 offset, __u32 len
 	v = bpf_map_lookup_elem(&verdicts, &key);
 	if (!v || v->generation != generation || v->count)
 		return 0;
-	key = hash_bytes(h, 0, at, c->key[0], c->key[1]);
+	key = hash_bytes(h, 0, at, c->key[0], c->key[1]) ^ tcpha_service_word(&p->flow);
 	v = bpf_map_lookup_elem(&verdicts, &key);
 	if (!v || v->generation != generation || !v->count || (v->until_ns && now_ns() >= v->until_ns))
 		return 0;
@@ -188,6 +198,17 @@ static __always_inline int decide(struct __sk_buff *skb, __u32 offset, __u32 len
 		((__u64 *)fresh->target)[i] = word_at(h, target + i * 8);
 	/* this memory may be another verdict's by now, and the choice was its */
 	return choose(v, fresh) && tcpha_now(&v->key) == key;
+}
+
+/* It is of this service. */
+static __always_inline void count_hit(const struct tcpha_flow *flow)
+{
+	__u32 *service = service_of(flow);
+	__u64 *hits = service ? bpf_map_lookup_elem(&service_hits, service) : 0;
+
+	if (hits)
+		__sync_fetch_and_add(hits, 1);
+	COUNT(cached, 1);
 }
 
 /* A back end has got a connection, by a rule; one of another (its index + 1, or 0) is over by that. */

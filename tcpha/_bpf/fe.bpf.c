@@ -56,7 +56,7 @@ int fe_ingress(struct __sk_buff *skb)
 		mark_fragment(skb);
 		return forward_icmp(skb);
 	}
-	if (unmap_v4(p.flow.vaddr) != unmap_v4(conf.vaddr) || p.flow.vport != conf.vport)
+	if (!service_of(&p.flow))
 		return TC_ACT_UNSPEC;
 	e = bpf_map_lookup_elem(&flows, &p.flow);
 	if (e && e->flags & TCPHA_F_FAST && p.flags & TCPHA_T_SYN && p.seq + 1 == e->first_seq)

@@ -284,7 +284,7 @@ static __always_inline int forward_icmp(struct __sk_buff *skb)
 	struct tcpha_flow flow;
 	__u32 index;
 
-	if (parse_icmp_error(skb, 0, unmap_v4(conf.vaddr), &flow) < 0 || flow.vport != conf.vport)
+	if (parse_icmp_error(skb, 0, &flow) < 0 || !service_of(&flow))
 		return TC_ACT_UNSPEC;
 	e = bpf_map_lookup_elem(&flows, &flow);
 	if (!e || !tcpha_is_forwarded(tcpha_state_of(e)))
@@ -303,15 +303,15 @@ static __always_inline int forward_icmp(struct __sk_buff *skb)
  */
 static __always_inline void mark_fragment(struct __sk_buff *skb)
 {
+	struct tcpha_flow flow = {};
 	struct iphdr ip;
-	__be16 dport;
 
 	if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)) < 0 || ip.version != 4 || ip.ihl < 5 ||
-	    ip.protocol != IPPROTO_TCP || ip.daddr != unmap_v4(conf.vaddr) ||
-	    (ip.frag_off & bpf_htons(IP_MF | IP_OFFSET)) != bpf_htons(IP_MF))
+	    ip.protocol != IPPROTO_TCP || (ip.frag_off & bpf_htons(IP_MF | IP_OFFSET)) != bpf_htons(IP_MF))
 		return;
-	if (bpf_skb_load_bytes(skb, ETH_HLEN + ip.ihl * 4 + 2, &dport, sizeof(dport)) == 0 &&
-	    dport == conf.vport)
+	map_v4(flow.vaddr, ip.daddr);
+	if (bpf_skb_load_bytes(skb, ETH_HLEN + ip.ihl * 4 + 2, &flow.vport, sizeof(flow.vport)) == 0 &&
+	    service_of(&flow))
 		skb->mark = TCPHA_MARK_FRAGMENT;
 }
 

@@ -15,6 +15,14 @@ struct {
 	__type(value, struct tcpha_entry);
 } flows SEC(".maps");
 
+/* The number of each service, or TCPHA_CLOSED: it stays for the connections that it has. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 2 * TCPHA_MAX_SERVICES); /* those of earlier runs, too */
+	__type(key, struct tcpha_service);
+	__type(value, __u32);
+} services SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, TCPHA_MAX_BACKENDS);
@@ -76,6 +84,15 @@ struct {
 	__type(key, __u32);
 	__type(value, struct tcpha_entry);
 } scratch SEC(".maps");
+
+/* The service whose a flow is, or 0: it is none of ours. */
+static __always_inline __u32 *service_of(const struct tcpha_flow *flow)
+{
+	struct tcpha_service key = {.vport = flow->vport};
+
+	__builtin_memcpy(key.vaddr, flow->vaddr, sizeof(key.vaddr));
+	return bpf_map_lookup_elem(&services, &key);
+}
 
 /* A request is no back end's any more. Another CPU may have offered it to the next one by now. */
 static __always_inline void begin_anew(struct tcpha_entry *e)

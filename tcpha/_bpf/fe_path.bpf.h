@@ -104,7 +104,10 @@ static __always_inline bool is_listening(const struct arrival *a)
 
 static __always_inline int on_syn(struct __sk_buff *skb, const struct packet *p, const struct arrival *a)
 {
-	if (!is_listening(a) || p->flags & (TCPHA_T_ACK | TCPHA_T_RST | TCPHA_T_FIN) ||
+	const __u32 *service = service_of(&p->flow);
+
+	if (!service || *service == TCPHA_CLOSED || !is_listening(a) ||
+	    p->flags & (TCPHA_T_ACK | TCPHA_T_RST | TCPHA_T_FIN) ||
 	    p->l4 != ETH_HLEN + sizeof(struct iphdr) || p->doff < sizeof(struct tcphdr) || !a->own->keys.used)
 		return TC_ACT_UNSPEC;
 	return answer_syn(skb, p, a->own);
@@ -267,7 +270,7 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p, struct
 		if (!claimed)
 			e = 0;
 	}
-	hit = is_sound(skb, p) && decide(skb, p->data, p->length, fresh);
+	hit = is_sound(skb, p) && decide(skb, p, fresh);
 	if (e)
 		older = tcpha_owed(was, e->backend);
 	if (hit)
@@ -285,7 +288,7 @@ static __always_inline int begin(struct __sk_buff *skb, struct packet *p, struct
 		return to_worker(skb, TCPHA_FAST_FIRST);
 	}
 	count_load(fresh->backend, fresh->rule, older);
-	COUNT(cached, 1);
+	count_hit(&p->flow);
 	return NEXT;
 }
 

@@ -151,21 +151,22 @@ static __always_inline __u32 urgent_end(const struct packet *p)
 }
 
 /*
- * The flow that an ICMP error for addr is about (RFC 792: destination unreachable, time exceeded, parameter
- * problem), 'offset' bytes after the Ethernet header: addr sent the TCP segment that it quotes. 0, or -1:
+ * The flow that an ICMP error is about (RFC 792: destination unreachable, time exceeded, parameter problem),
+ * 'offset' bytes after the Ethernet header: whoever gets it sent the TCP segment that it quotes. 0, or -1:
  * the packet is something else.
  */
-static __always_inline int parse_icmp_error(struct __sk_buff *skb, __u32 offset, __be32 addr,
-					    struct tcpha_flow *flow)
+static __always_inline int parse_icmp_error(struct __sk_buff *skb, __u32 offset, struct tcpha_flow *flow)
 {
 	__u32 at = ETH_HLEN + offset;
 	struct iphdr ip;
 	__be16 port[2];
+	__be32 addr;
 	__u8 type;
 
 	if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)) < 0 || ip.version != 4 || ip.ihl < 5 ||
-	    ip.protocol != IPPROTO_ICMP || ip.daddr != addr || (ip.frag_off & bpf_htons(IP_MF | IP_OFFSET)))
+	    ip.protocol != IPPROTO_ICMP || (ip.frag_off & bpf_htons(IP_MF | IP_OFFSET)))
 		return -1;
+	addr = ip.daddr;
 	at += ip.ihl * 4;
 	if (bpf_skb_load_bytes(skb, at, &type, 1) < 0 || (type != 3 && type != 11 && type != 12))
 		return -1;

@@ -12,10 +12,12 @@
 
 #include "frame.h"
 
-#define TCPHA_MAX_BACKENDS 256 /* size of the back-end table; indexes are stable for a run */
-#define TCPHA_MAX_RULES 65536  /* whose use is counted */
-#define TCPHA_LOCAL_NODE 255   /* index of the front end's own server */
-#define TCPHA_MAX_OPS 1024     /* operation slots, one for each worker thread that may exist, but: */
+#define TCPHA_MAX_BACKENDS 256		/* size of the back-end table; indexes are stable for a run */
+#define TCPHA_MAX_RULES 65536		/* whose use is counted */
+#define TCPHA_LOCAL_NODE 255		/* index of the front end's own server */
+#define TCPHA_MAX_SERVICES 64		/* of one run of the front end */
+#define TCPHA_CLOSED TCPHA_MAX_SERVICES /* the number of a service that takes no new connections */
+#define TCPHA_MAX_OPS 1024		/* operation slots, one for each worker thread that may exist, but: */
 #define TCPHA_LOCKED_OP (TCPHA_MAX_OPS - 3) /* that of whoever holds the datapath's lock, */
 					    /* and two behind it for Python's threads */
 /*
@@ -222,19 +224,26 @@ struct tcpha_keys {
 #define TCPHA_CLOCK(ahead_ms, slack_ms) ((__u64)(__u32)(ahead_ms) << 32 | (__u32)(slack_ms))
 
 /*
- * The front end's keys, and of whom the maps are that outlive a daemon: flows, backends, shaken and this one.
- * In memory shared with user space. The version changes with the layout of any of these, and with what a
- * cookie is made of: clients have cookies of the earlier run in their hands. (So does MSG_VERSION.)
+ * The front end's keys, and what else the maps hold that outlive a daemon: flows, backends, services, shaken
+ * and this one. In memory shared with user space. The version changes with the layout of any of these, and
+ * with what a cookie is made of: clients have cookies of the earlier run in their hands. (So does
+ * MSG_VERSION.)
  */
-#define TCPHA_STATE_VERSION 6
+#define TCPHA_STATE_VERSION 7
 struct tcpha_state {
 	struct tcpha_keys keys;
 	__u64 key_number; /* of the cookie key in use */
 	__u32 version;
-	__be16 vport;
-	__u16 drop_unknown; /* flows of an earlier run may not be known yet */
+	__u32 drop_unknown; /* flows of an earlier run may not be known yet */
 	__u32 mtu;	    /* the least between here and the back ends; 0: not known */
+	__u32 pad;
+};
+
+/* A service: an address and a port of ours that clients connect to. */
+struct tcpha_service {
 	__u8 vaddr[16];
+	__be16 vport;
+	__u16 pad;
 };
 
 /* What a worker says of a request, and what the program answers; in memory shared with it. */
@@ -360,14 +369,13 @@ struct tcpha_event {
 };
 
 struct tcpha_fe_conf {
-	__u8 vaddr[16];
-	__be16 vport;
-	__u16 headers; /* bytes of each packet that are no payload, on the way to back ends */
 	__u32 tap;
 	__u32 fast_tap;
-	__u16 window; /* of the SYN-ACK */
+	__u16 headers; /* bytes of each packet that are no payload, on the way to back ends */
+	__u16 window;  /* of the SYN-ACK */
 	__u8 wscale;
 	__u8 options; /* OPT_*, see cookie.bpf.h */
+	__u16 pad;
 };
 
 struct tcpha_be_conf {

@@ -5,10 +5,12 @@ from libc.stdint cimport uint32_t, uint64_t
 cdef extern from "<bpf/bpf.h>" nogil:
     enum:
         BPF_ANY
+        BPF_EXIST
         BPF_NOEXIST
     int bpf_map_update_elem(int fd, const void *key, const void *value, uint64_t flags)
     int bpf_map_lookup_elem(int fd, const void *key, void *value)
     int bpf_map_delete_elem(int fd, const void *key)
+    int bpf_map_get_next_key(int fd, const void *key, void *next_key)
     int bpf_map_lookup_batch(int fd, void *in_batch, void *out_batch, void *keys, void *values,
                              uint32_t *count, const void *opts)
     struct bpf_test_run_opts:

@@ -62,6 +62,7 @@ cdef struct packet_path:
     void (*keep_verdict)(void *self, uint64_t key, const tcpha_verdict *verdict) noexcept nogil
     tcpha_load *loads      # by back end
     uint64_t *rule_hits    # by rule
+    uint64_t *service_hits  # by number: connections that needed no worker
 
 
 cdef struct fe_datapath:

@@ -30,6 +30,8 @@ cdef extern from "tcpha.h" nogil:
     enum:
         TCPHA_MAX_BACKENDS
         TCPHA_MAX_RULES
+        TCPHA_MAX_SERVICES
+        TCPHA_CLOSED
         TCPHA_MAX_ROUTES
         TCPHA_LOCAL_NODE
         TCPHA_MAX_OPS
@@ -177,10 +179,12 @@ cdef extern from "tcpha.h" nogil:
         tcpha_keys keys
         uint64_t key_number
         uint32_t version
-        uint16_t vport
-        uint16_t drop_unknown
+        uint32_t drop_unknown
         uint32_t mtu
+
+    struct tcpha_service:
         uint8_t vaddr[16]
+        uint16_t vport
 
     struct tcpha_adoption:
         uint64_t at_ns
@@ -259,11 +263,9 @@ cdef extern from "tcpha.h" nogil:
         uint32_t reused
 
     struct tcpha_fe_conf:
-        uint8_t vaddr[16]
-        uint16_t vport
-        uint16_t headers
         uint32_t tap
         uint32_t fast_tap
+        uint16_t headers
         uint16_t window
         uint8_t wscale
         uint8_t options
@@ -310,13 +312,15 @@ cdef extern from "choose.h" nogil:
     struct tcpha_member:
         uint32_t used
         uint32_t links
-        uint32_t draining
         uint32_t dead
-        uint32_t app_down
         uint32_t full_live
         uint64_t full_until_ns
+        uint64_t draining
+        uint64_t app_down
+        uint64_t lacking
 
-    uint32_t tcpha_refusal(const tcpha_member *m, uint32_t live, int tried, int desperate,
-                           uint64_t now)
+    uint64_t tcpha_service_word(const tcpha_flow *flow)
+    uint32_t tcpha_refusal(const tcpha_member *m, uint64_t service, uint32_t live, int tried,
+                           int desperate, uint64_t now)
     int tcpha_choose(const tcpha_choice *of, uint32_t count, uint32_t room, uint64_t number,
                      void *loads)

@@ -12,8 +12,9 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
 from tcpha._fast.bpf cimport (
-    BPF_ANY, BPF_NOEXIST, Object, __sk_buff, bpf_map_delete_elem, bpf_map_lookup_batch,
-    bpf_map_lookup_elem, bpf_map_update_elem, bpf_prog_test_run_opts, bpf_test_run_opts)
+    BPF_ANY, BPF_EXIST, BPF_NOEXIST, Object, __sk_buff, bpf_map_delete_elem, bpf_map_get_next_key,
+    bpf_map_lookup_batch, bpf_map_lookup_elem, bpf_map_update_elem, bpf_prog_test_run_opts,
+    bpf_test_run_opts)
 from tcpha._fast.bpf import possible_cpus
 from tcpha._fast.core cimport SCRATCH
 from tcpha._fast.datapath cimport (
@@ -24,15 +25,15 @@ from tcpha._fast.defs cimport (
     TCPHA_FAST_PASSED, TCPHA_FAST_SEND, TCPHA_FAST_SOCKET, TCPHA_FLOWING, TCPHA_GIVEN_UP,
     TCPHA_LOCAL, TCPHA_LOCAL_NODE, TCPHA_LOCKED_OP, TCPHA_MAC_ADOPT, TCPHA_MAC_FAST,
     TCPHA_MAC_KEPT, TCPHA_MAC_MARK, TCPHA_MAC_PLAIN, TCPHA_MAC_ROOM, TCPHA_MARK_FORGED,
-    TCPHA_MAX_BACKENDS,
-    TCPHA_MAX_FAST, TCPHA_MAX_OPS, TCPHA_MAX_ROUTES, TCPHA_MAX_RULES, TCPHA_OP_ADOPT,
+    TCPHA_MAX_BACKENDS, TCPHA_MAX_FAST, TCPHA_MAX_OPS, TCPHA_MAX_ROUTES, TCPHA_MAX_RULES,
+    TCPHA_CLOSED, TCPHA_MAX_SERVICES, TCPHA_OP_ADOPT,
     TCPHA_OP_DROP, TCPHA_OP_END, TCPHA_OP_GIVE_BACK, TCPHA_OP_HAND_OVER, TCPHA_OP_LET_FLOW,
     TCPHA_OP_QUERY, TCPHA_OP_TAKE_BACK, TCPHA_R_ASSIGN, TCPHA_R_BACKLOG, TCPHA_R_LIVE,
     TCPHA_R_NONE, TCPHA_R_NO_LISTENER, TCPHA_R_NO_SOCKET, TCPHA_R_OK, TCPHA_R_TIME_WAIT,
     TCPHA_STATE_VERSION, TCPHA_TUNNEL, tcpha_adoption, tcpha_backend, tcpha_be_conf, tcpha_cache,
     tcpha_counters, tcpha_entry, tcpha_event, tcpha_fe_conf, tcpha_flow, tcpha_gate, tcpha_guesses,
     tcpha_is_forwarded, tcpha_keys, tcpha_listener, tcpha_live, tcpha_load, tcpha_offer, tcpha_op,
-    tcpha_route, tcpha_shaken, tcpha_state, tcpha_state_of, tcpha_tag, tcpha_verdict)
+    tcpha_route, tcpha_service, tcpha_shaken, tcpha_state, tcpha_state_of, tcpha_tag, tcpha_verdict)
 from tcpha._fast.diag cimport SockDiag, diag, diag_refusal
 from tcpha._fast.ledger cimport (
     PUT_NEW, ledger, ledger_close, ledger_divert, ledger_drop_pending, ledger_forget,

@@ -4,7 +4,8 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from tcpha._fast.core cimport Core, core, worker
 from tcpha._fast.datapath cimport FAST_QUEUES, fe_datapath, packet_path
 from tcpha._fast.defs cimport (
-    TCPHA_MAX_BACKENDS, tcpha_cache, tcpha_entry, tcpha_flow, tcpha_keys, tcpha_load, tcpha_member)
+    TCPHA_MAX_BACKENDS, TCPHA_MAX_SERVICES, tcpha_cache, tcpha_entry, tcpha_flow, tcpha_keys,
+    tcpha_load, tcpha_member)
 from tcpha._fast.http cimport http_head
 from tcpha._fast.match cimport hs_scratch_t, ruleset
 from tcpha._fast.meter cimport histogram, slow_ones
@@ -38,6 +39,7 @@ cdef enum:                 # stages of a handoff, as measured
 # which has it then, or has refused it. What nobody has may be offered again.
 cdef struct request:
     tcpha_flow flow
+    uint32_t service       # its number
     http_head head
     uint64_t id            # of the last offer,
     uint32_t backend       # to whom,
@@ -72,6 +74,13 @@ cdef struct conn:
     tcpha_entry entry      # as the flow table has it, or will
 
 
+# What a back end says of one place: see PLACE.
+cdef struct place_said:
+    uint8_t vaddr[16]
+    uint16_t vport         # network byte order; 0: any other port
+    uint64_t said
+
+
 cdef struct backend:
     tcpha_member may       # take requests, or not, by this
     uint32_t missed        # what it said of ended connections may be lost
@@ -79,6 +88,8 @@ cdef struct backend:
     uint64_t asked_ns      # what began before is older than what it tells
     uint32_t told          # number of the last question that it has answered
     uint64_t server_said   # the newest SERVER
+    uint32_t nplaces       # of which it has said more; guarded by place_lock
+    place_said places[TCPHA_MAX_SERVICES]
     uint64_t keyed         # number of the newest cookie key that it has
     char name[48]          # its address, for messages
     uint32_t next_link
@@ -125,12 +136,20 @@ cdef struct returned:
     uint64_t tried[TRIED_WORDS]
 
 
+# A service has a number for the life of the front end: bits of masks stand for them.
+cdef struct service:
+    uint8_t vaddr[16]
+    uint16_t vport         # network byte order
+    int fd                 # its listener; -1: closed
+    uint32_t open          # new connections are wanted
+    uint64_t accepted      # connections that a worker has had; others the program counts
+
+
 cdef struct frontend:
     core *c
     fe_datapath dp
-    int listen_fd
-    uint8_t vaddr[16]
-    uint16_t vport         # network byte order
+    service services[TCPHA_MAX_SERVICES]
+    uint32_t nservices     # ever: a number keeps its service, open or closed
     uint32_t headlimit
     uint64_t headtimeout_ns
     uint64_t offer_ns      # patience with a back end
@@ -141,7 +160,6 @@ cdef struct frontend:
     uint32_t pool_len
     uint32_t starved       # accepting waits for a free slot
     uint32_t accept_failed  # for want of descriptors, or of memory
-    uint32_t unloading
     int access_fd          # of the access log; -1: none
     pthread_mutex_t access_lock
     uint64_t next_id
@@ -152,10 +170,12 @@ cdef struct frontend:
     uint32_t returns       # ever
     returned back[RETURNED]
     pthread_mutex_t restore_lock
+    pthread_mutex_t place_lock
     backend backends[TCPHA_MAX_BACKENDS]
     packet_path no_path    # in place of a datapath's that has none: nothing comes by it
     tcpha_keys no_keys
     tcpha_cache no_cache
+    uint64_t no_hits[TCPHA_MAX_SERVICES]
     tcpha_load *loads      # by back end; the packet path's
     uint64_t *rule_hits    # by rule; the packet path's
     uint64_t sighted[SIGHTED]  # hashes
@@ -168,4 +188,6 @@ cdef class FrontEnd(Core):
     cdef frontend *f
     cdef object datapath
     cdef uint64_t generation
+    cdef int mss           # that clients are offered; 0: their interface decides
     cdef void _ask(self, worker *w, const question *q) noexcept nogil
+    cdef void _offer_mss(self, uint32_t number)

@@ -22,10 +22,11 @@ from tcpha._fast.datapath cimport DP_GONE, FeDatapath, packet_path
 from tcpha._fast.defs cimport (
     TCPHA_AWAY, TCPHA_CHOICES, TCPHA_DEAD, TCPHA_DEAF, TCPHA_DRAINED, TCPHA_FAST_EARLY,
     TCPHA_FAST_FIRST, TCPHA_FULL, TCPHA_F_FIN, TCPHA_HEAD_MAX, TCPHA_LINE_MAX,
-    TCPHA_LOCAL_NODE, TCPHA_MAX_BACKENDS, TCPHA_MAX_OPS, TCPHA_MAX_RULES, TCPHA_MAY,
+    TCPHA_LOCAL_NODE, TCPHA_MAX_BACKENDS, TCPHA_MAX_OPS, TCPHA_MAX_RULES, TCPHA_MAX_SERVICES,
+    TCPHA_MAY,
     TCPHA_TARGET_MAX, tcpha_cache, tcpha_choice, tcpha_choose, tcpha_entry, tcpha_flow,
     tcpha_forward, tcpha_hold, tcpha_is_pending, tcpha_live, tcpha_load, tcpha_offer,
-    tcpha_refusal, tcpha_siphash, tcpha_state_of, tcpha_verdict)
+    tcpha_refusal, tcpha_service_word, tcpha_siphash, tcpha_state_of, tcpha_verdict)
 from tcpha._fast.http cimport HTTP_BAD, HTTP_DONE, HTTP_MORE, http_begun, http_head, http_parse
 from tcpha._fast.ledger cimport RESTORED, RESTORED_OVER
 from tcpha._fast.match cimport (
@@ -33,15 +34,15 @@ from tcpha._fast.match cimport (
     ruleset, ruleset_free, ruleset_new)
 from tcpha._fast.message cimport (
     END_TIME_WAIT, MSG_ADOPTED, MSG_ASK, MSG_CLOSED, MSG_FLOW, MSG_HANDOFF_FIXED, MSG_HEADER,
-    MSG_KEYED, MSG_KEYS_SIZE, MSG_MISSED, MSG_OWNED_SIZE, MSG_PONG, MSG_REFUSED, MSG_RETURN,
-    MSG_SERVER, MSG_TOLD,
+    MSG_KEYED, MSG_KEYS_SIZE, MSG_MISSED, MSG_OWNED_SIZE, MSG_PLACE, MSG_PONG, MSG_REFUSED,
+    MSG_RETURN, MSG_SERVER, MSG_TOLD,
     REFUSE_BACKLOG, REFUSE_FULL, REFUSE_LINK, REFUSE_LOST, REFUSE_STALE, REFUSE_TIMEOUT,
     REFUSE_UNSUPPORTED,
     fast_id, message, message_doubt, message_handoff, message_keys, message_owned, message_short,
     refusal_text)
 from tcpha._fast.meter cimport (
     histogram_add, histogram_read, slow_close, slow_note, slow_open, slow_read)
-from tcpha._fast.packet cimport TCP_URG, address_bytes, flow_text
+from tcpha._fast.packet cimport TCP_URG, address_bytes, address_text, flow_text
 from tcpha._fast.repair cimport repair_received
 from tcpha._fast.rewrite cimport get32, tcp_view
 from tcpha._fast.scan cimport Questions, Scan, question
@@ -49,13 +50,15 @@ from tcpha._fast.snapshot cimport SNAP_FIN, snapshot
 from tcpha._fast.sys cimport (
     EAGAIN, EINTR, EMFILE, ENFILE, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLRDHUP, EPOLL_CTL_ADD,
     EPOLL_CTL_DEL, EPOLL_CTL_MOD, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, MSG_TRUNC,
-    SEEK_CUR, SHUT_WR, SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, add32, add64, cas32, close, errno,
-    ftruncate, getsockopt, htons, iovec, load32, load64, loadp, lseek, now_ns,
+    SEEK_CUR, SHUT_RDWR, SHUT_WR, SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, add32, add64, cas32, close,
+    errno, ftruncate, getsockopt, htons, iovec, load32, load64, loadp, lseek, now_ns,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock,
     pthread_mutex_unlock, raise64, read_counters, realtime_ns, recv, send, set32, set64, setsockopt,
     shutdown, sockaddr, sockaddr_in, socklen_t, store32, store64, storep, writev, xchg32)
 
-# for Python: see choose.h
+# for Python
+ALL_SERVICES = <uint64_t>-1
+# see choose.h
 MAY, AWAY, DEAD, DRAINED, DEAF, FULL = (
     TCPHA_MAY, TCPHA_AWAY, TCPHA_DEAD, TCPHA_DRAINED, TCPHA_DEAF, TCPHA_FULL)
 
@@ -103,6 +106,7 @@ cdef enum:
     SO_REUSEADDR = 2
     SO_ATTACH_FILTER = 26
     SLOT_BITS = 16         # of a handoff id
+    NO_SERVICE = 0xffffffff
     NO_RULE = -1           # of what the Local Node takes because nobody else does
 
 cdef uint64_t LINGER_NS = 2000000000     # after an answer of our own, for the client to close
@@ -117,8 +121,10 @@ cdef uint64_t PENDING_NS = 60000000000
 cdef uint32_t CLIENT_EVENTS = EPOLLIN | EPOLLRDHUP | EPOLLET
 
 
+include "fe/services.pxi"
 include "fe/slots.pxi"
 include "fe/choice.pxi"
+include "fe/explain.pxi"
 include "fe/request.pxi"
 include "fe/access_log.pxi"
 include "fe/socket_path.pxi"

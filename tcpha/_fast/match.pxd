@@ -47,14 +47,15 @@ cdef struct compiled:
     uint32_t holders
 
 
-# The patterns of a rule list without repetition, in the order of their first rule. Group i holds
-# the rules that bear pattern i, if there are any: choices[first[i]] .. choices[first[i + 1] - 1],
-# in file order.
+# Rules with the same pattern and conditions make a group. Group i has pattern i, and is for the
+# services whose bits are in services[i]; its rules, if there are any, are choices[first[i]] ..
+# choices[first[i + 1] - 1], in file order.
 cdef struct ruleset:
     compiled *patterns
     uint32_t groups
     uint32_t words             # as its patterns have
     uint32_t *first
+    uint64_t *services
     choice *choices
     uint64_t generation
 

@@ -133,14 +133,15 @@ cdef void ruleset_free(ruleset *rules) noexcept nogil:
         return
     _let_go(rules.patterns)
     free(rules.first)
+    free(rules.services)
     free(rules.choices)
     free(rules)
 
 
 cdef ruleset *ruleset_new(Matcher matcher, list groups, uint64_t generation) except NULL:
-    """groups: [[(backend index, rule index), ...], ...], by pattern."""
+    """groups: [(bits of services, [(backend index, rule index), ...]), ...], by pattern."""
     cdef ruleset *r = <ruleset *>calloc(1, sizeof(ruleset))
-    cdef uint32_t i, k = 0, total = sum([len(group) for group in groups])
+    cdef uint32_t i, k = 0, total = sum([len(group) for _, group in groups])
     if r == NULL:
         raise MemoryError
     try:
@@ -148,12 +149,14 @@ cdef ruleset *ruleset_new(Matcher matcher, list groups, uint64_t generation) exc
         r.words = matcher.c.words
         r.generation = generation
         r.first = <uint32_t *>calloc(r.groups + 1, sizeof(uint32_t))
+        r.services = <uint64_t *>calloc(r.groups + 1, sizeof(uint64_t))
         r.choices = <choice *>calloc(total + 1, sizeof(choice))
-        if r.first == NULL or r.choices == NULL:
+        if r.first == NULL or r.services == NULL or r.choices == NULL:
             raise MemoryError
         for i in range(r.groups):
             r.first[i] = k
-            for backend, rule in groups[i]:
+            r.services[i], group = groups[i]
+            for backend, rule in group:
                 r.choices[k].backend = backend
                 r.choices[k].rule = rule
                 k += 1

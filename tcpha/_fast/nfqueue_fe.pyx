@@ -118,8 +118,6 @@ cdef struct fe_nfqueue:
     uint16_t first_queue
     int packet_fd
     bint tunnel
-    uint8_t vaddr[16]
-    uint16_t vport
     tcpha_counters n
 
 

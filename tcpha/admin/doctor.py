@@ -182,14 +182,8 @@ def _addresses(role: str, config: Config, host: Host) -> Iterator[Row]:
                    f"mend the key, or 'ip addr add {config.raddr}/24 dev ...'")
             return
         yield "raddr", GOOD, f"{config.raddr} on {host.interface(index)}", ""
-    else:
-        try:
-            index = host.route(config.vaddr).ifindex
-        except HostError as error:
-            yield "vaddr", FAULT, str(error), f"add a route, or write raddr in {config.file}"
-            return
     for vaddr in config.vaddrs:
-        yield _virtual(role, config, host, vaddr, index)
+        yield _virtual(role, config, host, vaddr)
     if role == "be" and (here := [v for v in config.vaddrs if host.holder(v) is not None]):
         yield ("own requests", GOOD, f"programs on this host that ask {' or '.join(here)} reach "
                "its own servers, whatever the rules say, and containers behind its bridges nobody",
@@ -207,8 +201,13 @@ def _addresses(role: str, config: Config, host: Host) -> Iterator[Row]:
         yield "MTU", GOOD, str(mtu), ""
 
 
-def _virtual(role: str, config: Config, host: Host, vaddr: str, index: int) -> Row:
-    """Where one of the virtual addresses is. index: of the interface that holds raddr."""
+def _virtual(role: str, config: Config, host: Host, vaddr: str) -> Row:
+    """Where one of the virtual addresses is."""
+    try:
+        index = host.holder(config.raddr) if config.raddr != ANY else None
+        index = host.route(vaddr).ifindex if index is None else index
+    except HostError as error:
+        return "vaddr", FAULT, str(error), f"add a route, or write raddr in {config.file}"
     holder = host.holder(vaddr)
     loopback = holder is not None and host.interface(holder) == "lo"
     ours = role == "be" or config.announce == "on"  # to put there, and to take away
@@ -294,7 +293,8 @@ def _firewall(config: Config) -> Iterator[Row]:
         yield "firewall", WARNING, f"rules of netfilter cannot be listed: {error}", "look yourself"
         return
     if chains:
-        yield ("firewall", WARNING, f"clients of {config.vaddr}:{config.port} do not pass through "
+        services = ", ".join(f"{s.vaddr}:{s.port}" for s in config.services)
+        yield ("firewall", WARNING, f"clients of {services} do not pass through "
                f"{', '.join(chains)}: the packet path answers before that",
                "keep out whom these rules are to keep out by XDP (xdp-filter, say), or on the "
                "router; or write 'fastpath = off'")

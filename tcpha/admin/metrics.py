@@ -48,7 +48,7 @@ def _labelled(family: Any, rows: Iterable[tuple[list[str], float]]) -> Any:
 def _shared(role: str, status: Mapping[str, Any]) -> Iterable[Metric]:
     yield InfoMetricFamily("tcpha", "What runs here.", {
         "version": __version__, "role": role, "datapath": status["datapath"],
-        "vaddr": status["vaddr"]})
+        "vaddr": ",".join(status["vaddrs"])})
     yield _labelled(GaugeMetricFamily("tcpha_workers", "Worker threads, by state.",
                                       labels=["state"]),
                     [([s], status["workers"][s]) for s in ("busy", "idle")])
@@ -102,6 +102,10 @@ def frontend(status: Mapping[str, Any], rules: list[dict[str, Any]],
                    "known again.", counters["restored"])
     yield _counter("late_bytes", "Bytes that came in the midst of a handoff, and were sent behind "
                    "it.", counters["late_bytes"])
+    yield _labelled(CounterMetricFamily("tcpha_service_connections", "Connections taken, by the "
+                                        "address and port that they came to.",
+                                        labels=["vaddr", "port"]),
+                    [([s["vaddr"], str(s["port"])], s["accepted"]) for s in status["services"]])
     yield _labelled(CounterMetricFamily("tcpha_paths", "Connections handed over, by path.",
                                         labels=["path"]),
                     [(["socket"], counters["handed"] - counters["fast"]),

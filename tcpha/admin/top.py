@@ -27,6 +27,15 @@ HISTORY = 60  # samples of a spark line
 ROWS = 8  # of rules, slowest handoffs and events
 
 
+def _services(status: dict[str, Any]) -> str:
+    """Those that take new connections: each address with its ports."""
+    ports: dict[str, list[str]] = {}
+    for s in status["services"]:
+        if s["state"] == "open":
+            ports.setdefault(s["vaddr"], []).append(str(s["port"]))
+    return " ".join(f"{vaddr}:{','.join(of_it)}" for vaddr, of_it in ports.items()) or "closed"
+
+
 class Sample:
     """All that the front end says at one moment."""
 
@@ -80,7 +89,7 @@ class Screen:
         self.before = now
         path = "packet path" if s["packet_path"] else "socket path"
         head = Text.assemble(
-            ("tcphafe ", "bold"), f"{s['vaddr']}:{s['port']}  {s['datapath']}, {s['forward']}, "
+            ("tcphafe ", "bold"), f"{_services(s)}  {s['datapath']}, {s['forward']}, "
             f"{path}  up {duration(now.stats['uptime'])}  workers {s['workers']['busy']} busy of "
             f"{s['workers']['total']}  in hand {s['in_hand']} of {s['maxclients']}",
             ("  UNLOADING" if s["unloading"] else "", "bold red"))

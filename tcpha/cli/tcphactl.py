@@ -76,17 +76,19 @@ COMMANDS: dict[str, dict[str, Command]] = {
             "fe top 0.5"),
         "stats": Command("", "times of the stages, slowest handoffs, control connections, events"),
         "test-request": Command(
-            "METHOD TARGET [-H 'NAME: VALUE']...",
+            "METHOD TARGET [-H 'NAME: VALUE']... [--port N]",
             "which rule and back end a request would get, and why; sends nothing",
             (argument("method", metavar="METHOD", help="GET, POST, ..."),
              argument("target", metavar="TARGET", help="the request-target, as /a.jpg?size=2"),
              argument("-H", metavar="'NAME: VALUE'", dest="fields", action="append", default=[],
-                      help="a header field; more than one may be given")),
+                      help="a header field; more than one may be given"),
+             argument("--port", metavar="N", type=_number(int, 1, 65535), default=0,
+                      help="of ours, at which it would come (default: the first one)")),
             "fe test-request GET /a.jpg -H 'Host: www.example.net'"),
         "doctor": _DOCTOR,
         "set": Command("dbglevel|dtcinterval N", "changes a level or interval at run time",
                        _set("dbglevel|dtcinterval"), "fe set dbglevel 3"),
-        "reload": Command("", "takes rules, servers and levels of the configuration over"),
+        "reload": Command("", "takes the configuration's services, rules, servers and levels over"),
         "drain": Command("ADDR", "no new connections for a back end; the ones it has go on", _ADDR,
                          "fe drain 192.168.1.33"),
         "undrain": Command("ADDR", "takes that back", _ADDR, "fe undrain 192.168.1.33"),
@@ -238,7 +240,8 @@ def _show(data: Any, as_json: bool) -> None:
 def _words(args: argparse.Namespace) -> list[str]:
     """The command's arguments as the daemon wants them."""
     if args.command == "test-request":
-        return [args.method, args.target, *args.fields]
+        return [*([f"port={args.port}"] if args.port else []), args.method, args.target,
+                *args.fields]
     if args.command == "set":
         return [args.name, args.value]
     return [args.addr] if args.command in ("drain", "undrain") else []

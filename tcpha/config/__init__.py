@@ -11,16 +11,20 @@ from tcpha.config.checks import check
 from tcpha.config.keys import KEYS, MEANINGLESS, PATHS, registered_rule
 from tcpha.config.model import (
     ANY,
+    HTTP,
     MAX_BACKENDS,
+    MAX_SERVICES,
     Condition,
     Config,
     ConfigError,
     Fault,
+    Group,
     Listen,
     Place,
     Rule,
     Server,
     Service,
+    groups_of,
     patterns_of,
     too_many,
 )
@@ -28,9 +32,9 @@ from tcpha.config.readers import read
 from tcpha.config.writers import to_toml
 from tcpha.control.secret import read_secret
 
-__all__ = ["ANY", "MAX_BACKENDS", "Condition", "Config", "ConfigError", "Fault", "Listen", "Place",
-           "Rule", "Server", "Service", "load", "patterns_of", "registered_rule", "to_toml",
-           "too_many"]
+__all__ = ["ANY", "HTTP", "MAX_BACKENDS", "MAX_SERVICES", "Condition", "Config", "ConfigError",
+           "Fault", "Group", "Listen", "Place", "Rule", "Server", "Service", "groups_of", "load",
+           "patterns_of", "registered_rule", "to_toml", "too_many"]
 
 
 def load(role: str, file: str, directory: str | None = None,

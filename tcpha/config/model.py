@@ -78,6 +78,9 @@ class Condition:
         return bool(getattr(service, self.kind) == self.value)
 
 
+Group = tuple[str, tuple[Condition, ...]]  # pattern and conditions
+
+
 @dataclass(frozen=True)
 class Rule:
     """Requests whose target matches 'pattern' go to 'server', where all conditions hold."""
@@ -85,6 +88,11 @@ class Rule:
     server: str
     pattern: str
     conditions: tuple[Condition, ...] = ()
+
+    @property
+    def group(self) -> Group:
+        """Rules of which it is the same share the load."""
+        return self.pattern, tuple(sorted(self.conditions, key=str))
 
     @property
     def text(self) -> str:
@@ -99,9 +107,14 @@ class Rule:
         return all(condition.holds_at(service) for condition in self.conditions)
 
 
-def patterns_of(rules: Iterable[Rule]) -> list[str]:
+def groups_of(rules: Iterable[Rule]) -> list[Group]:
     """Without repetition, in the order of their first rule."""
-    return list(dict.fromkeys(rule.pattern for rule in rules))
+    return list(dict.fromkeys(rule.group for rule in rules))
+
+
+def patterns_of(rules: Iterable[Rule]) -> list[str]:
+    """Of their groups: the same one again where conditions differ."""
+    return [pattern for pattern, _ in groups_of(rules)]
 
 
 @dataclass(frozen=True)

@@ -293,16 +293,11 @@ async def until_closed(sock: socket.socket) -> None:
 
 
 def check(hello: Hello, role: str, vaddrs: Sequence[str]) -> None:
-    """Raise HelloError if the peer is not the role that we expect, or the back end lacks one of the
-    front end's virtual addresses."""
+    """Raise HelloError if the peer is not the role that we expect, or has no virtual address in
+    common with us. Where the back end lacks some, the front end gives it none of their requests."""
     if hello.role != role:
         raise HelloError(f"the peer is a '{hello.role}', not a '{role}'; check address and port")
     theirs = hello.vaddrs or [hello.vaddr]
-    front, back = (theirs, vaddrs) if role == "fe" else (vaddrs, theirs)
-    for vaddr in front:
-        if vaddr not in back:
-            remedy = f"add 'vaddr = {vaddr}' to the back end's file, or mend the front end's"
-            if role == "be" and not hello.vaddrs and len(front) > 1:
-                remedy = "its release has no more than one; install ours there"
-            raise HelloError(f"the front end serves vaddr {vaddr} and the back end does not; "
-                             f"{remedy}")
+    if not set(theirs) & set(vaddrs):
+        raise HelloError(f"the peer serves vaddr {', '.join(theirs)}, we serve "
+                         f"{', '.join(vaddrs)}; make both configurations agree")

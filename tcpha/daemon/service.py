@@ -119,12 +119,12 @@ class Service:
         """Interfaces or addresses may have changed. In a thread that may wait for netlink."""
         self.loop.call_soon_threadsafe(self.announce, self.look_at_places())
 
-    def look_at_places(self) -> list[Place | None]:
-        return [announcer.look() for announcer in self.announcers]
+    def look_at_places(self) -> list[tuple[Announcer, Place | None]]:
+        return [(announcer, announcer.look()) for announcer in list(self.announcers)]
 
-    def announce(self, places: list[Place | None]) -> None:
+    def announce(self, places: list[tuple[Announcer, Place | None]]) -> None:
         """Let neighbours know where our addresses are, if that is new."""
-        for announcer, place in zip(self.announcers, places, strict=True):
+        for announcer, place in places:
             announcer.take(place, time.monotonic())
 
     def live(self) -> int:

@@ -55,6 +55,11 @@ class Frontend(Protocol):
     # back ends of a run that was killed, by address: index, and how many connections go on
     left: dict[str, tuple[int, int]]
 
+    def add_services(self, services: list[tuple[str, int]]) -> None:
+        """Look at packets for more addresses and ports. New connections are left to our own stack
+        as yet. Raises OSError."""
+    def set_service(self, vaddr: str, port: int, number: int | None) -> None:
+        """Take new connections for a service, by its number; None: leave them to our own stack."""
     def set_backend(self, index: int, path: Path | None) -> None: ...
     def fit(self, mtu: int) -> None:
         """The least MTU of the ways to back ends, for packets that are put together here."""

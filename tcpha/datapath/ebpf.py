@@ -66,8 +66,10 @@ class _Ebpf:
         if fragments is None:
             return
         self.fragment_rules = f"tcphafr_{host.handle:04x}_{os.getpid()}"
+        self.fragmented = list(config.vaddrs) if role == "fe" else [config.raddr]
         try:
-            rules.keep(host, self.fragment_rules, [fragments.rule])
+            self.way = rules.keep(host, self.fragment_rules, [
+                fragments.rule(address) for address in self.fragmented])
             host.attach(fragments.index, self.table.obj.program_fd(program), priority)
         except HostError as error:
             log.warning("%s: %s", REFUSED[role], error)
@@ -107,9 +109,8 @@ class EbpfFrontend(_Ebpf):
         config, host = self.config, self.host
         left = host.maps.get(FE_PRIORITY, {})
         self.table = FeEbpf(program_file("fe" if self.fastpath else "fe_socket"),
-                            (self.tap_fd, self.tap_index), config.vaddr, config.port,
-                            config.maxclients, config.maxflows, config.forward == "tunnel",
-                            host.handle, self._open_fast(), left)
+                            (self.tap_fd, self.tap_index), config.maxclients, config.maxflows,
+                            config.forward == "tunnel", host.handle, self._open_fast(), left)
         self.left: dict[str, tuple[int, int]] = {}
         self.fresh = self.table.fresh
         if self.table.taken_over:
@@ -117,8 +118,9 @@ class EbpfFrontend(_Ebpf):
             self.left = {address: (index, live.get(index, 0)) for index, address in known.items()}
             log.info("%d connections of the earlier run go on", sum(live.values()))
         elif left:
-            log.warning("the tables of the earlier run are of another version, vaddr or port: back "
-                        "ends are asked for its connections")
+            log.warning("the tables of the earlier run are of another version: back ends are asked "
+                        "for its connections")
+        self.add_services([(s.vaddr, s.port) for s in config.services])
         if self.fastpath:
             host.attach(self.fast_index, self.table.obj.program_fd("fe_fast"), FE_PRIORITY)
         self._open_fragments(config, host, "fe", "fe_ingress", FE_PRIORITY)
@@ -127,6 +129,20 @@ class EbpfFrontend(_Ebpf):
         if self.fastpath:
             host.follow(ROUTE, "MSS of routes",
                         Routes(host, MAX_ROUTES, self.table.set_route).look)
+
+    def add_services(self, services: list[tuple[str, int]]) -> None:
+        for vaddr, port in services:
+            self.table.set_service(vaddr, port, None)
+        if not self.fragments:
+            return
+        more = [v for v in dict.fromkeys(v for v, _ in services) if v not in self.fragmented]
+        rules.add(self.host, self.fragment_rules,
+                  [self.fragments.rule(address) for address in self.fragmented],
+                  [self.fragments.rule(address) for address in more], self.way)
+        self.fragmented += more
+
+    def set_service(self, vaddr: str, port: int, number: int | None) -> None:
+        self.table.set_service(vaddr, port, number)
 
     def fit(self, mtu: int) -> None:
         if self.fragments:

@@ -26,8 +26,8 @@ ANY_SIZE = 65535  # bytes of an IP packet that goes no further than to our own s
 
 
 class Fragments:
-    """rule: to be put in force before start(). index: of the TAP device. Raises OSError if the
-    kernel has no netfilter queues, or no TAP devices."""
+    """index: of the TAP device. Raises OSError if the kernel has no netfilter queues, or no TAP
+    devices."""
 
     def __init__(self, config: Config, host: Host, role: str):
         self.fd, self.index, name = open_tap(host, "tcphafr")
@@ -37,13 +37,15 @@ class Fragments:
             os.close(self.fd)
             raise
         accept_any_source(host, name, self.index)
-        room, self.outer, destination = ANY_SIZE, 0, config.raddr
+        room, self.outer = ANY_SIZE, 0
         if role == "fe":
             room = min(host.mtu(i) for i in host.ethernet(config.interface))
             self.outer = OUTER_IP if config.forward == "tunnel" else 0
-            destination = config.vaddr
         self.whole = Defragmented(self.queue, self.fd, host.mac(self.index), room - self.outer)
-        self.rule = Rule("input", mark=MARK, destination=destination, queue=(self.queue.num, 1))
+
+    def rule(self, destination: str) -> Rule:
+        """For packets to an address of ours; to be put in force before start()."""
+        return Rule("input", mark=MARK, destination=destination, queue=(self.queue.num, 1))
 
     def start(self) -> None:
         self.queue.start()

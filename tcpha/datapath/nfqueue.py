@@ -119,8 +119,9 @@ class _Nfqueue:
                                 "NETFILTER_NETLINK_QUEUE, and the daemon CAP_NET_ADMIN") from None
 
     def _begin(self, table: list[Rule]) -> None:
-        way = rules.keep(self.host, self.rules, table, rules.NFT if self.heads else rules.WAYS)
-        log.info("packets reach their queues by %s%s", way,
+        self.way = rules.keep(self.host, self.rules, table,
+                              rules.NFT if self.heads else rules.WAYS)
+        log.info("packets reach their queues by %s%s", self.way,
                  "; of what leaves, heads only" if self.heads else "")
         try:
             rootfiles.read(rootfiles.QUEUES)
@@ -166,17 +167,38 @@ class NfqueueFrontend(_Nfqueue):
     def __init__(self, config: Config, host: Host):
         super().__init__(config, host, "fe")
         self.config = config
-        self.table = FeNfqueue(config.vaddr, config.port, config.maxclients, config.maxflows,
-                               config.forward == "tunnel", self.queues)
+        self.table = FeNfqueue(config.maxclients, config.maxflows, config.forward == "tunnel",
+                               self.queues)
         self.paths: dict[int, tuple[Path, tuple[Any, ...] | None]] = {}
         self.left: dict[str, tuple[int, int]] = {}
         self.fresh = True
-        vip = {"hook": "prerouting", "destination": config.vaddr, "dport": config.port,
-               "queue": self._span}
+        self.services: list[tuple[str, int]] = []
         self.fragments = open_fragments(config, host, "fe")
-        self._begin([Rule(**vip, flags=rules.SYN, bypass=True), Rule(**vip),
-                     self._errors(config.vaddr),
-                     *([self.fragments.rule] if self.fragments else [])])
+        self.in_force = self._more([(s.vaddr, s.port) for s in config.services])
+        self._begin(self.in_force)
+
+    def _more(self, services: list[tuple[str, int]]) -> list[Rule]:
+        """Rules that bring us the packets of more services."""
+        known = {vaddr for vaddr, _ in self.services}
+        out = []
+        for vaddr, port in services:
+            vip: dict[str, Any] = {"hook": "prerouting", "destination": vaddr, "dport": port,
+                                   "queue": self._span}
+            out += [Rule(**vip, flags=rules.SYN, bypass=True), Rule(**vip)]
+        for vaddr in dict.fromkeys(v for v, _ in services if v not in known):
+            out += [self._errors(vaddr),
+                    *([self.fragments.rule(vaddr)] if self.fragments else [])]
+        self.services += services
+        return out
+
+    def add_services(self, services: list[tuple[str, int]]) -> None:
+        """Those that are closed keep their rules, for the connections that they have."""
+        more = self._more([service for service in services if service not in self.services])
+        rules.add(self.host, self.rules, self.in_force, more, self.way)
+        self.in_force += more
+
+    def set_service(self, vaddr: str, port: int, number: int | None) -> None:
+        """There is no packet path: our own stack has all new connections."""
 
     def fit(self, mtu: int) -> None:
         if self.fragments:
@@ -354,7 +376,7 @@ class NfqueueBackend(_Adopter):
             Rule("prerouting", queue=self._span, protocol=rules.IPIP, destination=config.raddr),
             *(Rule("prerouting", queue=self._span, destination=vaddr) for vaddr in config.vaddrs),
             *(self._errors(vaddr) for vaddr in config.vaddrs),
-            *([self.fragments.rule] if self.fragments else [])])
+            *([self.fragments.rule(config.raddr)] if self.fragments else [])])
 
 
 class NfqueueLocal(_Adopter):

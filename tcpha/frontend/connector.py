@@ -118,6 +118,8 @@ class Connector:
             if peer.instance != hello.instance:
                 # before there is a link: requests of the packet path would go to who has no key
                 self.core.backend_server(peer.index, hello.server)
+                self.core.backend_places(peer.index, hello.places)
+                self.peers.note_addresses(peer, hello.vaddrs or [hello.vaddr])
                 self.core.backend_forgets_keys(peer.index)
             before = self.core.backend_stats(peer.index)
             index = self.core.add_link(sock, peer.index, hello.clock, channel)
@@ -144,7 +146,8 @@ class Connector:
             await asyncio.get_running_loop().sock_connect(
                 sock, (peer.server.address, peer.server.port))
             peer.timeout = PROCESS
-            mine = Hello("fe", config.vaddr, config.port, config.forward, instance=self.instance)
+            mine = Hello("fe", config.vaddr, config.port, config.forward, instance=self.instance,
+                         vaddrs=list(config.vaddrs), ports=list(config.ports))
             return await call(sock, mine, self.secret)
 
     # Paths

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tcpha._fast.be_worker import BackEnd
-from tcpha._fast.fe_worker import FrontEnd
+from tcpha._fast.fe_worker import ALL_SERVICES, FrontEnd
 from tcpha._fast.message import clock
 from tcpha.application import Watch, local_ways
 from tcpha.config import Config
@@ -38,9 +38,9 @@ class LocalNode:
         self.node = BackEnd(LOCAL_CONNECTIONS)
         self.workers = Supervisor(self.node, *WORKERS)
         core.backend_open(INDEX, NAME)
-        core.backend_flags(INDEX, app_down=True)
+        core.backend_flags(INDEX, app_down=ALL_SERVICES)
         self.datapath: Backend | None = None
-        if (self.address, self.port) == (config.vaddr, config.port):
+        if (self.address, self.port) in [(s.vaddr, s.port) for s in config.services]:
             return  # nobody but we can listen there
         try:
             allow_adoption(host)
@@ -74,7 +74,8 @@ class LocalNode:
         application = self.application
         first = application.found is None
         changed = application in self.watch.look(self.datapath)
-        self.core.backend_flags(INDEX, app_down=not application.usable, dead=False)
+        self.core.backend_flags(INDEX, app_down=0 if application.usable else ALL_SERVICES,
+                                dead=False)
         if changed and application.usable:
             log.info("Local Node: a server listens on %s:%d", self.address, self.port)
         elif changed and application.found and not (first and application.found.absent):

@@ -8,7 +8,7 @@ import logging
 import os
 from typing import Any
 
-from tcpha._fast.fe_worker import FrontEnd
+from tcpha._fast.fe_worker import ALL_SERVICES, FrontEnd
 from tcpha.config import MAX_BACKENDS, Server
 from tcpha.config.keys import BE_PORT
 from tcpha.control.hello import HelloError
@@ -21,7 +21,7 @@ from tcpha.net.journal import HostError
 
 log = logging.getLogger("tcpha")
 MISSED = 2  # detection intervals without a sign of life
-NOBODY_LISTENS = "nothing listens on its redirectport that can take connections"
+NOBODY_LISTENS = "nothing listens where its configuration says that can take connections"
 HOST, PROCESS, UNUSABLE = "host dead", "process dead", "unusable"
 # errors that a host's network stack, not its daemon, is to blame for
 SILENT = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT, errno.EHOSTDOWN}
@@ -47,6 +47,7 @@ class Peer:
         self.path: Path | None = None  # as the datapath knows it
         self.mtu = 0  # that it has told us; 0: none
         self.ends = 0  # the least MTU of both ends' interfaces
+        self.vaddrs: set[str] | None = None  # that it serves; None: not known yet
 
 
 class Peers:
@@ -79,7 +80,7 @@ class Peers:
         peer.missed = self.core.backend_stats(index)["live"] > 0
         self.core.backend_open(index, server.address)
         if server.address in self.drained:
-            self.core.backend_flags(index, draining=True)
+            self.core.backend_flags(index, draining=ALL_SERVICES)
             log.info("back end %s: still draining", server.address)
         return peer
 
@@ -108,7 +109,7 @@ class Peers:
         del self.listed[peer.server.address]
         if peer.task:
             peer.task.cancel()
-        self.core.backend_flags(peer.index, draining=True)
+        self.core.backend_flags(peer.index, draining=ALL_SERVICES)
         self.gone.append(peer)
 
     def _forget_gone(self) -> None:
@@ -134,7 +135,7 @@ class Peers:
         if peer is None:
             raise Refused(f"{address} is no server; the servers are "
                           f"{', '.join(self.listed) or 'none'}")
-        self.core.backend_flags(peer.index, draining=draining)
+        self.core.backend_flags(peer.index, draining=ALL_SERVICES if draining else 0)
         if draining:
             self.drained.add(address, of_file)
         else:
@@ -157,27 +158,57 @@ class Peers:
             peer.detail = os.strerror(error.errno or 0)
         self.judge(peer)
 
+    def note_addresses(self, peer: Peer, vaddrs: list[str]) -> None:
+        """It serves these. Requests for others are not for it, from its first link on."""
+        peer.vaddrs = set(vaddrs)
+        self.core.backend_flags(peer.index, lacking=self._unserved(peer)[1])
+
+    def judge_all(self) -> None:
+        for peer in self.listed.values():
+            self.judge(peer)
+
     def judge(self, peer: Peer) -> None:
         """Log a change of health, and let the workers know whether the application is there."""
         stats = self.core.backend_stats(peer.index)
-        app_down = self.interval > 0 and not stats["listens"]
-        self.core.backend_flags(peer.index, app_down=app_down)
+        deaf, lacking = self._unserved(peer)
+        self.core.backend_flags(peer.index, app_down=deaf, lacking=lacking)
         if self.datapath.fastpath:
             self.datapath.set_down(peer.index, not stats["links"])
         if not stats["links"] and not peer.detail:
             return  # nothing is known yet
         if not stats["links"]:
             health, why = peer.cause, peer.detail
-        elif app_down:
+        elif deaf and deaf == self._open():
             health, why = "application dead", NOBODY_LISTENS
+        elif deaf | lacking and not self._open() & ~(deaf | lacking):
+            health, why = UNUSABLE, self._gaps(deaf, lacking)
         else:
-            health = why = "up"
-        changed = health != peer.health
+            health, why = "up", self._gaps(deaf, lacking)
+        changed = health != peer.health or (health == "up" and why != peer.why)
         peer.health, peer.why = health, why
         if changed:
-            say = log.info if health == "up" else log.warning
-            say("back end %s: %s%s", peer.server.address, health,
-                "" if health == "up" else f" ({why})")
+            say = log.info if health == "up" and not why else log.warning
+            say("back end %s: %s%s", peer.server.address, health, f" ({why})" if why else "")
+
+    def _open(self) -> int:
+        """Bits of the services that take new connections, by number."""
+        return sum(1 << number for number, _, _, listening, _ in self.core.services() if listening)
+
+    def _unserved(self, peer: Peer) -> tuple[int, int]:
+        """Bits of services that it does not serve: those for which nothing listens there, and those
+        whose address it does not have."""
+        lacking = sum(1 << number for number, vaddr, *_ in self.core.services()
+                      if peer.vaddrs is not None and vaddr not in peer.vaddrs)
+        deaf = self._open() & ~self.core.backend_listens(peer.index) if self.interval else 0
+        return deaf, lacking
+
+    def _gaps(self, deaf: int, lacking: int) -> str:
+        """What a back end does not serve, though it is up."""
+        names = {number: f"{vaddr}:{port}" for number, vaddr, port, *_ in self.core.services()}
+        return "; ".join(
+            f"{what} {', '.join(name for number, name in names.items() if bits >> number & 1)}"
+            for what, bits in (("nothing listens there for", deaf & ~lacking),
+                               ("it has no vaddr for", lacking & self._open())) if bits)
 
     def look_at_links(self) -> set[int]:
         """Links broke, or a back end did not answer an offer in time. Returns whose links broke."""
@@ -210,8 +241,7 @@ class Peers:
         the application listens is not looked at."""
         if bool(interval) != bool(self.interval):
             self.interval = interval
-            for peer in self.listed.values():
-                self.judge(peer)
+            self.judge_all()
         self.interval = interval
         self._forget_gone()
         if not interval:
@@ -251,9 +281,9 @@ class Peers:
         stats = self.core.backend_stats(peer.index)
         down = peer.health != "up"
         state = "draining" if stats["draining"] else "down" if down else "up"
-        reason = f"{peer.health}: {peer.why}" if peer.health else peer.why
+        reason = f"{peer.health}: {peer.why}" if peer.health and down else peer.why
         return {"server": peer.server.address, "port": peer.server.port, "state": state,
-                "reason": reason if down else "", "connperbe": stats["links"],
+                "reason": reason, "connperbe": stats["links"],
                 "packet_path": stats["fast"], "mtu": peer.path.mtu if peer.path else 0,
                 "registered": registered, "live": stats["live"], "handed": stats["handed"],
                 "refused": stats["refused"], "returned": stats["returned"],

@@ -30,7 +30,8 @@ class Recovery:
         self.peers = peers
         self.spawn = spawn
         self.shared = shared
-        self.holding = not shared
+        # addresses of ours that are here; where nobody else moves them, that need not be looked at
+        self.here: frozenset[str] | None = frozenset() if shared else None
         self.rebuilding = bool(datapath.fresh) or shared
         self.since = 0.0
         self.restored = 0  # connections, when it began
@@ -44,10 +45,15 @@ class Recovery:
         self.started = True
         self.since = asyncio.get_running_loop().time()
 
-    def hold(self, here: bool) -> None:
-        """Whether the virtual address, which somebody else moves, is on this host."""
-        if self.holding != here:
-            self.holding = here
+    @property
+    def holding(self) -> bool:
+        """Whether clients' packets come here."""
+        return self.here is None or bool(self.here)
+
+    def hold(self, here: frozenset[str]) -> None:
+        """Which of the virtual addresses, which somebody else moves, are on this host."""
+        if self.here != here:
+            self.here = here
             self._rebuild()
 
     def _rebuild(self) -> None:

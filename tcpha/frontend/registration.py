@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from tcpha.config import Config, Server, registered_rule
+from tcpha.config import Server, registered_rule
 from tcpha.control.hello import (
     PATIENCE,
     STRANGER,
@@ -36,11 +36,10 @@ log = logging.getLogger("tcpha")
 class Registrar:
     """listener: bound to our real address. spawn: see Service.spawn()."""
 
-    def __init__(self, listener: socket.socket, registry: Registry, config: Config,
-                 secret: bytes | None, spawn: Callable[..., Any]):
+    def __init__(self, listener: socket.socket, registry: Registry, secret: bytes | None,
+                 spawn: Callable[..., Any]):
         self.listener = listener
         self.registry = registry
-        self.config = config
         self.secret = secret
         self.strangers = Strangers("registration", spawn)
         self.members = Sparing("registrations", logging.INFO, MEMBERS)
@@ -67,7 +66,7 @@ class Registrar:
 
     def _see(self, hello: Hello, address: str) -> None:
         """Raise HelloError if a registration is refused whatever its patterns are."""
-        check(hello, "be", self.config.vaddrs)
+        check(hello, "be", self.registry.config.vaddrs)
         if address == self.listener.getsockname()[0]:
             raise HelloError("a back end cannot be on the front end's host; its server can be "
                              "the Local Node")
@@ -102,8 +101,9 @@ class Registrar:
 
         sock.setblocking(False)
         keep_alive(sock)
-        mine = Hello("fe", self.config.vaddr, self.config.port, instance=self.registry.instance,
-                     vaddrs=list(self.config.vaddrs), ports=list(self.config.ports))
+        config = self.registry.config
+        mine = Hello("fe", config.vaddr, config.port, instance=self.registry.instance,
+                     vaddrs=list(config.vaddrs), ports=list(config.ports))
         try:
             async with asyncio.timeout(PATIENCE) as patience:
                 await answer(sock, mine, self.secret, judge)

@@ -73,7 +73,7 @@ class Registry:
     def configure(self, config: Config, matcher: Matcher) -> None:
         """Take over servers and rules. Connections to back ends that stay are kept. matcher: of at
         least the rules' patterns, in their order."""
-        self.config = config
+        self.config = self.connector.config = config
         wanted = {address: server for address, (server, _, _) in self.registered.items()}
         self.drained.configured({s.address for s in config.server}, set(wanted))
         wanted |= {s.address: s for s in config.server}

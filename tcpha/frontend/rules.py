@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tcpha._fast.fe_worker import AWAY, DEAD, DEAF, DRAINED, FULL, MAY, FrontEnd
+from tcpha._fast.fe_worker import ALL_SERVICES, AWAY, DEAD, DEAF, DRAINED, FULL, MAY, FrontEnd
 from tcpha._fast.match import Matcher, PatternError
-from tcpha.config import Rule, patterns_of
+from tcpha.config import HTTP, Condition, Group, Rule, Service, groups_of, patterns_of
 from tcpha.daemon.control_socket import Refused
 from tcpha.frontend.compiling import Compiling
 from tcpha.frontend.localnode import INDEX as LOCAL_NODE
@@ -54,16 +54,36 @@ class Rules:
 
     def publish(self, rules: list[Rule], matcher: Matcher) -> None:
         """Put them in force. matcher: of at least their patterns, in their order."""
-        groups: dict[str, dict[int, int]] = {p: {} for p in matcher.patterns}
+        groups: dict[Group, dict[int, int]] = {group: {} for group in groups_of(rules)}
         self.used = self.use()
         self.in_force = rules
         for n, rule in enumerate(rules):
             named = self.peers.listed.get(rule.server)  # or it is the front end itself
             index = named.index if named else LOCAL_NODE
-            groups[rule.pattern].setdefault(index, n)  # the same line again changes nothing
-        self.core.publish_rules(matcher, [list(group.items()) for group in groups.values()])
+            groups[rule.group].setdefault(index, n)  # the same line again changes nothing
+        self.core.publish_rules(matcher, list(self._arranged(groups, matcher)))
         self.matcher = matcher
         self.counted = self.core.hits(len(rules))
+
+    def _arranged(self, groups: dict[Group, dict[int, int]],
+                  matcher: Matcher) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+        """For each of the matcher's patterns the group that it is there for, or an empty one."""
+        left = list(groups)
+        for pattern in matcher.patterns:
+            if left and left[0][0] == pattern:
+                group = left.pop(0)
+                yield self._services(group[1]), list(groups[group].items())
+            else:
+                yield 0, []
+
+    def _services(self, conditions: tuple[Condition, ...]) -> int:
+        """Bits of the services, by number, for which they hold."""
+        if not conditions:
+            return ALL_SERVICES
+        services = [(number, Service(vaddr, port, HTTP))
+                    for number, vaddr, port, *_ in self.core.services()]
+        return sum(1 << number for number, service in services
+                   if all(condition.holds_at(service) for condition in conditions))
 
     def use(self) -> Counter[Rule]:
         """How many connections each rule has handed over, those of earlier lists too."""
@@ -73,24 +93,26 @@ class Rules:
             use[rule] += now - before
         return use
 
-    def explain(self, head: bytes) -> dict[str, Any]:
-        """What would become of a request, and why. head: all of it, up to the empty line."""
-        error, target, seen, matched, winner, asked, alone = self.core.consider(head)
+    def explain(self, head: bytes, number: int) -> dict[str, Any]:
+        """What would become of a service's request, and why. head: all of it, up to the empty
+        line."""
+        error, target, seen, matched, winner, asked, alone = self.core.consider(head, number)
         if error:
             status = 431 if "headlimit" in error else 400
             return {"outcome": str(status), "reason": f"request head: {error}", "rules": []}
         rows: list[dict[str, Any]] = []
         for n, refusal in matched:
             rule = self.in_force[n]
-            rows.append({"rule": n, "pattern": rule.pattern, "server": rule.server,
+            rows.append({"rule": n, "conditions": " ".join(map(str, rule.conditions)),
+                         "pattern": rule.pattern, "server": rule.server,
                          "usable": refusal == MAY, "reason": self._why(rule.server, refusal)})
         if winner >= 0:
             rule = self.in_force[winner]
-            alike = sum(r["usable"] and r["pattern"] == rule.pattern for r in rows)
+            alike = sum(r["usable"] and self._is_like(r["rule"], winner) for r in rows)
             how = "first rule that matches and can be served" if alike == 1 else \
                 f"of {alike} with this pattern, it has the fewest connections, or its turn"
             out = {"outcome": "handed over", "server": rule.server, "rule": winner,
-                   "reason": f"{how}: '{rule.pattern}'"}
+                   "reason": f"{how}: '{rule.text}'"}
         else:
             why = "no back end of a rule that matches can take it" if rows else "no rule matches"
             if asked >= 0:
@@ -102,6 +124,10 @@ class Rules:
             else:
                 out = {"outcome": "503", "reason": f"{why}, and no Local Node listens"}
         return out | {"target": target, "rules_see": seen, "rules": rows}
+
+    def _is_like(self, one: int, other: int) -> bool:
+        """Whether two rules share the load."""
+        return self.in_force[one].group == self.in_force[other].group
 
     def _why(self, server: str, refusal: int) -> str:
         """Why a back end gets no new connections; '' if it may."""

@@ -7,9 +7,13 @@ import logging
 import resource
 import socket
 import time
+from collections.abc import Iterable
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
+
+from pyroute2.netlink.exceptions import NetlinkError
 
 from tcpha._fast.fe_worker import FrontEnd
 from tcpha._fast.rows import FLOWS, FlowRows
@@ -28,21 +32,15 @@ from tcpha.frontend.drained import Drained
 from tcpha.frontend.localnode import LocalNode
 from tcpha.frontend.registration import Registrar
 from tcpha.frontend.registry import Registry
+from tcpha.frontend.services import Listeners, Services, bind, close
 from tcpha.net.announcer import Announcer
 from tcpha.net.journal import HostError
 from tcpha.net.pathmtu import PathMtu
-from tcpha.net.sockets import handshakes
 from tcpha.undoing import Undoing, each
 
 log = logging.getLogger("tcpha")
-TCP_SAVE_SYN = 27
-IP_FREEBIND = 15
-# What our stack acknowledges before a handoff must fit into the socket that adopts it.
-RECEIVE_BUFFER = 65536
 MOVE = 6.0  # seconds for somebody else to take the virtual address away when we stop
 PAGE = Path(__file__).with_name("status.html")
-GRACE = 1.0  # seconds for clients that have a cookie to send the end of the handshake
-HANDSHAKE = 3.0  # seconds that an unacknowledged SYN-ACK may hold up unloading
 SILENT = 1.0  # seconds after which a client that has not sent its request gets a socket of ours
 DOUBT = 5.0  # seconds of silence after which a back end is asked whether it got a request
 SPARE_DESCRIPTORS = 1024  # for all but clients: control connections, maps, files
@@ -62,9 +60,9 @@ class FrontEndService(Service):
                        "raise maxflows or lower idletimeout"),
         "access_lost": ("the accesslog cannot be written: lines are lost",
                         "make room or mend the path")}
-    reloadable = Service.reloadable | {"server", "rule", "headlimit", "headtimeout",
-                                       "idletimeout", "dtcinterval", "accesslog",
-                                       "verdictcache"}
+    reloadable = Service.reloadable | {
+        "vaddr", "port", "listen", "server", "rule", "headlimit", "headtimeout", "idletimeout",
+        "dtcinterval", "accesslog", "verdictcache"}
 
     def __init__(self, config: Config, run: RunDir, foreground: bool):
         super().__init__(config, run, foreground)
@@ -89,15 +87,13 @@ class FrontEndService(Service):
     def open(self) -> None:
         config, host = self.config, self.host
         self._allow_descriptors(config.maxclients + SPARE_DESCRIPTORS)
-        device = self._device()
-        self.place = host.interface(device)
+        self.homes: dict[str, str] = {}  # interfaces, by virtual address
+        self._find_homes(config.vaddrs)
         self.datapath = open_frontend(config, host)
         log.info("forward %s", config.forward)
         try:
             # only now: our stack would answer packets of connections that back ends have with a RST
-            if config.announce == "on":
-                host.add_address(config.vaddr, self._device_now)
-                self.announcers.append(Announcer(host, config.vaddr, self._device_now))
+            self._add_addresses(config.vaddrs)
             self._serve_at()
         except BaseException:
             self.datapath.close()
@@ -107,57 +103,75 @@ class FrontEndService(Service):
         assert config.matcher is not None  # load() sees to that
         self.registry.configure(config, config.matcher)
         self.registry.peers.keep_left()
-        self.registrations = self._registrations(device) if self._registers() else None
+        self.registrations = self._registrations() if self._registers() else None
         self.registry.recovery.registers = self.registrations is not None
 
     def _serve_at(self) -> None:
         config = self.config
-        listener = self._listen()
+        listeners = bind(self.host, config.services)
         try:
             self.announce(self.look_at_places())
             self._open_access_log(config.accesslog)
             self.local = LocalNode(config, self.core, self.datapath, self.host)
-            self.core.start(self.datapath.table, listener, config.vaddr)
+            self.core.start(self.datapath.table)
+            self.services = Services(self.core, self.datapath, self.spawn)
+            self.services.open(listeners)
         except BaseException:
-            listener.close()
+            close(listeners)
             raise
 
-    def _device(self) -> int:
-        """The interface for the VIP: raddr's, else the one whose network holds the VIP."""
+    def _find_homes(self, vaddrs: Iterable[str]) -> None:
+        """Raises HostError."""
+        for vaddr in vaddrs:
+            if vaddr not in self.homes:
+                self.homes[vaddr] = self.host.interface(self._device(vaddr))
+
+    def _add_addresses(self, vaddrs: Iterable[str]) -> None:
+        if self.config.announce == "off":
+            return
+        for vaddr in vaddrs:
+            where = partial(self._device_now, vaddr)
+            self.announcers.append(Announcer(self.host, vaddr, where))
+            self.host.add_address(vaddr, where)
+
+    def _device(self, vaddr: str) -> int:
+        """The interface for a virtual address: raddr's, else the one whose network holds it."""
         if self.config.raddr != ANY:
             index = self.host.holder(self.config.raddr)
             if index is None:
                 raise HostError(f"raddr {self.config.raddr} is no address of this host; mend it or "
                                 "add the address")
             return index
-        index = self.host.holder(self.config.vaddr)
-        return index if index is not None else self.host.route(self.config.vaddr).ifindex
+        index = self.host.holder(vaddr)
+        return index if index is not None else self.host.route(vaddr).ifindex
 
     def lacking(self) -> str:
         try:
-            self._device()
+            for vaddr in self.config.vaddrs:
+                self._device(vaddr)
         except HostError as error:
             return str(error)
         return ""
 
-    def _device_now(self) -> int | None:
+    def _device_now(self, vaddr: str) -> int | None:
         """The same while we run, as it may change: None while there is none. Without raddr, it is
         where it was: the address itself, once a device of ours has it, shows another one."""
         try:
             if self.config.raddr != ANY:
-                return self._device()
-            holder = self.host.holder(self.config.vaddr)
-            return socket.if_nametoindex(self.place) if holder is None else holder
+                return self._device(vaddr)
+            holder = self.host.holder(vaddr)
+            return socket.if_nametoindex(self.homes[vaddr]) if holder is None else holder
         except (HostError, OSError):
             return None
 
     def _registers(self) -> bool:
         return self.secret is not None or self.config.registration == "open"
 
-    def _registrations(self, device: int) -> socket.socket | None:
+    def _registrations(self) -> socket.socket | None:
         """Listen for back ends that register, on our own port at our real address."""
         address = self.config.raddr
         if address == ANY:
+            device = self._device(self.config.vaddr)
             address = self.host.address_beside(device, self.config.vaddr) or ANY
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -172,47 +186,22 @@ class FrontEndService(Service):
         listener.setblocking(False)
         return listener
 
-    def _listen(self) -> socket.socket:
-        config, host = self.config, self.host
-        # The socket takes its initial receive buffer from the sysctl; setting SO_RCVBUF instead
-        # would lower the window scale that clients get for the whole connection.
-        mark = len(host.undo)
-        low, initial, high = host.read_sysctl("net/ipv4/tcp_rmem").split()
-        host.set_sysctl("net/ipv4/tcp_rmem", f"{low} {min(int(initial), RECEIVE_BUFFER)} {high}")
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        host.restore_to(mark)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.setsockopt(socket.IPPROTO_TCP, TCP_SAVE_SYN, 1)
-            # somebody else may add the address later
-            listener.setsockopt(socket.SOL_IP, IP_FREEBIND, int(config.announce == "off"))
-            try:
-                listener.bind((config.vaddr, config.port))
-            except OSError as error:
-                raise HostError(f"cannot listen on {config.vaddr}:{config.port}: {error.strerror}; "
-                                "stop what holds the port or change 'port'") from None
-            listener.listen(65535)
-        except BaseException:
-            listener.close()
-            raise
-        return listener
-
     async def begin(self) -> None:
         self.table = TableFile(self.run_dir.path / "tcpha_fe_conn", self._table)
         self.local.begin(self.forward_log)
         if self.config.forward == "tunnel":
             self.path_mtu = PathMtu(self.registry.connector.look_at_mtus)
         await self.registry.begin()
-        self.core.accept()
+        self.services.begin()
         if self.registrations:
-            self.spawn("accept", Registrar(self.registrations, self.registry, self.config,
-                                           self.secret, self.spawn).run)
+            self.spawn("accept", Registrar(self.registrations, self.registry, self.secret,
+                                           self.spawn).run)
 
     async def shut(self) -> None:
         undoing = Undoing()
         if self.path_mtu:
             undoing.push("ICMP errors", self.path_mtu.close)
-        undoing.push("listener", self.core.stop_accepting)
+        undoing.push("listeners", self.services.stop)
         if self.registrations:
             undoing.push("registrations", self.registrations.close)
         if self.table:
@@ -225,10 +214,10 @@ class FrontEndService(Service):
         """As long as the virtual address is here, and we are not, our stack refuses what clients
         send. Whoever moves it (keepalived) finds by now that we answer no more."""
         end = self.loop.time() + MOVE
-        while await asyncio.to_thread(self.host.takes, self.config.vaddr):
+        while staying := await asyncio.to_thread(self._here):
             if self.loop.time() > end:
                 log.warning("%s stays on this host: connections to it are refused from now on",
-                            self.config.vaddr)
+                            ", ".join(sorted(staying)))
                 break
             await asyncio.sleep(0.1)
 
@@ -241,7 +230,7 @@ class FrontEndService(Service):
         return self._rows(aligned=True)
 
     def _rows(self, aligned: bool = False) -> FlowRows:
-        return FlowRows(self.datapath.table, [r.pattern for r in self.registry.rules.in_force],
+        return FlowRows(self.datapath.table, [r.text for r in self.registry.rules.in_force],
                         self.registry.peers.addresses(), aligned)
 
     def reopen(self) -> None:
@@ -297,8 +286,12 @@ class FrontEndService(Service):
         connector, recovery = self.registry.connector, self.registry.recovery
         self.loop.call_soon_threadsafe(connector.reroute, connector.routes())
         if self.config.announce == "off":
-            self.loop.call_soon_threadsafe(recovery.hold, self.host.takes(self.config.vaddr))
+            self.loop.call_soon_threadsafe(recovery.hold, self._here())
         super().look_at_links()
+
+    def _here(self) -> frozenset[str]:
+        """The virtual addresses that are on this host."""
+        return frozenset(v for v in self.config.vaddrs if self.host.takes(v))
 
     def trouble_counts(self) -> dict[str, int]:
         return {**super().trouble_counts(), **self.core.counters()}
@@ -355,32 +348,47 @@ class FrontEndService(Service):
 
     def begin_unload(self) -> None:
         self.core.answer_syns(False)
-        self.core.refuse_new()
         self.emptying = True
         self.spawn("unload", self._empty)
 
     async def _empty(self) -> None:
-        """Close the listener once nobody is left who takes himself for connected."""
-        loop = asyncio.get_running_loop()
-        begin = loop.time()
-        while self.core.backlog() or (
-                loop.time() < begin + HANDSHAKE and await asyncio.to_thread(
-                    handshakes, self.config.vaddr, self.config.port)) or (
-                self.datapath.fastpath and loop.time() < begin + GRACE):
-            if self.datapath.fastpath:
-                await asyncio.to_thread(self.datapath.take_silent, 0.0)
-            await asyncio.sleep(TICK)
-        self.core.stop_accepting()
+        await self.services.empty()
         self.emptying = False
 
     async def apply(self, config: Config) -> None:
-        await self.registry.reconfigure(config, lambda: self._take_over(config))
+        listeners = await self.services.prepare(
+            self.host, [] if self.unloading else config.services,
+            partial(self._find_homes, config.vaddrs))
+        try:
+            await self.registry.reconfigure(config, lambda: self._take_over(config, listeners))
+        except BaseException:
+            close(listeners)
+            raise
+        if not self.unloading:
+            self.services.begin()
+            await asyncio.to_thread(self._add_more_addresses)
+            await asyncio.to_thread(self.look_at_links)
         self._detect()
         self.files.refresh()
 
-    def _take_over(self, config: Config) -> None:
+    def _add_more_addresses(self) -> None:
+        known = [announcer.address for announcer in self.announcers]
+        try:
+            self._add_addresses([v for v in self.config.vaddrs if v not in known])
+        except (NetlinkError, HostError) as error:
+            log.warning("%s; it is tried again", error)  # by the keeper
+
+    def _take_over(self, config: Config, listeners: Listeners) -> None:
         if config.accesslog != self.config.accesslog:
             self._open_access_log(config.accesslog)  # first: if it fails, nothing is changed
+        if self.unloading:
+            close(listeners)
+        else:
+            self.services.open(listeners)
+            self.services.close_others(config.services)
+            self.registry.peers.judge_all()  # not each back end may serve what is new
+        if config.port != self.config.port and self.registrations:
+            log.warning("back ends register at port %d until a restart", self.config.port)
         self.config = config
         self.set_level(config.dbglevel)  # and what depends on the access log
         self.core.set_limits(config.headlimit, float(config.headtimeout))
@@ -415,6 +423,7 @@ class FrontEndService(Service):
         config = self.config
         return await super().status() | {
             "vaddr": config.vaddr, "raddr": config.raddr, "port": config.port,
+            "vaddrs": list(config.vaddrs), "services": self.services.table(),
             "datapath": self.datapath.name, "chosen": self.datapath.chosen,
             "forward": config.forward,
             "fastpath": "on" if self.datapath.fastpath else "off",
@@ -444,7 +453,8 @@ class FrontEndService(Service):
 
     async def rules(self) -> list[dict[str, Any]]:
         use = self.registry.rules.use()
-        return [{"rule": n, "server": r.server, "pattern": r.pattern, "handed": use[r]}
+        return [{"rule": n, "server": r.server, "conditions": " ".join(map(str, r.conditions)),
+                 "pattern": r.pattern, "handed": use[r]}
                 for n, r in enumerate(self.registry.rules.in_force)]
 
     async def stats(self) -> dict[str, Any]:
@@ -452,7 +462,7 @@ class FrontEndService(Service):
         rules = self.registry.rules.in_force
         slowest = [{"seconds": round(s["seconds"], 6), "ago": round(s["ago"], 1),
                     "client": s["client"], "target": s["target"],
-                    "rule": rules[s["rule"]].pattern if s["rule"] < len(rules) else "",
+                    "rule": rules[s["rule"]].text if s["rule"] < len(rules) else "",
                     "server": self.registry.peers.address(s["backend"])}
                    for s in self.core.slowest(SLOW_FOR)]
         return {"uptime": round(time.monotonic() - self.began, 3), "stages": self.core.stages(),
@@ -460,7 +470,10 @@ class FrontEndService(Service):
                 "events": logs.recent()}
 
     async def test_request(self, *words: str) -> dict[str, Any]:
-        """words: method, request-target and header fields ('Name: value')."""
+        """words: 'port=N' perhaps, method, request-target and header fields ('Name: value')."""
+        port = str(self.config.port)
+        if words and words[0].startswith("port="):
+            port, words = words[0][5:], words[1:]
         if len(words) < 2:
             raise Refused("write a method and a request-target, as in GET /a.jpg")
         method, target, *fields = words
@@ -468,7 +481,7 @@ class FrontEndService(Service):
             fields = [f"Host: {self.config.vaddr}", *fields]
         try:
             head = "".join(f"{line}\r\n" for line in (f"{method} {target} HTTP/1.1", *fields, ""))
-            return self.registry.rules.explain(head.encode("latin-1"))
+            return self.registry.rules.explain(head.encode("latin-1"), self.services.of_port(port))
         except UnicodeEncodeError:
             raise Refused("a request head has only ASCII characters; encode others in the target "
                           "as %XX") from None

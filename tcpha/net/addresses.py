@@ -44,14 +44,14 @@ class Addresses(Links, Changes):
     def add_address(self, address: str, where: Callable[[], int | None]) -> None:
         """Add address/32, unless another interface holds it (the administrator's then, and kept),
         and keep it there. where: finds the interface, which may be another one later, or none."""
-        index = where()
-        if index is not None:
-            self.inherit(what="address", address=address)
-            self._place_address(address, index)
         self.keep(("address", address), Kept(
             f"address {address}", LINK,
             lambda: (index := where()) is not None and self._misplaced(address, index),
             lambda: self._place_address(address, where())))
+        index = where()
+        if index is not None:
+            self.inherit(what="address", address=address)
+            self._place_address(address, index)
 
     def _ours(self, address: str) -> str | None:
         """The interface that we added an address to."""

@@ -49,19 +49,22 @@ def in_thread(work: Callable[[Any], T], family: int = socket.AF_INET) -> T:
         return pool.submit(run).result()
 
 
-def put_table(family: int, name: str, content: list[nlmsg], nft: Any) -> None:
-    """A table takes the place of the one of its name, if there is one, in one transaction: no
-    packet meets a part of it, and none gets by while it is replaced."""
+def put(content: list[nlmsg], nft: Any) -> None:
+    """In one transaction."""
     def edge(kind: int) -> nlmsg:
         message = _message(0, nfgen_msg, kind, 0)
         message["res_id"] = NFNL_SUBSYS_NFTABLES
         return message
+    nft.nlm_request_batch([edge(NFNL_MSG_BATCH_BEGIN), *content, edge(NFNL_MSG_BATCH_END)])
 
+
+def put_table(family: int, name: str, content: list[nlmsg], nft: Any) -> None:
+    """A table takes the place of the one of its name, if there is one: no packet meets a part of
+    it, and none gets by while it is replaced."""
     def table(kind: int, flags: int = 0) -> nlmsg:
         return _message(family, nft_table_msg, _kind(kind), NLM_F_ACK | flags, name=name)
-    nft.nlm_request_batch([
-        edge(NFNL_MSG_BATCH_BEGIN), table(NFT_MSG_NEWTABLE, NLM_F_CREATE), table(NFT_MSG_DELTABLE),
-        table(NFT_MSG_NEWTABLE, NLM_F_CREATE), *content, edge(NFNL_MSG_BATCH_END)])
+    put([table(NFT_MSG_NEWTABLE, NLM_F_CREATE), table(NFT_MSG_DELTABLE),
+         table(NFT_MSG_NEWTABLE, NLM_F_CREATE), *content], nft)
 
 
 def drop_table(name: str, nft: Any) -> None:

@@ -47,6 +47,7 @@ from tcpha.net.nft import (
     new_chain,
     new_rule,
     payload,
+    put,
     put_table,
 )
 
@@ -116,13 +117,38 @@ def install(host: Changes, name: str, rules: list[Rule],
                     "NETFILTER_XT_TARGET_NFQUEUE")
 
 
+def add(host: Changes, name: str, rules: list[Rule], more: list[Rule], way: str) -> None:
+    """Put more rules in force, of hooks that keep() has put some of. They come behind those: to
+    replace these would drop what waits in their queues. way: that keep() returned. Raises
+    OSError."""
+    host.kept.pop(("rules", name), None)  # nobody is to mend what is being changed
+    try:
+        if way == IPTABLES:
+            for rule in more:
+                table, _, device = IPTABLES_CHAIN[rule.hook]
+                _ipt("-t", table, "-A", _own_chain(name, rule.hook), *_arguments(rule, device))
+        else:
+            in_thread(partial(put, _nft_rules(name, more, way == NATIVE)))
+    except (NetlinkError, subprocess.CalledProcessError) as error:
+        raise OSError(getattr(error, "stderr", None) or str(error)) from None
+    else:
+        rules = [*rules, *more]
+    finally:
+        _have_stay(host, name, rules, way)
+
+
 def keep(host: Changes, name: str, rules: list[Rule], ways: tuple[str, ...] = WAYS,
          then: Callable[[], None] = lambda: None) -> str:
     """Put rules in force as install() does, and keep them so. then: each time that they were put
     in force."""
     way = install(host, name, rules, ways)
     then()
+    _have_stay(host, name, rules, way, then)
+    return way
 
+
+def _have_stay(host: Changes, name: str, rules: list[Rule], way: str,
+               then: Callable[[], None] = lambda: None) -> None:
     def again() -> None:
         if way == IPTABLES:
             remove(name)
@@ -139,7 +165,6 @@ def keep(host: Changes, name: str, rules: list[Rule], ways: tuple[str, ...] = WA
             f"nft table {name}", BY_NFT,
             lambda: any(chain_use(socket.AF_INET, name, hook) != n for hook, n in whole.items()),
             again))
-    return way
 
 
 def remove(name: str) -> None:
@@ -284,9 +309,12 @@ def _queue(num: int, bypass: bool, native: bool) -> dict[str, Any]:
 def _nft(name: str, rules: list[Rule], native: bool, nft: Any) -> None:
     chains = [new_chain(socket.AF_INET, name, hook, "nat" if hook.startswith("pin") else "filter",
                         *HOOKS[hook]) for hook in dict.fromkeys(r.hook for r in rules)]
-    put_table(socket.AF_INET, name, [*chains, *(
-        new_rule(socket.AF_INET, name, rule.hook, steps)
-        for rule in rules for steps in _expressions(rule, native))], nft)
+    put_table(socket.AF_INET, name, [*chains, *_nft_rules(name, rules, native)], nft)
+
+
+def _nft_rules(name: str, rules: list[Rule], native: bool) -> list[Any]:
+    return [new_rule(socket.AF_INET, name, rule.hook, steps)
+            for rule in rules for steps in _expressions(rule, native)]
 
 
 # iptables

@@ -45,7 +45,7 @@ def test_what_a_cookie_is_made_of(fe: Bpf) -> None:
     and a back end is told them, but neither could judge the cookies."""
     with fe.memory("state") as state:
         version, = struct.unpack_from("=I", state, VERSION)
-    assert (version, message.VERSION) == (6, 7)
+    assert (version, message.VERSION) == (7, 7)
     keys, current = read_keys(fe)
     for given in (MSS, MSS + SACK_TS):
         tcp = answer(fe, Packet(SYN, sport=4030, seq=ISN, tcp_options=given))

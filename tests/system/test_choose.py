@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from tests.support.bpf import Bpf
 from tests.support.client import read_all
 
 pytestmark = pytest.mark.modes("fast-direct")
+PORTS = (80, 8080)
+CONDITIONS = ("", "port=80", "port=8080")
 PATTERNS = (r"jpg$", r"^/a", r"gif$|png$", r"x+", r".*")
 TARGETS = ("/a.jpg", "/b.jpg", "/a.gif", "/xx.png", "/c")
 SERVERS, LOAD = 4, 24  # of which size struct tcpha_load is
@@ -26,19 +29,19 @@ APART = 100  # between two loads that differ: far more than connections that com
 
 @dataclass
 class Round:
-    """Rules (server, pattern), loads and drained back ends."""
+    """Rules (server, condition, pattern), loads and drained back ends."""
 
-    rules: list[tuple[int, str]]
+    rules: list[tuple[int, str, str]]
     loads: list[int]
     drained: set[int]
 
-    def winners(self, target: str) -> set[int]:
+    def winners(self, port: int, target: str) -> set[int]:
         """Any of these rules."""
-        for pattern in dict.fromkeys(p for _, p in self.rules):
-            if not re.search(pattern, target):
+        for condition, pattern in dict.fromkeys((c, p) for _, c, p in self.rules):
+            if condition not in ("", f"port={port}") or not re.search(pattern, target):
                 continue
-            may = [n for n, (server, p) in enumerate(self.rules)
-                   if p == pattern and server not in self.drained]
+            may = [n for n, (server, c, p) in enumerate(self.rules)
+                   if (c, p) == (condition, pattern) and server not in self.drained]
             if may:
                 least = min(self.loads[self.rules[n][0]] for n in may)
                 return {n for n in may if self.loads[self.rules[n][0]] == least}
@@ -46,7 +49,9 @@ class Round:
 
 
 def any_round(rnd: random.Random) -> Round:
-    rules = [(server, pattern) for pattern in rnd.sample(PATTERNS, rnd.randint(1, 4))
+    groups = [(condition, pattern) for pattern in PATTERNS for condition in CONDITIONS]
+    rules = [(server, condition, pattern)
+             for condition, pattern in rnd.sample(groups, rnd.randint(1, 5))
              for server in rnd.sample(range(SERVERS), rnd.randint(1, SERVERS))]
     if rnd.random() < 0.5:
         rnd.shuffle(rules)
@@ -76,7 +81,8 @@ def loaded(c: Cluster, bpf: Bpf, loads: list[int]) -> Iterator[None]:
 
 @pytest.fixture
 def c(mode: dict[str, Any]) -> Iterator[Cluster]:
-    cluster = Cluster(SERVERS, **mode, rules=[(0, ".*")])
+    cluster = Cluster(SERVERS, **mode, rules=[(0, ".*")], fe_conf="listen = 8080\nport = 80\n"
+                      "redirectport = 8000")
     try:
         yield cluster
     finally:
@@ -92,34 +98,35 @@ def test_all_are_of_one_opinion(c: Cluster) -> None:
     def handed() -> list[int]:
         return [row["handed"] for row in fe.ctl("rules")]
 
-    def request(target: str) -> bytes:
-        with c.client.connect(c.VIP) as s:
+    def request(port: int, target: str) -> bytes:
+        with c.client.connect(c.VIP, port) as s:
             s.sendall(f"GET {target} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
             return read_all(s)
 
     for _ in range(25):
         now = any_round(rnd)
-        c.rules = now.rules
+        c.rules = [(server, f"{condition} {pattern}".strip())
+                   for server, condition, pattern in now.rules]
         fe.config.write_text(c.fe_text())
         fe.ctl("reload")
         for server in now.drained:
             fe.ctl("drain", addresses[server])
         with loaded(c, bpf, now.loads):
-            for target in TARGETS:
-                want = now.winners(target)
-                said = fe.ctl("test-request", "GET", target)
+            for port, target in product(PORTS, TARGETS):
+                want = now.winners(port, target)
+                said = fe.ctl("test-request", f"port={port}", "GET", target)
                 assert said.get("rule") in want if want else said["outcome"] == "503"
                 for row in said["rules"]:
                     server = addresses.index(row["server"])
                     assert row["reason"] == ("draining" if server in now.drained else "")
                 before = handed()
-                answers = [request(target) for _ in range(5)]  # from the third on by the program
+                answers = [request(port, target) for _ in range(5)]  # then by the program
                 if not want:
                     assert all(a.startswith(b"HTTP/1.1 503 ") for a in answers)
                     continue
                 wait_for(lambda b=before: sum(handed()) == sum(b) + 5, "the count")
                 grew = [n - b for n, b in zip(handed(), before, strict=True)]
-                assert {n for n, k in enumerate(grew) if k} <= want, (now, target)
+                assert {n for n, k in enumerate(grew) if k} <= want, (now, port, target)
                 took_turns |= len(want) > 1 and all(grew[n] for n in want)
         for server in now.drained:
             fe.ctl("undrain", addresses[server])

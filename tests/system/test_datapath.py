@@ -35,7 +35,7 @@ SEC("tc") int beyond(struct __sk_buff *skb)
 }
 char LICENSE[] SEC("license") = "GPL";
 """
-SIZES = {"fe": 32, "fe_socket": 32, "be": 156}  # of struct tcpha_fe_conf and _be_conf
+SIZES = {"fe": 16, "fe_socket": 16, "be": 156}  # of struct tcpha_fe_conf and _be_conf
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ def page() -> tuple[dict[str, int], str]:
     core = FrontEnd(16, 4096, 1.0)
     counters = {name: 1 << n for n, name in enumerate(core.counters())}
     status = {
-        "datapath": "nfqueue", "vaddr": "10.0.0.1", "workers": {"busy": 0, "idle": 1}, "live": 0,
+        "datapath": "nfqueue", "vaddr": "10.0.0.1", "vaddrs": ["10.0.0.1"], "services": [],
+        "workers": {"busy": 0, "idle": 1}, "live": 0,
         "maxclients": 16, "deaths": {}, "unloading": False, "packets": {"forwarded_bytes": 0},
         "counters": counters, "servers": [], "in_hand": 0, "packet_path": False, "localnode": {
             "listening": False, "handed": 0, "refused": 0, "returned": 0, "closed": 0, "live": 0}}

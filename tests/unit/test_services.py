@@ -290,3 +290,9 @@ def test_services_survive_toml(
     assert be.places == (Place(0, "0.0.0.0", 80), *places)
     assert again(fe, tmp_path).services == fe.services
     assert again(be, tmp_path).places == be.places
+
+
+def test_the_order_of_conditions_means_nothing() -> None:
+    one, other = (fe_rule(f"10.0.0.1 {conditions} x").group
+                  for conditions in ("port=80 vaddr=10.0.0.9", "vaddr=10.0.0.9 port=80"))
+    assert one == other

@@ -12,8 +12,8 @@ cdef class FeEbpf(FeDatapath):
     cdef readonly bint fresh       # not all of them are known, if there are any
     cdef tcpha_guesses *guesses    # NULL: no packet path
 
-    def __cinit__(self, str path, tap, str vaddr, int port, int slots, int maxflows, bint tunnel,
-                  uint32_t instance, fast=None, dict left=None):
+    def __cinit__(self, str path, tap, int slots, int maxflows, bint tunnel, uint32_t instance,
+                  fast=None, dict left=None):
         cdef tcpha_fe_conf conf
         self.d = <fe_ebpf *>calloc(1, sizeof(fe_ebpf))
         if self.d == NULL:
@@ -33,8 +33,6 @@ cdef class FeEbpf(FeDatapath):
         self.d.book.store.end = _end
         self.d.book.store.drop = _drop
         memset(&conf, 0, sizeof(conf))
-        address_bytes(vaddr, conf.vaddr)
-        conf.vport = htons(port)
         conf.tap = tap[1]
         if fast is not None:
             conf.fast_tap, conf.headers, conf.wscale, conf.options = fast[1:]
@@ -42,13 +40,11 @@ cdef class FeEbpf(FeDatapath):
         sizes = {"flows": maxflows}
         if fast is None:
             sizes["verdicts"] = sizes["rule_hits"] = 1
-        reuse = self._reusable(left, &conf)
+        reuse = self._reusable(left)
         self.taken_over = bool(reuse)
         self.obj = Object(path, (<char *>&conf)[:sizeof(conf)],
                           {k: v for k, v in sizes.items() if k not in reuse}, reuse, instance)
         self.table.state = <tcpha_state *>self.obj.map_memory("state", sizeof(tcpha_state))
-        memcpy(self.table.state.vaddr, conf.vaddr, 16)
-        self.table.state.vport = conf.vport
         self.table.state.version = TCPHA_STATE_VERSION
         self.fresh = not self.taken_over or self.table.state.drop_unknown
         self.table.state.drop_unknown = self.fresh
@@ -91,6 +87,8 @@ cdef class FeEbpf(FeDatapath):
             "loads", TCPHA_MAX_BACKENDS * sizeof(tcpha_load))
         p.rule_hits = <uint64_t *>self.obj.map_memory(
             "rule_hits", TCPHA_MAX_RULES * sizeof(uint64_t))
+        p.service_hits = <uint64_t *>self.obj.map_memory(
+            "service_hits", TCPHA_MAX_SERVICES * sizeof(uint64_t))
         p.next = _fast_next
         p.send = _fast_send
         p.later = _fast_later
@@ -106,18 +104,18 @@ cdef class FeEbpf(FeDatapath):
         self.table.fast = p
         return 0
 
-    cdef dict _reusable(self, dict left, tcpha_fe_conf *conf):
+    cdef dict _reusable(self, dict left):
         cdef tcpha_state state
         cdef uint32_t zero = 0
         maps = _fitting(left, {
             "state": (4, sizeof(tcpha_state)), "flows": (sizeof(tcpha_flow), sizeof(tcpha_entry)),
-            "backends": (4, sizeof(tcpha_backend))})
+            "backends": (4, sizeof(tcpha_backend)),
+            "services": (sizeof(tcpha_service), 4)})
         if "shaken" in (left or {}):  # that run had the packet path
             maps = maps and maps | _fitting(left, {
                 "shaken": (sizeof(tcpha_flow), sizeof(tcpha_shaken))})
         if not maps or bpf_map_lookup_elem(maps["state"], &zero, &state) < 0 or \
-                state.version != TCPHA_STATE_VERSION or state.vport != conf.vport or \
-                memcmp(state.vaddr, conf.vaddr, 16) != 0:
+                state.version != TCPHA_STATE_VERSION:
             return {}
         return maps
 
@@ -130,6 +128,7 @@ cdef class FeEbpf(FeDatapath):
         cdef tcpha_backend way
         cdef uint32_t index
         cdef int i, count
+        self._close_services()
         live = {}
         while (count := b.more()) > 0:
             for i in range(count):
@@ -170,6 +169,31 @@ cdef class FeEbpf(FeDatapath):
                     memcmp(old.addr, b.addr, sizeof(b.addr)) == 0:
                 b.down = old.down
         bpf_map_update_elem(self.obj.map_fd("backends"), &index, &b, BPF_ANY)
+
+    def set_service(self, str vaddr, int port, number):
+        """Look at packets for an address and port. number: of the service, or None: it takes no new
+        connections. Raises OSError."""
+        cdef tcpha_service key
+        cdef uint32_t value = TCPHA_CLOSED if number is None else number
+        cdef int rc
+        memset(&key, 0, sizeof(key))
+        address_bytes(vaddr, key.vaddr)
+        key.vport = htons(port)
+        rc = bpf_map_update_elem(self.obj.map_fd("services"), &key, &value, BPF_ANY)
+        if rc < 0:
+            raise OSError(-rc, f"a service: {os.strerror(-rc)}")
+
+    cdef void _close_services(self):
+        """Those of an earlier run take no new connections, unless they are opened again."""
+        cdef int fd = self.obj.map_fd("services")
+        cdef tcpha_service keys[2 * TCPHA_MAX_SERVICES]
+        cdef uint32_t closed = TCPHA_CLOSED, i, count = 0
+        # all first: an update puts its key before others, and they would come again
+        while count < 2 * TCPHA_MAX_SERVICES and bpf_map_get_next_key(
+                fd, &keys[count - 1] if count else NULL, &keys[count]) == 0:
+            count += 1
+        for i in range(count):
+            bpf_map_update_elem(fd, &keys[i], &closed, BPF_EXIST)
 
     def set_down(self, uint32_t index, bint down):
         """Say whether requests that a back end has not answered may go to another one."""

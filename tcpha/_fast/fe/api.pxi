@@ -25,6 +25,7 @@ cdef class FrontEnd(Core):
         pthread_mutex_init(&self.f.pool_lock, NULL)
         pthread_mutex_init(&self.f.return_lock, NULL)
         pthread_mutex_init(&self.f.restore_lock, NULL)
+        pthread_mutex_init(&self.f.place_lock, NULL)
         pthread_mutex_init(&self.f.access_lock, NULL)
         for i in range(self.f.nconns):
             self.f.conns[i].index = i
@@ -33,7 +34,7 @@ cdef class FrontEnd(Core):
             self.f.pool[i] = maxclients - 1 - i
         self.f.pool_len = maxclients
         self.f.c = self.c
-        self.f.listen_fd = self.f.access_fd = -1
+        self.f.access_fd = -1
         self.f.headlimit = headlimit
         self.f.headtimeout_ns = <uint64_t>(headtimeout * 1e9)
         self.f.offer_ns = <uint64_t>(offer_timeout * 1e9)
@@ -58,6 +59,7 @@ cdef class FrontEnd(Core):
         pthread_mutex_destroy(&self.f.pool_lock)
         pthread_mutex_destroy(&self.f.return_lock)
         pthread_mutex_destroy(&self.f.restore_lock)
+        pthread_mutex_destroy(&self.f.place_lock)
         pthread_mutex_destroy(&self.f.access_lock)
         ruleset_free(self.f.rules)
         free(self.f.conns)
@@ -67,18 +69,13 @@ cdef class FrontEnd(Core):
         slow_close(&self.f.slow)
         free(self.f)
 
-    def start(self, datapath, listener, str vaddr):
-        """Take over a listening socket on vaddr and an opened datapath: see accept()."""
+    def start(self, datapath):
+        """Take over an opened datapath."""
         cdef FeDatapath d = datapath
         cdef uint32_t i
         self.datapath = d
         self.f.dp = d.table
         _take_path(self.f, d.table.fast)
-        address_bytes(vaddr, self.f.vaddr)
-        self.f.vport = htons(listener.getsockname()[1])
-        listener.setblocking(False)
-        self.f.listen_fd = listener.detach()
-        self.fds["listener"] = self.f.listen_fd
         if d.table.event_fd >= 0:
             watch(self.c, EPOLL_CTL_ADD, d.table.event_fd, EPOLLIN | EPOLLET, EV_TAP, 0, 0)
         for i in range(self.f.dp.fast.queues):
@@ -183,47 +180,89 @@ cdef class FrontEnd(Core):
     def offer_mtu(self, int mtu, int headers):
         """Offer clients an MSS that this leaves room for, headers deducted, and no more than their
         interface has room for. 0: that decides alone."""
-        cdef int mss = max(mtu - headers, MSS_MIN) if mtu else 0
+        cdef uint32_t i
+        self.mss = max(mtu - headers, MSS_MIN) if mtu else 0
         if self.f.dp.state != NULL:
             self.f.dp.state.mtu = mtu
-        if "listener" in self.fds:
-            setsockopt(self.f.listen_fd, IPPROTO_TCP, TCP_MAXSEG, &mss, sizeof(mss))
+        for i in range(self.f.nservices):
+            self._offer_mss(i)
+
+    cdef void _offer_mss(self, uint32_t number):
+        cdef int fd = self.f.services[number].fd
+        if fd >= 0:
+            setsockopt(fd, IPPROTO_TCP, TCP_MAXSEG, &self.mss, sizeof(self.mss))
+
+    # Services, by number
+
+    def open_service(self, listener, str vaddr):
+        """Take over a listening socket on vaddr. Returns the number of the service, the one that
+        it had if it was closed before. Raises OverflowError if there were TCPHA_MAX_SERVICES
+        already."""
+        cdef tcpha_flow flow
+        cdef service *s
+        cdef uint32_t number
+        memset(&flow, 0, sizeof(flow))
+        address_bytes(vaddr, flow.vaddr)
+        flow.vport = htons(listener.getsockname()[1])
+        number = _service_of(self.f, &flow)
+        if number == NO_SERVICE:
+            number = self.f.nservices
+            if number == TCPHA_MAX_SERVICES:
+                raise OverflowError(f"{TCPHA_MAX_SERVICES} services since the start")
+            s = &self.f.services[number]
+            memcpy(s.vaddr, flow.vaddr, 16)
+            s.vport = flow.vport
+            s.fd = -1
+            store32(&self.f.nservices, number + 1)
+        s = &self.f.services[number]
+        listener.setblocking(False)
+        self.fds[f"listener {number}"] = listener.detach()
+        store32(<uint32_t *>&s.fd, self.fds[f"listener {number}"])
+        self._offer_mss(number)
+        return number
+
+    def services(self):
+        """[(number, address, port, whether it has a listener, connections), ...]; also those that
+        were closed."""
+        cdef service *s
+        cdef uint32_t i
+        out = []
+        for i in range(self.f.nservices):
+            s = &self.f.services[i]
+            out.append((i, address_text(s.vaddr), htons(s.vport), s.fd >= 0,
+                        load64(&s.accepted) + load64(&self.f.dp.fast.service_hits[i])))
+        return out
 
     def accept(self):
-        """Begin to accept, if the listener was not closed meanwhile."""
-        if "listener" not in self.fds:
-            return
-        watch(self.c, EPOLL_CTL_ADD, self.f.listen_fd, EPOLLIN | EPOLLET, EV_LISTENER, 0, 0)
+        """Begin to accept, for all services that are open."""
+        cdef uint32_t i
+        for i in range(self.f.nservices):
+            _await_clients(self.f, i, EPOLL_CTL_ADD)
 
-    def refuse_new(self):
+    def refuse_new(self, uint32_t number):
         """Take no SYN any more. Handshakes that have begun can end and be accepted: close() would
         reset them."""
-        cdef sock_filter program[4]
-        cdef sock_fprog filter
-        program[0] = sock_filter(code=BPF_LD | BPF_B | BPF_ABS, jt=0, jf=0, k=13)  # TCP's flags
-        program[1] = sock_filter(code=BPF_JMP | BPF_JSET | BPF_K, jt=0, jf=1, k=2)  # SYN
-        program[2] = sock_filter(code=BPF_RET | BPF_K, jt=0, jf=0, k=0)
-        program[3] = sock_filter(code=BPF_RET | BPF_K, jt=0, jf=0, k=<uint32_t>-1)
-        filter.len = 4
-        filter.filter = program
-        if setsockopt(self.f.listen_fd, SOL_SOCKET, SO_ATTACH_FILTER, &filter, sizeof(filter)) < 0:
+        if self.f.services[number].fd >= 0 and _refuse_syns(self.f.services[number].fd) < 0:
             raise OSError(errno, os.strerror(errno))
 
-    def backlog(self):
+    def backlog(self, uint32_t number):
         """Connections that wait to be accepted."""
         cdef tcp_info_head info
         cdef socklen_t n = sizeof(info)
-        if "listener" not in self.fds or \
-                getsockopt(self.f.listen_fd, IPPROTO_TCP, 11, &info, &n) < 0:  # TCP_INFO
+        if self.f.services[number].fd < 0 or \
+                getsockopt(self.f.services[number].fd, IPPROTO_TCP, 11, &info, &n) < 0:  # TCP_INFO
             return 0
         return info.tcpi_unacked
 
-    def stop_accepting(self):
-        """Close the listener; connections in hand go on."""
-        if "listener" in self.fds:
-            store32(&self.f.unloading, 1)
-            watch(self.c, EPOLL_CTL_DEL, self.f.listen_fd, 0, EV_LISTENER, 0, 0)
-            self.later(partial(os.close, self.fds.pop("listener")))
+    def close_service(self, uint32_t number):
+        """Close its listener; connections in hand go on."""
+        cdef int fd = self.f.services[number].fd
+        if fd < 0:
+            return
+        store32(<uint32_t *>&self.f.services[number].fd, <uint32_t>-1)
+        watch(self.c, EPOLL_CTL_DEL, fd, 0, EV_LISTENER, number, 0)
+        shutdown(fd, SHUT_RDWR)  # at once: another one may take its port
+        self.later(partial(os.close, self.fds.pop(f"listener {number}")))
 
     def access_log(self, str path):
         """Append a line for each handoff to a file from now on, opened anew; None: no longer.
@@ -244,8 +283,8 @@ cdef class FrontEnd(Core):
         _void_verdicts(self.f)
 
     def publish_rules(self, Matcher matcher, list groups):
-        """Put rules in force. matcher: of their patterns, in order; groups: the rules that bear
-        each, [[(backend index, rule index), ...], ...]."""
+        """Put rules in force. matcher: of their groups' patterns, in order; groups: of each, [(bits
+        of the services that it is for, by number, [(backend index, rule index), ...]), ...]."""
         cdef ruleset *old
         self.generation += 1
         fresh = ruleset_new(matcher, groups, self.generation)
@@ -273,53 +312,13 @@ cdef class FrontEnd(Core):
         """The slowest handoffs of the last so many seconds, one dict each."""
         return slow_read(&self.f.slow, seconds)
 
-    def consider(self, bytes head):
-        """What would become of a request with this head: (what is wrong with it or None, target,
-        what rules see of that, [(index of a rule that matches, MAY or why not)] in the order in
-        which they are tried, the rule whose back end gets it or -1, the one whose back end is asked
-        before the Local Node though nobody listens there or -1, what the Local Node says of it: MAY
-        or why not). Raises MemoryError."""
-        cdef http_head h
-        cdef bytearray buf = bytearray(head)
-        cdef ruleset *rules
-        cdef hs_scratch_t *scratch = NULL
-        cdef uint64_t nobody[TRIED_WORDS]
-        cdef tcpha_choice chosen
-        cdef uint32_t g, i, b
-        cdef int rc
-        memset(&h, 0, sizeof(h))
-        memset(nobody, 0, sizeof(nobody))
-        rc = http_parse(&h, head, min(<uint32_t>len(head), self.f.headlimit))
-        if rc != HTTP_DONE:
-            error = h.error.decode() if rc == HTTP_BAD else \
-                "longer than headlimit" if len(head) >= self.f.headlimit else "not complete"
-            return error, "", "", [], -1, -1, 0
-        target = head[h.target:h.target + h.target_len].decode("ascii")
-        seen = (chr(h.root) if h.root else "") + target[h.origin - h.target:]
-        rules = self.f.rules   # the loop's thread publishes them, and runs this
-        matched = []
-        winner = asked = -1
-        if rules != NULL and rules.groups:
-            bits = bytearray(rules.words * 8)
-            if hs_clone_scratch(rules.patterns.scratch, &scratch) != HS_SUCCESS:
-                raise MemoryError
-            rc = match_target(rules, scratch, &h, <uint8_t *><char *>buf,
-                              <uint64_t *><char *>bits)
-            hs_free_scratch(scratch)
-            if rc < 0:
-                raise MemoryError
-            for g in range(rules.groups):
-                if bits[g >> 3] >> (g & 7) & 1:
-                    for i in range(rules.first[g], rules.first[g + 1]):
-                        b = rules.choices[i].backend
-                        matched.append((rules.choices[i].rule,
-                                        _refusal(self.f, b, nobody, False, now_ns())))
-            if _pick(self.f, rules, <uint64_t *><char *>bits, nobody, False, &chosen):
-                winner = chosen.rule
-            elif _pick(self.f, rules, <uint64_t *><char *>bits, nobody, True, &chosen):
-                asked = chosen.rule
-        return None, target, seen, matched, winner, asked, \
-            _refusal(self.f, TCPHA_LOCAL_NODE, nobody, False, now_ns())
+    def consider(self, bytes head, uint32_t number):
+        """What would become of a service's request with this head: (what is wrong with it or None,
+        target, what rules see of that, [(index of a rule that matches, MAY or why not)] in the
+        order in which they are tried, the rule whose back end gets it or -1, the one whose back end
+        is asked before the Local Node though nobody listens there or -1, what the Local Node says
+        of it: MAY or why not). Raises MemoryError."""
+        return _consider(self.f, head, number)
 
     # Back ends, by index
 
@@ -332,7 +331,9 @@ cdef class FrontEnd(Core):
         for i in range(LINKS_MAX):
             be.link[i] = MAX_LINKS
         be.may.links = 0
-        be.may.dead = be.may.draining = be.may.app_down = be.missed = be.told = 0
+        be.may.dead = be.missed = be.told = 0
+        be.may.draining = be.may.app_down = be.may.lacking = 0
+        be.nplaces = 0
         be.may.full_until_ns = 0
         store32(&be.may.used, 1)
 
@@ -375,16 +376,48 @@ cdef class FrontEnd(Core):
         store64(&self.f.backends[b].keyed, 0)
         _void_verdicts(self.f)
 
-    def backend_flags(self, uint32_t b, draining=None, dead=None, app_down=None):
+    def backend_places(self, uint32_t b, list places):
+        """What HELLO told of its places, as PLACE does: [(address, port or 0, said), ...]."""
         cdef backend *be = &self.f.backends[b]
-        before = (load32(&be.may.draining), load32(&be.may.dead), load32(&be.may.app_down))
+        cdef place_said *p
+        cdef uint32_t i
+        pthread_mutex_lock(&self.f.place_lock)
+        be.nplaces = 0
+        for vaddr, port, said in places[:TCPHA_MAX_SERVICES]:
+            p = &be.places[be.nplaces]
+            address_bytes(vaddr, p.vaddr)
+            p.vport = htons(port)
+            p.said = said
+            be.nplaces += 1
+        pthread_mutex_unlock(&self.f.place_lock)
+
+    def backend_listens(self, uint32_t b):
+        """Bits of the services, by number, for which somebody listens there. What a back end says
+        of a place counts for its address and port; without, what it says of the address; without,
+        what SERVER says."""
+        cdef backend *be = &self.f.backends[b]
+        cdef uint64_t bits = 0
+        cdef uint32_t i
+        pthread_mutex_lock(&self.f.place_lock)
+        for i in range(self.f.nservices):
+            bits |= (_said_of(be, &self.f.services[i]) & 1) << i
+        pthread_mutex_unlock(&self.f.place_lock)
+        return bits
+
+    def backend_flags(self, uint32_t b, draining=None, dead=None, app_down=None,
+                      lacking=None):
+        """draining, app_down, lacking: bits of services, by number."""
+        cdef backend *be = &self.f.backends[b]
+        before = _flags(be)
         if draining is not None:
-            store32(&be.may.draining, draining)
+            store64(&be.may.draining, draining)
         if dead is not None:
             store32(&be.may.dead, dead)
         if app_down is not None:
-            store32(&be.may.app_down, app_down)
-        if before != (load32(&be.may.draining), load32(&be.may.dead), load32(&be.may.app_down)):
+            store64(&be.may.app_down, app_down)
+        if lacking is not None:
+            store64(&be.may.lacking, lacking)
+        if before != _flags(be):
             _void_verdicts(self.f)
 
     def backend_stats(self, uint32_t b):
@@ -395,8 +428,8 @@ cdef class FrontEnd(Core):
         return {"links": load32(&be.may.links),
                 "told": be.asked != 0 and load32(&be.told) == be.asked,
                 "fast": _takes_fast(self.f, b),
-                "draining": bool(load32(&be.may.draining)), "dead": bool(load32(&be.may.dead)),
-                "listens": bool(load64(&be.server_said) & 1), "live": load32(&load.live),
+                "draining": load64(&be.may.draining), "dead": bool(load32(&be.may.dead)),
+                "live": load32(&load.live),
                 "handed": max(handed, returned) - returned,  # that may be of an earlier run
                 "refused": load64(&be.refused),
                 "returned": returned,

@@ -6,23 +6,24 @@ cdef inline uint32_t _live(frontend *f, uint32_t b) noexcept nogil:
     return load32(&f.loads[b].live)
 
 
-cdef inline uint32_t _refusal(frontend *f, uint32_t b, const uint64_t *tried, bint desperate,
-                              uint64_t now) noexcept nogil:
+cdef inline uint32_t _refusal(frontend *f, uint32_t b, uint32_t service, const uint64_t *tried,
+                              bint desperate, uint64_t now) noexcept nogil:
     """Why a back end may not take a request (TCPHA_AWAY and so on), or TCPHA_MAY."""
-    return tcpha_refusal(&f.backends[b].may, _live(f, b), tried[b >> 6] >> (b & 63) & 1, desperate,
-                         now)
+    return tcpha_refusal(&f.backends[b].may, <uint64_t>1 << service, _live(f, b),
+                         tried[b >> 6] >> (b & 63) & 1, desperate, now)
 
 
-cdef uint32_t _members(frontend *f, const ruleset *rules, uint32_t g, const uint64_t *tried,
-                       bint desperate, tcpha_choice *may, uint64_t *until) noexcept nogil:
-    """Those of a group that may take a request; returns how many. until: lowered to when the first
-    one that is full is asked again; 0: none is full."""
+cdef uint32_t _members(frontend *f, const ruleset *rules, uint32_t g, uint32_t service,
+                       const uint64_t *tried, bint desperate, tcpha_choice *may,
+                       uint64_t *until) noexcept nogil:
+    """Those of a group that may take a service's request; returns how many. until: lowered to when
+    the first one that is full is asked again; 0: none is full."""
     cdef uint64_t now = now_ns(), then
     cdef uint32_t i, why, n = 0
     cdef const choice *ch
     for i in range(rules.first[g], rules.first[g + 1]):
         ch = &rules.choices[i]
-        why = _refusal(f, ch.backend, tried, desperate, now)
+        why = _refusal(f, ch.backend, service, tried, desperate, now)
         if why == TCPHA_MAY:
             may[n].backend = ch.backend
             may[n].rule = ch.rule
@@ -34,8 +35,8 @@ cdef uint32_t _members(frontend *f, const ruleset *rules, uint32_t g, const uint
     return n
 
 
-cdef inline int64_t _next_group(const uint64_t *matched, uint32_t words, int64_t g) noexcept nogil:
-    """The first one behind g that matched, or -1."""
+cdef inline int64_t _next_match(const uint64_t *matched, uint32_t words, int64_t g) noexcept nogil:
+    """The first one behind g whose pattern matched, or -1."""
     cdef uint32_t word = <uint32_t>(g + 1) >> 6
     cdef uint64_t bits
     while word < words:
@@ -48,29 +49,39 @@ cdef inline int64_t _next_group(const uint64_t *matched, uint32_t words, int64_t
     return -1
 
 
-cdef int _candidates(frontend *f, const ruleset *rules, const uint64_t *matched,
+cdef inline int64_t _next_group(const ruleset *rules, const uint64_t *matched, uint32_t service,
+                                int64_t g) noexcept nogil:
+    """The first one behind g that matched and is for a service, or -1."""
+    g = _next_match(matched, rules.words, g)
+    while g >= 0 and not rules.services[g] >> service & 1:
+        g = _next_match(matched, rules.words, g)
+    return g
+
+
+cdef int _candidates(frontend *f, const ruleset *rules, const uint64_t *matched, uint32_t service,
                      const uint64_t *tried, bint desperate, uint32_t room, tcpha_choice *may,
                      uint64_t *until) noexcept nogil:
-    """Those of the first group that matched and has some who may take a request. Returns how many;
-    0: there are none; -1: a group before has more members than there is room for."""
-    cdef int64_t g = _next_group(matched, rules.words, -1)
+    """Those of the first group that matched and has some who may take a service's request. Returns
+    how many; 0: there are none; -1: a group before has more members than there is room for."""
+    cdef int64_t g = _next_group(rules, matched, service, -1)
     cdef uint32_t n
     while g >= 0:
         if rules.first[g + 1] - rules.first[g] > room:
             return -1
-        n = _members(f, rules, <uint32_t>g, tried, desperate, may, until)
+        n = _members(f, rules, <uint32_t>g, service, tried, desperate, may, until)
         if n:
             return n
-        g = _next_group(matched, rules.words, g)
+        g = _next_group(rules, matched, service, g)
     return 0
 
 
-cdef bint _pick(frontend *f, const ruleset *rules, const uint64_t *matched, const uint64_t *tried,
-                bint desperate, tcpha_choice *chosen) noexcept nogil:
+cdef bint _pick(frontend *f, const ruleset *rules, const uint64_t *matched, uint32_t service,
+                const uint64_t *tried, bint desperate, tcpha_choice *chosen) noexcept nogil:
     """Whether there is somebody: see choose.h."""
     cdef tcpha_choice may[TCPHA_MAX_BACKENDS]
     cdef uint64_t until = 0
-    cdef int n = _candidates(f, rules, matched, tried, desperate, TCPHA_MAX_BACKENDS, may, &until)
+    cdef int n = _candidates(f, rules, matched, service, tried, desperate, TCPHA_MAX_BACKENDS, may,
+                             &until)
     cdef int at
     if n <= 0:
         return False
@@ -114,8 +125,8 @@ cdef bint _by_rules(frontend *f, worker *w, request *r, uint8_t *buf) noexcept n
     fw.rules = rules
     if match_target(rules, fw.scratch, &r.head, buf, fw.bits) < 0:
         return False
-    if not _pick(f, rules, fw.bits, r.tried, False, &chosen) and \
-            not _pick(f, rules, fw.bits, r.tried, True, &chosen):
+    if not _pick(f, rules, fw.bits, r.service, r.tried, False, &chosen) and \
+            not _pick(f, rules, fw.bits, r.service, r.tried, True, &chosen):
         return False
     set32(&r.backend, chosen.backend)
     r.rule = chosen.rule
@@ -129,4 +140,9 @@ cdef bint _choose(frontend *f, worker *w, request *r, uint8_t *buf) noexcept nog
         return True
     set32(&r.backend, TCPHA_LOCAL_NODE)
     r.rule = <uint32_t>NO_RULE
-    return _refusal(f, TCPHA_LOCAL_NODE, r.tried, False, now_ns()) == TCPHA_MAY
+    return _refusal(f, TCPHA_LOCAL_NODE, r.service, r.tried, False, now_ns()) == TCPHA_MAY
+
+
+cdef object _flags(backend *be):
+    return (load64(&be.may.draining), load32(&be.may.dead), load64(&be.may.app_down),
+            load64(&be.may.lacking))

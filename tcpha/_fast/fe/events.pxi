@@ -6,7 +6,7 @@ cdef void _on_event(core *c, worker *w, int kind, uint32_t index, uint32_t gen,
     cdef frontend *f = <frontend *>c.role
     cdef conn *k
     if kind == EV_LISTENER:
-        _accept(f, w)
+        _accept(f, w, index)
     elif kind == EV_FAST:
         _on_requests(f, w, index)
     elif kind == EV_TAP:
@@ -43,6 +43,28 @@ cdef void _on_closed(frontend *f, worker *w, uint32_t b, const message *m) noexc
     _forget(f, w, &m.snap.flow, m.id, b, linger)
 
 
+cdef bint _note_place(frontend *f, backend *be, const message *m) noexcept nogil:
+    """What a back end says of one of its places. Several connections bring it. False: that is not
+    new, or of one more place than there can be services."""
+    cdef bint new = False
+    cdef place_said *p
+    cdef uint32_t i
+    pthread_mutex_lock(&f.place_lock)
+    for i in range(TCPHA_MAX_SERVICES):
+        p = &be.places[i]
+        if i == be.nplaces:
+            memset(p, 0, sizeof(place_said))
+            memcpy(p.vaddr, m.snap.flow.vaddr, 16)
+            p.vport = m.snap.flow.vport
+            be.nplaces += 1
+        if p.vport == m.snap.flow.vport and memcmp(p.vaddr, m.snap.flow.vaddr, 16) == 0:
+            new = p.said < m.id
+            p.said = max(p.said, m.id)
+            break
+    pthread_mutex_unlock(&f.place_lock)
+    return new
+
+
 cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
     cdef frontend *f = <frontend *>c.role
     cdef conn *k
@@ -51,6 +73,10 @@ cdef int _on_message(core *c, worker *w, link *l, message *m) noexcept nogil:
         return 0
     if m.type == MSG_SERVER:
         if raise64(&f.backends[l.peer].server_said, m.id):  # several connections bring it
+            notice(c)
+        return 0
+    if m.type == MSG_PLACE:
+        if _note_place(f, &f.backends[l.peer], m):
             notice(c)
         return 0
     if m.type == MSG_CLOSED:
@@ -98,8 +124,8 @@ cdef void _on_timer(core *c, worker *w, uint64_t now) noexcept nogil:
     cdef frontend *f = <frontend *>c.role
     cdef conn *k
     cdef uint32_t i
-    if xchg32(&f.accept_failed, 0) and not f.unloading:
-        watch(c, EPOLL_CTL_MOD, f.listen_fd, EPOLLIN | EPOLLET, EV_LISTENER, 0, 0)
+    if xchg32(&f.accept_failed, 0):
+        _await_all(f)
     f.dp.sweep(f.dp.self, w.index, now)
     for i in range(f.nconns):
         k = &f.conns[i]

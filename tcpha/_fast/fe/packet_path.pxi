@@ -20,6 +20,7 @@ cdef bint _open_no_path(frontend *f) noexcept nogil:
     f.no_path.take_back = _nothing_to_take_back
     f.no_path.loads = <tcpha_load *>calloc(TCPHA_MAX_BACKENDS, sizeof(tcpha_load))
     f.no_path.rule_hits = <uint64_t *>calloc(TCPHA_MAX_RULES, sizeof(uint64_t))
+    f.no_path.service_hits = f.no_hits
     _take_path(f, NULL)
     return f.loads != NULL and f.rule_hits != NULL
 
@@ -37,8 +38,8 @@ cdef bint _takes_fast(frontend *f, uint32_t b) noexcept nogil:
 
 cdef bint _make_verdict(frontend *f, fe_worker *fw, tcpha_verdict *t) noexcept nogil:
     """Who may take a request by the rules that matched. False: no verdict can say so."""
-    cdef int n = _candidates(f, fw.rules, fw.bits, fw.req.tried, False, TCPHA_CHOICES, t.choice,
-                             <uint64_t *>&t.until_ns)
+    cdef int n = _candidates(f, fw.rules, fw.bits, fw.req.service, fw.req.tried, False,
+                             TCPHA_CHOICES, t.choice, <uint64_t *>&t.until_ns)
     cdef int i
     t.count = max(n, 0)
     for i in range(n):
@@ -73,7 +74,7 @@ cdef void _keep_verdict(frontend *f, fe_worker *fw, const tcp_view *v,
         return
     if not _untried(r):
         return
-    target = tcpha_siphash(v.data, line, c.key[0], c.key[1])
+    target = tcpha_siphash(v.data, line, c.key[0], c.key[1]) ^ tcpha_service_word(&r.flow)
     rest = tcpha_siphash(v.data + line, v.data_len - line, c.key[0], ~c.key[1])
     memset(&t, 0, sizeof(t))
     t.generation = generation
@@ -81,6 +82,16 @@ cdef void _keep_verdict(frontend *f, fe_worker *fw, const tcp_view *v,
         f.dp.fast.keep_verdict(f.dp.self, rest, &t)
     if _sighted(f, target) and _make_verdict(f, fw, &t):
         f.dp.fast.keep_verdict(f.dp.self, target, &t)
+
+
+cdef inline void _flow_of(const tcp_view *v, tcpha_flow *flow) noexcept nogil:
+    """Of a client's packet."""
+    memset(flow, 0, sizeof(tcpha_flow))
+    flow.caddr[10] = flow.caddr[11] = flow.vaddr[10] = flow.vaddr[11] = 0xff
+    memcpy(flow.caddr + 12, v.ip + 12, 4)
+    memcpy(flow.vaddr + 12, v.ip + 16, 4)
+    memcpy(&flow.cport, v.tcp, 2)
+    memcpy(&flow.vport, v.tcp + 2, 2)
 
 
 cdef void _recall(frontend *f, request *r, uint64_t id) noexcept nogil:
@@ -131,11 +142,12 @@ cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint
     generation = load64(&f.dp.fast.cache.generation)
     r = &fw.req
     _recall(f, r, fast_id(get32(v.tcp + 4) - 1, get32(v.tcp + 8) - 1))
-    _flow_from(f, v.ip + 12, v.tcp, &r.flow)
+    _flow_of(v, &r.flow)
+    r.service = _service_of(f, &r.flow)
     say_number(f.c, 6, &r.flow, b"a first segment of %ld bytes", v.data_len)
     o.id = r.id
     o.old = o.result = 0
-    if not _choose_fast(f, w, r, v):
+    if r.service == NO_SERVICE or not _choose_fast(f, w, r, v):
         say_flow(f.c, 5, &r.flow, b"to a socket")
         f.dp.fast.to_socket(f.dp.self, queue, w.index, frame, length, &r.flow)
         if o.old:
@@ -159,7 +171,7 @@ cdef void _dispatch(frontend *f, worker *w, uint32_t queue, uint8_t *frame, uint
         return
     r.began_ns = o.start_ns
     took = now_ns() - o.start_ns
-    _accepted(f, True)
+    _accepted(f, r.service, True)
     histogram_add(&f.stages[STAGE_FAST], took)
     _handed(f, r, o.target, took, v.data if f.access_fd >= 0 else NULL)
     _keep_verdict(f, fw, v, generation)
@@ -185,7 +197,7 @@ cdef void _on_requests(frontend *f, worker *w, uint32_t queue) noexcept nogil:
             if kind == TCPHA_FAST_FIRST:
                 _dispatch(f, w, queue, w.scratch, length, &v)
             elif kind == TCPHA_FAST_EARLY:
-                _flow_from(f, v.ip + 12, v.tcp, &flow)
+                _flow_of(&v, &flow)
                 say_flow(f.c, 6, &flow, b"a later segment has come first: to a socket")
                 f.dp.fast.early(f.dp.self, queue, w.index, w.scratch, length, &flow)
             else:

@@ -17,9 +17,10 @@ cdef inline void _say_chosen(frontend *f, const request *r) noexcept nogil:
              <int>r.rule)
 
 
-cdef inline void _accepted(frontend *f, bint fast) noexcept nogil:
-    """A connection has come to us, by the socket path or by the packet path."""
+cdef inline void _accepted(frontend *f, uint32_t service, bint fast) noexcept nogil:
+    """A service's connection has come to us, by the socket path or by the packet path."""
     add64(&f.n.accepted, 1)
+    add64(&f.services[service].accepted, 1)
     add64(&f.n.fast, fast)
 
 

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 # A connection in hand has a slot; and what we answer ourselves.
 
-cdef inline void _flow_from(frontend *f, const void *address, const void *port,
+cdef inline void _flow_from(const sockaddr_in *client, const service *s,
                             tcpha_flow *flow) noexcept nogil:
-    """The flow of a client at 4 bytes of address and 2 of port, network byte order."""
     memset(flow, 0, sizeof(tcpha_flow))
     flow.caddr[10] = flow.caddr[11] = 0xff
-    memcpy(flow.caddr + 12, address, 4)
-    memcpy(&flow.cport, port, 2)
-    memcpy(flow.vaddr, f.vaddr, 16)
-    flow.vport = f.vport
+    memcpy(flow.caddr + 12, &client.sin_addr, 4)
+    flow.cport = client.sin_port
+    memcpy(flow.vaddr, s.vaddr, 16)
+    flow.vport = s.vport
 
 
 # Slots
@@ -38,8 +37,8 @@ cdef void _free_slot(frontend *f, conn *k) noexcept nogil:
     wake = f.starved != 0
     f.starved = 0
     pthread_mutex_unlock(&f.pool_lock)
-    if wake and not f.unloading:  # a changed registration reports the backlog again
-        watch(f.c, EPOLL_CTL_MOD, f.listen_fd, EPOLLIN | EPOLLET, EV_LISTENER, 0, 0)
+    if wake:                   # a changed registration reports the backlog again
+        _await_all(f)
 
 
 cdef void _close(frontend *f, conn *k) noexcept nogil:

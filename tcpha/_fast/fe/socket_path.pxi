@@ -275,7 +275,8 @@ cdef void _read_head(frontend *f, worker *w, conn *k) noexcept nogil:
         _watch_client(f, k)
 
 
-cdef void _accept(frontend *f, worker *w) noexcept nogil:
+cdef void _accept(frontend *f, worker *w, uint32_t number) noexcept nogil:
+    cdef service *s = &f.services[number]
     cdef sockaddr_in peer
     cdef socklen_t n
     cdef conn *k
@@ -286,7 +287,7 @@ cdef void _accept(frontend *f, worker *w) noexcept nogil:
             return  # the rest waits in the kernel's backlog: maxclients
         pthread_mutex_lock(&k.lock)
         n = sizeof(peer)
-        fd = accept4(f.listen_fd, <sockaddr *>&peer, &n, SOCK_NONBLOCK | SOCK_CLOEXEC)
+        fd = accept4(_listener(s), <sockaddr *>&peer, &n, SOCK_NONBLOCK | SOCK_CLOEXEC)
         if fd < 0:
             if errno == EMFILE or errno == ENFILE:
                 add64(&f.n.no_descriptors, 1)
@@ -295,7 +296,7 @@ cdef void _accept(frontend *f, worker *w) noexcept nogil:
             _free_slot(f, k)
             pthread_mutex_unlock(&k.lock)
             return
-        _accepted(f, False)
+        _accepted(f, number, False)
         k.fd = fd
         k.frozen = k.diverted = k.watched = k.method_head = k.ended = False
         k.seen = 0
@@ -305,12 +306,13 @@ cdef void _accept(frontend *f, worker *w) noexcept nogil:
         memset(&k.snap, 0, sizeof(k.snap))
         memset(&k.entry, 0, sizeof(k.entry))
         k.crowded_ns = 0
-        _flow_from(f, &peer.sin_addr, &peer.sin_port, &k.req.flow)
+        k.req.service = number
+        _flow_from(&peer, s, &k.req.flow)
         k.snap.flow = k.req.flow
-        k.local = memcmp(&peer.sin_addr, f.vaddr + 12, 4) == 0
+        k.local = memcmp(&peer.sin_addr, s.vaddr + 12, 4) == 0
         set32(&k.state, CONN_READ)
         say_flow(f.c, 6, &k.req.flow, b"accepted")
         _read_head(f, w, k)
         pthread_mutex_unlock(&k.lock)
     # more may wait: let another worker have a share
-    watch(f.c, EPOLL_CTL_MOD, f.listen_fd, EPOLLIN | EPOLLET, EV_LISTENER, 0, 0)
+    _await_clients(f, number, EPOLL_CTL_MOD)

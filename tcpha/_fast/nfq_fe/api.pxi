@@ -11,7 +11,7 @@ cdef class FeNfqueue(FeDatapath):
     cdef SockDiag diag
     cdef readonly bint fresh  # an earlier run's connections are not known, if there are any
 
-    def __cinit__(self, str vaddr, int port, int slots, int maxflows, bint tunnel, list queues):
+    def __cinit__(self, int slots, int maxflows, bint tunnel, list queues):
         cdef Queue q
         self.d = <fe_nfqueue *>calloc(1, sizeof(fe_nfqueue))
         if self.d == NULL:
@@ -31,8 +31,6 @@ cdef class FeNfqueue(FeDatapath):
         self.d.seen = <recent *>calloc(RECENT * WAYS, sizeof(recent))
         if self.d.holders == NULL or self.d.seen == NULL:
             raise MemoryError
-        address_bytes(vaddr, self.d.vaddr)
-        self.d.vport = htons(port)
         self.d.tunnel = tunnel
         self.diag = SockDiag()
         self.d.sockets = &self.diag.d
