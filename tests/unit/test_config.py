@@ -12,23 +12,12 @@ from hypothesis import strategies as st
 
 from tcpha.config import Config, ConfigError, Rule, Server, load, to_toml
 from tcpha.lab.bed import BIN
+from tests.support.configs import faults, read
 from tests.support.tree import TOP
 
 CONF = TOP / "conf"
 FE = "vaddr = 10.0.0.100\nserver = 10.0.0.1 666\nrule = 10.0.0.1 .*\n"
 BE = "vaddr = 10.0.0.100\nraddr = 10.0.0.1\nuaddr = 10.0.0.99\n"
-
-
-def read(tmp_path: Path, text: str, role: str = "fe", name: str = "x.conf") -> Config:
-    file = tmp_path / name
-    file.write_text(text)
-    return load(role, str(file))
-
-
-def faults(tmp_path: Path, text: str, role: str = "fe", name: str = "x.conf") -> list[str]:
-    with pytest.raises(ConfigError) as error:
-        read(tmp_path, text, role, name)
-    return [str(f).removeprefix(str(tmp_path) + "/") for f in error.value.faults]
 
 
 def test_defaults_of_the_seed(tmp_path: Path) -> None:

@@ -15,29 +15,17 @@ from tcpha.config import (
     Place,
     Rule,
     Service,
-    load,
     registered_rule,
     to_toml,
 )
 from tcpha.config.keys import CONDITIONS, be_rule, fe_rule
+from tests.support.configs import faults, read
 
 FE = "vaddr = 10.0.0.100\nserver = 10.0.0.1 666\nrule = 10.0.0.1 .*\n"
 BE = "vaddr = 10.0.0.100\nraddr = 10.0.0.1\nuaddr = 10.0.0.99\n"
 MORE = "vaddr = 10.0.0.101\n"
 SECOND = Condition("vaddr", "10.0.0.101")
 EIGHTY = Condition("port", 80)
-
-
-def read(tmp_path: Path, text: str, role: str = "fe", name: str = "x.conf") -> Config:
-    file = tmp_path / name
-    file.write_text(text)
-    return load(role, str(file))
-
-
-def faults(tmp_path: Path, text: str, role: str = "fe", name: str = "x.conf") -> list[str]:
-    with pytest.raises(ConfigError) as error:
-        read(tmp_path, text, role, name)
-    return [str(f).removeprefix(str(tmp_path) + "/") for f in error.value.faults]
 
 
 def again(config: Config, tmp_path: Path) -> Config:
